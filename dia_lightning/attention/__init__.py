@@ -1,0 +1,27 @@
+"""Shared attention: the attention modules, and how they get into a network."""
+
+from dia_lightning.attention._attach import attach, detach
+from dia_lightning.attention._registry import list_attention, register_attention
+from dia_lightning.attention._unit import AttentionUnit
+from dia_lightning.attention.cbam import CBAM
+from dia_lightning.attention.dia_lstm import DIALSTM
+from dia_lightning.attention.efficient_channel import EfficientChannelAttention
+from dia_lightning.attention.spatial_group import SpatialGroupEnhance
+from dia_lightning.attention.spatial_pyramid import SpatialPyramidAttention
+from dia_lightning.attention.squeeze_excitation import SqueezeExcitation
+from dia_lightning.attention.style_recalibration import StyleRecalibration
+
+__all__ = [
+    "CBAM",
+    "DIALSTM",
+    "AttentionUnit",
+    "EfficientChannelAttention",
+    "SpatialGroupEnhance",
+    "SpatialPyramidAttention",
+    "SqueezeExcitation",
+    "StyleRecalibration",
+    "attach",
+    "detach",
+    "list_attention",
+    "register_attention",
+]

@@ -1,0 +1,206 @@
+"""Put attention into a network, and take it out again."""
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from dia_lightning.attention._chain import AttachedBlock, Chain, Link, Tap, attached_class
+from dia_lightning.attention._registry import attention_builder
+from dia_lightning.attention._sites import SITE_RULES, Place, find_places
+from dia_lightning.attention._unit import AttentionUnit
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(
+    model: Model,
+    attention: str | Callable[..., nn.Module],
+    *,
+    share: Literal["stage", "block"] = "stage",
+    plug: str | Sequence[bool | int] | None = None,
+    identity: bool = False,
+    branch_norm: bool | None = None,
+    **attention_args: Any,
+) -> Model:
+    """Attach attention to the residual blocks of a network, in place.
+
+    Every block's residual branch is multiplied by an attention map just before it is added to the shortcut. Weights
+    of the plain network load into the attached one and only the unit's keys are missing; :func:`detach` gives the
+    plain network back.
+
+    Args:
+        model: the network, or any module that contains one, for example a ``LightningModule``.
+        attention: a registered name (see :func:`list_attention`), or a callable ``channels -> nn.Module`` whose
+            modules map ``(features [B, C, H, W], state)`` to ``(map, state)``.
+        share: ``"stage"`` for one unit per stage, shared by its blocks (DIA), or ``"block"`` for one unit per block.
+        plug: which blocks get attention, as one truth value per block in order, or a string such as ``"110|0011"``.
+            Blocks that are left out hand the state on unchanged. By default every block.
+        identity: start with every map equal to 1, so that the network computes what it computed before. The default
+            is the paper's start, where maps of DIA-LSTM are near 1/4.
+        branch_norm: whether branches that do not end in a norm (pre-activation networks) get a batch norm before the
+            unit, as in the authors' code. A plain control arm lacks these norms: compare with ``branch_norm=False``
+            where it matters. By default true unless ``identity`` is set.
+        **attention_args: further arguments of the attention module, for example ``reduction=8``.
+
+    Returns:
+        The same object, with attention.
+
+    Raises:
+        ValueError: if attention is attached already, no block is known, or an argument does not fit.
+
+    Source:
+        arXiv 2210.16101 and 1905.10671; masks of blocks from arXiv 2011.14058. The identity start is this package's
+        own.
+
+    Example:
+        >>> from dia_lightning.models import get_model
+        >>> model = attach(get_model("cifar_resnet", depth=29, num_classes=10), "dia-lstm", reduction=4)
+        >>> [name for name, _ in model.named_modules() if name.endswith(".dia")]
+        ['layer1.0.dia', 'layer2.0.dia', 'layer3.0.dia']
+    """
+    if share not in ("stage", "block"):
+        raise ValueError(f"share must be 'stage' or 'block', got {share!r}.")
+    if identity and branch_norm:
+        raise ValueError(
+            "identity=True and branch_norm=True contradict each other: an added norm changes what the network computes."
+        )
+    build = attention_builder(attention, attention_args)
+    if any(isinstance(module, AttachedBlock) for module in model.modules()):
+        raise ValueError("Attention is attached to this network already. Call detach(model) first.")
+    places = list(find_places(model))
+    if not places:
+        raise ValueError(_nothing_to_attach_to(model))
+    plugged = dict(zip((place.path for place in places), _mask(plug, places), strict=True))
+    with_norm = not identity if branch_norm is None else branch_norm
+    for chain in _chains(places, plugged, share):
+        unit = _new_unit(build, chain[0], identity)
+        taps = _insert_taps(chain, plugged, with_norm)
+        _place_unit(unit, chain[0].block, taps)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Take attention out of a network, in place, and give the plain network back.
+
+    Args:
+        model: a network that :func:`attach` was applied to.
+
+    Returns:
+        The same object, without attention.
+
+    Raises:
+        ValueError: if no attention is attached.
+
+    Example:
+        >>> from dia_lightning.models import get_model
+        >>> plain = get_model("cifar_resnet", depth=20, block="basic")
+        >>> keys = list(plain.state_dict())
+        >>> list(detach(attach(plain, "se")).state_dict()) == keys
+        True
+    """
+    blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
+    if not blocks:
+        raise ValueError("No attention is attached to this network.")
+    for block in blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, Tap):
+                block.set_submodule(name, module.tapped)
+        if "dia" in block._modules:
+            del block.dia
+        del block.dia_link
+        block.__class__ = block.plain_class  # type: ignore[assignment]  # to a base class of its own
+    return model
+
+
+def _chains(places: list[Place], plugged: dict[str, bool], share: str) -> list[list[Place]]:
+    """Group blocks that share one unit. A chain begins and ends with a plugged block."""
+    if share == "block":
+        return [[place] for place in places if plugged[place.path]]
+    chains = []
+    for _, group in groupby(places, key=lambda place: place.stage):
+        stage = list(group)
+        inside = [index for index, place in enumerate(stage) if plugged[place.path]]
+        if inside:
+            chains.append(stage[inside[0] : inside[-1] + 1])
+    return chains
+
+
+def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -> nn.Module:
+    unit = build(place.channels)
+    if not isinstance(unit, nn.Module):
+        raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
+    if place.rule.zero_bias:
+        for layer in unit.modules():
+            if isinstance(layer, nn.Linear) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    if identity:
+        if not isinstance(unit, AttentionUnit):
+            raise ValueError(
+                f"identity=True needs an attention module with start_at_identity(), as subclasses of "
+                f"dia_lightning.attention.AttentionUnit have; {type(unit).__name__} is none."
+            )
+        unit.start_at_identity()
+    return _like(unit, place.block)
+
+
+def _insert_taps(chain: list[Place], plugged: dict[str, bool], with_norm: bool) -> list[Tap]:
+    """Turn the blocks of a chain into attached ones and return their taps in the order of the blocks."""
+    taps = []
+    state = Chain()
+    for position, place in enumerate(chain):
+        sites = place.rule.sites if plugged[place.path] else ()
+        for name in sites:
+            norm = _like(nn.BatchNorm2d(place.channels), place.block) if with_norm and place.rule.branch_norm else None
+            tap = Tap(place.block.get_submodule(name), state, norm)
+            tap.training = place.block.training
+            place.block.set_submodule(name, tap)
+            taps.append(tap)
+        place.block.__class__ = attached_class(type(place.block))
+        place.block.dia_link = Link(state, position, position == len(chain) - 1, len(sites))  # type: ignore[assignment]
+    return taps
+
+
+def _place_unit(unit: nn.Module, block: nn.Module, taps: list[Tap]) -> None:
+    """Register the unit in the first block of its chain, and a norm per further tap unless the unit shares its own."""
+    if hasattr(block, "dia"):
+        raise ValueError(f"{type(block).__name__} has an attribute 'dia' already, where the attention module would go.")
+    block.add_module("dia", unit)
+    if isinstance(unit, AttentionUnit) and unit.norm is not None and not unit.share_norm:
+        for tap in taps[1:]:
+            tap.unit_norm = copy.deepcopy(unit.norm)
+
+
+def _like(module: nn.Module, block: nn.Module) -> nn.Module:
+    """Bring a new module to the device, dtype and mode of a block."""
+    module.train(block.training)
+    parameter = next(block.parameters(), None)
+    return module if parameter is None else module.to(parameter.device, parameter.dtype)
+
+
+def _mask(plug: str | Sequence[bool | int] | None, places: list[Place]) -> list[bool]:
+    """Return one truth value per block."""
+    if plug is None:
+        return [True] * len(places)
+    values = [character for character in plug if character not in "|, "] if isinstance(plug, str) else list(plug)
+    wrong = [value for value in values if value not in ("0", "1", 0, 1)]
+    if wrong:
+        raise ValueError(f"plug takes 0 and 1 (or False and True), one per block, got {wrong[0]!r}.")
+    if len(values) != len(places):
+        stages = "+".join(str(len(list(group))) for _, group in groupby(places, key=lambda place: place.stage))
+        raise ValueError(f"plug has {len(values)} entries, but the network has {len(places)} blocks ({stages}).")
+    mask = [bool(int(value)) for value in values]
+    if not any(mask):
+        raise ValueError("plug leaves every block without attention. Do not attach any, or plug at least one block.")
+    return mask
+
+
+def _nothing_to_attach_to(model: nn.Module) -> str:
+    found = sorted({type(module).__name__ for module in model.modules() if any(module.children())})
+    known = ", ".join(sorted(name.removeprefix("dia_lightning.") for name in SITE_RULES))
+    return (
+        f"No residual block is known in {type(model).__name__}, so there is nothing to attach to. "
+        f"It consists of: {', '.join(found) or 'no submodules'}. Known blocks: {known}."
+    )

@@ -1,0 +1,77 @@
+"""Names of the attention modules."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_attention(name: str) -> Callable[[Builder], Builder]:
+    """Register an attention module, or a function that builds one, under a name for ``attach`` and the command line.
+
+    Args:
+        name: what users write, for example ``"se"``.
+
+    Returns:
+        A decorator that returns its argument unchanged. The builder takes ``channels`` first.
+
+    Raises:
+        ValueError: if the name is taken.
+
+    Example:
+        >>> from dia_lightning.attention import SqueezeExcitation, list_attention, register_attention
+        >>> @register_attention("wide-se")
+        ... def wide_se(channels: int) -> SqueezeExcitation:
+        ...     return SqueezeExcitation(channels, reduction=2)
+        >>> "wide-se" in list_attention()
+        True
+    """
+
+    def register(builder: Builder) -> Builder:
+        if name in _BUILDERS:
+            raise ValueError(f"An attention module named {name!r} is already registered: {_BUILDERS[name]!r}.")
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def list_attention() -> list[str]:
+    """Return the names of the registered attention modules.
+
+    Example:
+        >>> list_attention()[:3]
+        ['cbam', 'dia-lstm', 'eca']
+    """
+    return sorted(_BUILDERS)
+
+
+def attention_builder(
+    attention: str | Callable[..., nn.Module], arguments: dict[str, Any]
+) -> Callable[[int], nn.Module]:
+    """Return a function ``channels -> unit``.
+
+    Args:
+        attention: a registered name, or a callable that takes ``channels`` first.
+        arguments: further keyword arguments of the unit.
+
+    Raises:
+        ValueError: if the name is unknown, or the unit takes no such argument.
+    """
+    builder = _BUILDERS.get(attention) if isinstance(attention, str) else attention
+    if builder is None:
+        near = difflib.get_close_matches(str(attention), _BUILDERS, n=3, cutoff=0.3)
+        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"Unknown attention {attention!r}. {hint}Registered: {', '.join(list_attention())}.")
+    try:
+        inspect.signature(builder).bind(1, **arguments)
+    except TypeError as error:
+        accepted = ", ".join(list(inspect.signature(builder).parameters)[1:]) or "none"
+        raise ValueError(f"Attention {attention!r}: {error}. Its arguments are: {accepted}.") from None
+    return lambda channels: builder(channels, **arguments)

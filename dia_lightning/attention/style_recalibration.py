@@ -1,0 +1,48 @@
+"""Style-based recalibration."""
+
+import torch
+from torch import Tensor, nn
+
+from dia_lightning.attention._registry import register_attention
+from dia_lightning.attention._unit import AttentionUnit, reduced
+
+
+@register_attention("srm")
+class StyleRecalibration(AttentionUnit):
+    r"""Channel attention from each channel's mean and standard deviation:
+    :math:`\sigma(\mathrm{BN}(w_c \cdot [\mu_c, \sigma_c]))`, with two weights per channel.
+
+    Args:
+        channels: channels C of the features.
+        share_norm: whether blocks that share the unit also share its batch norm.
+
+    Source:
+        Lee et al., "SRM: A Style-based Recalibration Module", arXiv 1903.10829, equations 1 to 4.
+
+    Example:
+        >>> import torch
+        >>> attention_map, _ = StyleRecalibration(64)(torch.randn(2, 64, 8, 8), None)
+        >>> attention_map.shape
+        torch.Size([2, 64, 1, 1])
+    """
+
+    norm: nn.BatchNorm1d
+
+    def __init__(self, channels: int, share_norm: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(reduced(channels, 1), 2))
+        self.norm = nn.BatchNorm1d(channels)
+        self.share_norm = share_norm
+
+    def output_layers(self) -> list[nn.Module]:
+        """Return the layer before the sigmoid."""
+        return [self.norm]
+
+    def forward(self, features: Tensor, state: None = None, norm: nn.Module | None = None) -> tuple[Tensor, None]:
+        """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""
+        mean = features.mean((2, 3))
+        positions = features.shape[2] * features.shape[3]
+        variance = (features - mean[:, :, None, None]).square().sum((2, 3)) / max(positions - 1, 1)
+        style = torch.stack([mean, (variance + 1e-5).sqrt()], dim=2)  # [B, C, 2]
+        value = (self.norm if norm is None else norm)((style * self.weight).sum(2))  # [B, C]
+        return self.rescale(torch.sigmoid(value)[:, :, None, None], features), None
