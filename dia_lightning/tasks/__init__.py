@@ -1,0 +1,6 @@
+"""Tasks: LightningModules that train a backbone, with or without attention."""
+
+from dia_lightning.tasks.base import DIATask, NonFiniteLossError
+from dia_lightning.tasks.classification import ClassificationTask
+
+__all__ = ["ClassificationTask", "DIATask", "NonFiniteLossError"]

@@ -1,0 +1,90 @@
+"""Weights from a file, without the rest of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def load_weights(network: nn.Module, path: str) -> str:
+    """Load a network's weights from a file and say what was loaded.
+
+    The file may be a checkpoint of this package, a state dict (``.pt``, ``.pth``), or a ``.safetensors`` file.
+    Weights of a plain network go into one with attention, whose unit then keeps its start. A classifier of another
+    number of classes keeps its start too. Anything else that does not fit is an error.
+
+    Args:
+        network: whose weights are replaced, in place.
+        path: the file.
+
+    Returns:
+        One sentence for the log.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is remote or damaged, or holds the weights of another network.
+    """
+    weights = _backbone_weights(_read(path))
+    own = network.state_dict()
+    head = [key for key, value in weights.items() if key in own and own[key].shape != value.shape]
+    head_modules = {key.rpartition(".")[0] for key in head}
+    if len(head_modules) > 1 or (head and not _is_last(network, head_modules)):
+        raise ValueError(f"{path!r} holds another network: {_sizes(head, weights, own)}.")
+    result = network.load_state_dict({key: value for key, value in weights.items() if key not in head}, strict=False)
+    attention = [key for key in result.missing_keys if _belongs_to_attention(key)]
+    missing = sorted(set(result.missing_keys) - set(attention) - set(head))
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{path!r} holds another network: {len(missing)} weights are missing ({_some(missing)}) and "
+            f"{len(result.unexpected_keys)} are too many ({_some(result.unexpected_keys)})."
+        )
+    kept = [*(["the attention"] if attention else []), *(["the classifier"] if head else [])]
+    return f"Weights of {len(weights) - len(head)} tensors from {path}" + (
+        f"; {' and '.join(kept)} kept the start values." if kept else "."
+    )
+
+
+def _read(path: str) -> Any:
+    if "://" in path:
+        raise ValueError(f"Weights are read from local files only, got {path!r}. Download and check it first.")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {path!r} to take weights from.")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        # weights_only is the default, unless an environment variable says otherwise.
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise ValueError(f"Reading {path!r} needs safetensors: pip install safetensors.") from None
+    except Exception as error:
+        raise ValueError(f"{path!r} is damaged or not a weights file ({type(error).__name__}: {error}).") from error
+
+
+def _backbone_weights(content: Any) -> dict[str, Tensor]:
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError("The file holds no state dict: expected tensors by name, or a checkpoint with 'state_dict'.")
+    own = {key.removeprefix("backbone."): value for key, value in content.items() if key.startswith("backbone.")}
+    return own or {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _belongs_to_attention(key: str) -> bool:
+    return any(part in ("dia", "branch_norm", "unit_norm") for part in key.split("."))
+
+
+def _is_last(network: nn.Module, modules: set[str]) -> bool:
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and ".dia" not in name]
+    return bool(linear) and modules == {linear[-1]}
+
+
+def _sizes(keys: list[str], weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    return ", ".join(f"{key} is {tuple(weights[key].shape)} and not {tuple(own[key].shape)}" for key in keys[:3])
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "") if keys else "none"

@@ -1,0 +1,162 @@
+"""What all tasks have in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from dia_lightning.tasks._hyperparameters import check_is_no_mark, primitive
+from dia_lightning.tasks._optimizers import check_optimizer, check_schedule, make_optimizer, make_schedule
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite. Raised before the weights are changed by it."""
+
+
+class DIATask(LightningModule):
+    """Base class of the tasks: optimizer and schedule, hyperparameters that reload, class names in the checkpoint.
+
+    Args:
+        optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores the next four.
+        lr: learning rate, positive.
+        momentum: of SGD, in [0, 1).
+        nesterov: whether SGD uses Nesterov momentum.
+        weight_decay: applied to all parameters, those of the attention included.
+        schedule: ``"step"``, ``"cosine"``, ``"constant"``, or a callable ``optimizer -> LRScheduler``; stepped per
+            epoch.
+        milestones: epochs at which ``"step"`` multiplies the rate by ``gamma``.
+        gamma: factor in (0, 1].
+        warmup_epochs: epochs of linear rise before the schedule.
+
+    Raises:
+        ValueError: if a number is out of its range or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: Literal["sgd", "adamw"] | OptimizerCallable = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 1e-4,
+        schedule: Literal["step", "cosine", "constant"] | LRSchedulerCallable = "constant",
+        milestones: Sequence[int] = (),
+        gamma: float = 0.1,
+        warmup_epochs: int = 0,
+    ) -> None:
+        super().__init__()
+        check_is_no_mark("optimizer", optimizer)
+        check_is_no_mark("schedule", schedule)
+        self.lr = lr  # the learning-rate finder writes here
+        self._optimizer = optimizer
+        self._optimizer_args: dict[str, Any] = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+        }
+        if isinstance(optimizer, str):
+            check_optimizer(optimizer, lr=lr, **self._optimizer_args)
+        check_schedule(schedule, milestones, gamma, warmup_epochs)
+        self._schedule = schedule
+        self._milestones = list(milestones)
+        self._gamma = gamma
+        self._warmup_epochs = warmup_epochs
+        self._data: dict[str, Any] = {}
+        self._last_finite_loss: Tensor | None = None
+
+    # ---- construction
+
+    def remember(self, arguments: Mapping[str, Any]) -> None:
+        """Keep the constructor's arguments as hyperparameters that load with ``weights_only=True``.
+
+        Objects are replaced by a mark, and ``init_from`` is left out: a checkpoint brings its own weights.
+
+        Args:
+            arguments: ``locals()`` at the start of the constructor.
+        """
+        kept = {name: value for name, value in arguments.items() if name not in ("self", "__class__", "init_from")}
+        # The dictionary itself is given, because under LightningCLI the arguments would be read from the parser
+        # instead.
+        self.save_hyperparameters({name: primitive(value) for name, value in kept.items()}, logger=False)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, from the data module or the checkpoint."""
+        return self._data.get("class_names")
+
+    # ---- data
+
+    def setup(self, stage: str) -> None:
+        """Take class names and normalisation from the data module, to keep them in the checkpoint."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        for name in ("class_names", "mean", "std", "image_shape"):
+            value = getattr(datamodule, name, None)
+            if value is not None:
+                self._data[name] = list(value)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to use the network without its data."""
+        checkpoint["dia_data"] = self._data
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read it back, and compare it with the data at hand."""
+        stored = checkpoint.get("dia_data", {})
+        for name, value in stored.items():
+            present = self._data.get(name, value)
+            if present == value:
+                continue
+            message = f"The checkpoint was trained with {name} {_brief(value)}, but the data has {_brief(present)}"
+            if name == "class_names":
+                raise ValueError(f"{message}. Labels would be mixed up: use the data the checkpoint was trained on.")
+            rank_zero_warn(f"{message}. Results will differ from those of training.")
+        self._data = {**stored, **self._data}
+
+    # ---- losses
+
+    def check_loss(self, loss: Tensor, batch_index: int) -> None:
+        """Stop before a loss that is NaN or infinite reaches the weights.
+
+        Raises:
+            NonFiniteLossError: with the batch and the last finite loss.
+        """
+        if torch.isfinite(loss):
+            self._last_finite_loss = loss.detach()
+            return
+        last = "none" if self._last_finite_loss is None else f"{self._last_finite_loss.item():.4g}"
+        raise NonFiniteLossError(
+            f"The loss is {loss.item()} at batch {batch_index} of epoch {self.current_epoch}; the last finite loss was "
+            f"{last}. Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this batch."
+        )
+
+    # ---- optimizers
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule, for Lightning."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if isinstance(self._optimizer, str):
+            optimizer = make_optimizer(self._optimizer, trained, lr=self.lr, **self._optimizer_args)
+        else:
+            optimizer = self._optimizer(trained)
+        if isinstance(self._schedule, str):
+            max_epochs = self.trainer.max_epochs
+            schedule = make_schedule(
+                optimizer,
+                self._schedule,
+                milestones=self._milestones,
+                gamma=self._gamma,
+                warmup_epochs=self._warmup_epochs,
+                max_epochs=max_epochs if max_epochs != -1 else None,
+            )
+        else:
+            schedule = self._schedule(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+
+def _brief(value: list[Any]) -> str:
+    shown = ", ".join(str(item) for item in value[:5])
+    return f"[{shown}, ... {len(value)} in all]" if len(value) > 5 else f"[{shown}]"

@@ -1,0 +1,205 @@
+"""Image classification."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from dia_lightning.tasks._network import build_network
+from dia_lightning.tasks.base import DIATask
+
+
+class ClassificationTask(DIATask):
+    """Trains a classifier, with or without attention.
+
+    Logged: ``train/loss``, ``train/acc``; ``val/`` and ``test/`` followed by ``loss``, ``acc`` (micro top-1, the
+        share of
+    images classified right), ``acc_macro`` (mean over classes) and, above five classes, ``acc5`` (micro top-5).
+
+    Training batches are ``(images [B, C, H, W], labels)`` with labels ``[B]`` or, after mixup, class probabilities
+    ``[B, K]``. Batches of validation and test may carry the position of each image in its data set as a third item,
+    where -1 marks an image that only fills up the batch of a distributed run and is not counted.
+
+    Args:
+        backbone: name of a network (see ``dia-lightning models``), or a network that returns logits ``[B,
+            num_classes]``.
+        num_classes: number of classes K.
+        backbone_args: further arguments of a named backbone, for example ``{"depth": 29}``.
+        attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
+        attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
+        share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
+        plug: which blocks get attention; see :func:`~dia_lightning.attention.attach`.
+        identity: start with maps of exactly 1, for pretrained networks.
+        branch_norm: whether pre-activation branches get a norm before the attention module.
+        label_smoothing: in [0, 1).
+        init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
+        compile: compile the network when it first runs.
+        optimizer: see :class:`DIATask`, like all that follow.
+        lr: learning rate.
+        momentum: of SGD.
+        nesterov: whether SGD uses Nesterov momentum.
+        weight_decay: applied to all parameters.
+        schedule: of the learning rate.
+        milestones: epochs at which ``"step"`` lowers the rate.
+        gamma: factor at each milestone.
+        warmup_epochs: epochs of linear rise.
+
+    Raises:
+        ValueError: if a name is unknown, a number is out of its range, or ``num_classes`` is missing.
+
+    Example:
+        >>> import torch
+        >>> task = ClassificationTask("cifar_resnet", 10, backbone_args={"depth": 11}, attention="dia-lstm")
+        >>> task(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int | None = None,
+        *,
+        backbone_args: dict[str, Any] | None = None,
+        attention: str | Callable[[int], nn.Module] | None = None,
+        attention_args: dict[str, Any] | None = None,
+        share: Literal["stage", "block"] = "stage",
+        plug: str | list[int] | None = None,
+        identity: bool = False,
+        branch_norm: bool | None = None,
+        label_smoothing: float = 0.0,
+        init_from: str | None = None,
+        compile: bool = False,
+        optimizer: Literal["sgd", "adamw"] | OptimizerCallable = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 1e-4,
+        schedule: Literal["step", "cosine", "constant"] | LRSchedulerCallable = "constant",
+        milestones: Sequence[int] = (),
+        gamma: float = 0.1,
+        warmup_epochs: int = 0,
+    ) -> None:
+        arguments = dict(locals())
+        super().__init__(
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            milestones=milestones,
+            gamma=gamma,
+            warmup_epochs=warmup_epochs,
+        )
+        if num_classes is None or num_classes < 2:
+            raise ValueError(
+                f"num_classes must be 2 or more, got {num_classes}. Data modules of this package provide it."
+            )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
+        if backbone_args and not isinstance(backbone, str):
+            raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
+        self.remember(arguments)
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.backbone = build_network(
+            backbone,
+            {"num_classes": num_classes, **(backbone_args or {})},
+            attention,
+            attention_args or {},
+            share=share,
+            plug=plug,
+            identity=identity,
+            branch_norm=branch_norm,
+            init_from=init_from,
+        )
+        if compile:
+            self.backbone.compile()  # in place, which keeps the names of the weights
+        self.train_metrics = MetricCollection({"acc": self._accuracy("micro")}, prefix="train/")
+        self.val_metrics = self._accuracies("val/")
+        self.val_loss = MeanMetric()
+        self.test_metrics = self._accuracies("test/")
+        self.test_loss = MeanMetric()
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits ``[B, num_classes]`` of images ``[B, C, H, W]``."""
+        logits: Tensor = self.backbone(images)
+        return logits
+
+    # ---- metrics
+
+    def _accuracy(self, average: Literal["micro", "macro"], top_k: int = 1) -> Metric:
+        # Validation of arguments would wait for the device at every batch.
+        return MulticlassAccuracy(self.num_classes, average=average, top_k=top_k, validate_args=False)
+
+    def _accuracies(self, prefix: str) -> MetricCollection:
+        metrics: dict[str, Metric | MetricCollection] = {
+            "acc": self._accuracy("micro"),
+            "acc_macro": self._accuracy("macro"),
+        }
+        if self.num_classes > 5:
+            metrics["acc5"] = self._accuracy("micro", top_k=5)
+        return MetricCollection(metrics, prefix=prefix)
+
+    # ---- steps
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        images, labels = batch[:2]
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.check_loss(loss, batch_idx)
+        hard = labels if labels.ndim == 1 else labels.argmax(1)
+        self.train_metrics.update(logits, hard)
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
+        """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
+        outputs = self._evaluate(batch, batch_idx, self.val_loss, [self.val_metrics])
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        self.log_dict(self.val_metrics, prog_bar=True)
+        return outputs
+
+    def on_test_epoch_start(self) -> None:
+        """Start a new confusion matrix."""
+        self.confusion.reset()
+
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
+        """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
+        outputs = self._evaluate(batch, batch_idx, self.test_loss, [self.test_metrics, self.confusion])
+        self.log("test/loss", self.test_loss)
+        self.log_dict(self.test_metrics)
+        return outputs
+
+    def predict_step(self, batch: tuple[Tensor, ...] | Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Return the index ``[B]`` and the class probabilities ``[B, K]`` of images."""
+        images, *rest = (batch,) if isinstance(batch, Tensor) else batch
+        return {"index": _index(images, rest, batch_idx), "probabilities": self(images).float().softmax(1)}
+
+    def _evaluate(
+        self, batch: tuple[Tensor, ...], batch_idx: int, loss: MeanMetric, metrics: list[Metric | MetricCollection]
+    ) -> dict[str, Tensor]:
+        images, labels, *rest = batch
+        index = _index(images, rest, batch_idx)
+        logits = self(images).float()
+        counts = index >= 0
+        if counts.any():  # metrics refuse an empty batch
+            loss.update(F.cross_entropy(logits[counts], labels[counts], reduction="none"))
+            for metric in metrics:
+                metric.update(logits[counts], labels[counts])
+        return {"index": index, "probabilities": logits.softmax(1)}
+
+
+def _index(images: Tensor, rest: list[Tensor], batch_idx: int) -> Tensor:
+    """Return the position of each image in its data set; loaders of other packages do not say it."""
+    if rest:
+        return rest[-1]
+    return torch.arange(len(images), device=images.device) + batch_idx * len(images)

@@ -1,0 +1,28 @@
+"""Two processes on this machine's CPU give the numbers of one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dia_lightning.datamodules import DigitsDataModule
+from tests.tasks.conftest import small_task, small_trainer
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_processes_train_and_measure_what_one_measures(tmp_path: Path) -> None:
+    # 65 images: one process gets 33, the other 32 and one image that only fills up.
+    data = DigitsDataModule(image_size=8, batch_size=16, limit=65)
+    task = small_task()
+    trainer = small_trainer(tmp_path, devices=2, strategy="ddp_spawn", max_epochs=2)
+    trainer.fit(task, data)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4  # two steps per epoch, each on two processes
+    measured = trainer.callback_metrics
+    alone = small_task()
+    (single,) = small_trainer(tmp_path).validate(
+        alone, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
+    )
+    for name in ("val/acc", "val/acc_macro", "val/acc5", "val/loss"):
+        assert measured[name].item() == pytest.approx(single[name], rel=1e-5), name

@@ -1,0 +1,65 @@
+"""Starting from the weights of a file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dia_lightning.models import get_model
+from dia_lightning.tasks._weights import load_weights
+from tests.tasks.conftest import small_task
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    torch.save(get_model("cifar_resnet", depth=11, num_classes=10).state_dict(), tmp_path / "plain.pth")
+    return tmp_path / "plain.pth"
+
+
+def test_plain_weights_go_into_a_network_with_attention(plain: Path) -> None:
+    task = small_task(init_from=str(plain))
+    own = task.backbone.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in torch.load(plain).items())
+
+
+def test_safetensors_and_prefixed_weights_load(plain: Path, tmp_path: Path) -> None:
+    weights = torch.load(plain)
+    save_file(weights, tmp_path / "plain.safetensors")
+    torch.save({"state_dict": {f"backbone.{key}": value for key, value in weights.items()}}, tmp_path / "task.ckpt")
+    torch.save({f"module.{key}": value for key, value in weights.items()}, tmp_path / "parallel.pth")
+    for name in ("plain.safetensors", "task.ckpt", "parallel.pth"):
+        network = get_model("cifar_resnet", depth=11, num_classes=10)
+        load_weights(network, str(tmp_path / name))
+        assert all(torch.equal(network.state_dict()[key], value) for key, value in weights.items()), name
+
+
+def test_a_classifier_of_other_classes_keeps_its_start(plain: Path) -> None:
+    network = get_model("cifar_resnet", depth=11, num_classes=3)
+    before = network.fc.weight.clone()  # type: ignore[operator, union-attr]
+    said = load_weights(network, str(plain))
+    assert "the classifier kept" in said
+    assert torch.equal(network.fc.weight, before)  # type: ignore[arg-type, union-attr]
+    assert torch.equal(network.state_dict()["conv1.weight"], torch.load(plain)["conv1.weight"])
+
+
+def test_weights_of_another_network_are_refused(plain: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds another network: .* weights are missing"):
+        load_weights(get_model("cifar_resnet", depth=20, num_classes=10), str(plain))
+    with pytest.raises(ValueError, match="holds another network"):
+        load_weights(get_model("cifar_wrn", depth=10, widen_factor=4, num_classes=10), str(plain))
+
+
+def test_what_is_no_weights_file_is_named(tmp_path: Path) -> None:
+    network = get_model("cifar_resnet", depth=11, num_classes=10)
+    with pytest.raises(FileNotFoundError, match=r"no file 'nowhere\.pth'"):
+        load_weights(network, "nowhere.pth")
+    with pytest.raises(ValueError, match=r"local files only, got 'https://example\.org/w\.pth'"):
+        load_weights(network, "https://example.org/w.pth")
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match=r"page\.pth' is damaged or not a weights file"):
+        load_weights(network, str(tmp_path / "page.pth"))
+    torch.save(["no", "state"], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_weights(network, str(tmp_path / "list.pth"))
