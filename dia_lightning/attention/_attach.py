@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
 from dia_lightning.attention._chain import AttachedBlock, Chain, Link, Tap, attached_class
 from dia_lightning.attention._registry import attention_builder
-from dia_lightning.attention._sites import SITE_RULES, Place, find_places
+from dia_lightning.attention._site_table import BLOCK_RULES
+from dia_lightning.attention._sites import Branch, Place, all_places, find_places, named_places
 from dia_lightning.attention._unit import AttentionUnit
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,6 +23,8 @@ def attach(
     plug: str | Sequence[bool | int] | None = None,
     identity: bool = False,
     branch_norm: bool | None = None,
+    branches: Sequence[Branch] | None = None,
+    sites: str | Sequence[str] | None = None,
     **attention_args: Any,
 ) -> Model:
     """Attach attention to the residual blocks of a network, in place.
@@ -43,6 +45,10 @@ def attach(
         branch_norm: whether branches that do not end in a norm (pre-activation networks) get a batch norm before the
             unit, as in the authors' code. A plain control arm lacks these norms: compare with ``branch_norm=False``
             where it matters. By default true unless ``identity`` is set.
+        branches: which branches of transformer blocks: ``["attention"]``, ``["mlp"]`` or both. By default both; in
+            U-Nets of diffusers the residual blocks only, unless ``["conv", "attention"]`` asks for both.
+        sites: for networks that are not known: patterns of module paths such as ``"encoder.*.conv2"``, each naming a
+            layer whose output ends a residual branch. The block is the nearest module around it.
         **attention_args: further arguments of the attention module, for example ``reduction=8``.
 
     Returns:
@@ -70,12 +76,10 @@ def attach(
     build = attention_builder(attention, attention_args)
     if any(isinstance(module, AttachedBlock) for module in model.modules()):
         raise ValueError("Attention is attached to this network already. Call detach(model) first.")
-    places = list(find_places(model))
-    if not places:
-        raise ValueError(_nothing_to_attach_to(model))
-    plugged = dict(zip((place.path for place in places), _mask(plug, places), strict=True))
+    stages = _stages(model, branches, sites)
+    plugged = dict(zip((place.path for place in all_places(stages)), _mask(plug, stages), strict=True))
     with_norm = not identity if branch_norm is None else branch_norm
-    for chain in _chains(places, plugged, share):
+    for chain in _chains(stages, plugged, share):
         unit = _new_unit(build, chain[0], identity)
         taps = _insert_taps(chain, plugged, with_norm)
         _place_unit(unit, chain[0].block, taps)
@@ -115,13 +119,28 @@ def detach(model: Model) -> Model:
     return model
 
 
-def _chains(places: list[Place], plugged: dict[str, bool], share: str) -> list[list[Place]]:
+def _stages(
+    model: nn.Module, branches: Sequence[Branch] | None, sites: str | Sequence[str] | None
+) -> list[list[Place]]:
+    if sites is not None:
+        if branches is not None:
+            raise ValueError("branches and sites exclude each other: sites name the ends of branches themselves.")
+        return named_places(model, [sites] if isinstance(sites, str) else sites)
+    for branch in branches or ():
+        if branch not in get_args(Branch):
+            raise ValueError(f"branches takes {', '.join(map(repr, get_args(Branch)))}, got {branch!r}.")
+    stages = find_places(model, BLOCK_RULES, branches)
+    if not stages:
+        raise ValueError(_nothing_to_attach_to(model, branches))
+    return stages
+
+
+def _chains(stages: list[list[Place]], plugged: dict[str, bool], share: str) -> list[list[Place]]:
     """Group blocks that share one unit. A chain begins and ends with a plugged block."""
     if share == "block":
-        return [[place] for place in places if plugged[place.path]]
+        return [[place] for place in all_places(stages) if plugged[place.path]]
     chains = []
-    for _, group in groupby(places, key=lambda place: place.stage):
-        stage = list(group)
+    for stage in stages:
         inside = [index for index, place in enumerate(stage) if plugged[place.path]]
         if inside:
             chains.append(stage[inside[0] : inside[-1] + 1])
@@ -132,7 +151,7 @@ def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -
     unit = build(place.channels)
     if not isinstance(unit, nn.Module):
         raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
-    if place.rule.zero_bias:
+    if place.zero_bias:
         for layer in unit.modules():
             if isinstance(layer, nn.Linear) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -151,12 +170,18 @@ def _insert_taps(chain: list[Place], plugged: dict[str, bool], with_norm: bool) 
     taps = []
     state = Chain()
     for position, place in enumerate(chain):
-        sites = place.rule.sites if plugged[place.path] else ()
-        for name in sites:
-            norm = _like(nn.BatchNorm2d(place.channels), place.block) if with_norm and place.rule.branch_norm else None
-            tap = Tap(place.block.get_submodule(name), state, norm)
+        sites = place.sites if plugged[place.path] else ()
+        for site in sites:
+            norm = _like(nn.BatchNorm2d(place.channels), place.block) if with_norm and place.branch_norm else None
+            tap = Tap(
+                place.block.get_submodule(site.path),
+                state,
+                before=site.before,
+                channels_last=site.channels_last,
+                branch_norm=norm,
+            )
             tap.training = place.block.training
-            place.block.set_submodule(name, tap)
+            place.block.set_submodule(site.path, tap)
             taps.append(tap)
         place.block.__class__ = attached_class(type(place.block))
         place.block.dia_link = Link(state, position, position == len(chain) - 1, len(sites))  # type: ignore[assignment]
@@ -180,27 +205,30 @@ def _like(module: nn.Module, block: nn.Module) -> nn.Module:
     return module if parameter is None else module.to(parameter.device, parameter.dtype)
 
 
-def _mask(plug: str | Sequence[bool | int] | None, places: list[Place]) -> list[bool]:
+def _mask(plug: str | Sequence[bool | int] | None, stages: list[list[Place]]) -> list[bool]:
     """Return one truth value per block."""
+    blocks = sum(len(stage) for stage in stages)
     if plug is None:
-        return [True] * len(places)
+        return [True] * blocks
     values = [character for character in plug if character not in "|, "] if isinstance(plug, str) else list(plug)
     wrong = [value for value in values if value not in ("0", "1", 0, 1)]
     if wrong:
         raise ValueError(f"plug takes 0 and 1 (or False and True), one per block, got {wrong[0]!r}.")
-    if len(values) != len(places):
-        stages = "+".join(str(len(list(group))) for _, group in groupby(places, key=lambda place: place.stage))
-        raise ValueError(f"plug has {len(values)} entries, but the network has {len(places)} blocks ({stages}).")
+    if len(values) != blocks:
+        counts = "+".join(str(len(stage)) for stage in stages)
+        raise ValueError(f"plug has {len(values)} entries, but the network has {blocks} blocks ({counts}).")
     mask = [bool(int(value)) for value in values]
     if not any(mask):
         raise ValueError("plug leaves every block without attention. Do not attach any, or plug at least one block.")
     return mask
 
 
-def _nothing_to_attach_to(model: nn.Module) -> str:
+def _nothing_to_attach_to(model: nn.Module, branches: Sequence[Branch] | None) -> str:
     found = sorted({type(module).__name__ for module in model.modules() if any(module.children())})
-    known = ", ".join(sorted(name.removeprefix("dia_lightning.") for name in SITE_RULES))
+    known = ", ".join(sorted(BLOCK_RULES))
+    chosen = "" if branches is None else f" with branches {list(branches)}"
     return (
-        f"No residual block is known in {type(model).__name__}, so there is nothing to attach to. "
-        f"It consists of: {', '.join(found) or 'no submodules'}. Known blocks: {known}."
+        f"No residual block is known in {type(model).__name__}{chosen}, so there is nothing to attach to. "
+        f"It consists of: {', '.join(found) or 'no submodules'}. Name the ends of its residual branches, as in "
+        f"sites=['encoder.*.conv2']. Known blocks: {known}."
     )

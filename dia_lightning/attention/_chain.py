@@ -81,25 +81,51 @@ class Tap(nn.Module):
     The state dict keeps the keys of the plain network: what the tap holds appears under the site's own name.
 
     Args:
-        site: the submodule whose output ends a residual branch.
+        site: the submodule that ends a residual branch.
         chain: the chain that the tap belongs to.
+        before: whether the site's input is multiplied, and not its output.
+        channels_last: whether channels are the last dimension of the features.
         branch_norm: a norm between the site and the unit, for branches that do not end in one.
     """
 
     unit_norm: nn.Module | None
 
-    def __init__(self, site: nn.Module, chain: Chain, branch_norm: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        site: nn.Module,
+        chain: Chain,
+        *,
+        before: bool = False,
+        channels_last: bool = False,
+        branch_norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.chain = chain
+        self.before = before
+        self.channels_last = channels_last
         self.tapped = site
         self.branch_norm = branch_norm
         self.unit_norm = None
         self.register_load_state_dict_post_hook(_name_as_in_plain_network)  # type: ignore[no-untyped-call]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        features: Tensor = self.tapped(*args, **kwargs)
+    def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.before:
+            return self.tapped(self._recalibrate(features), *args, **kwargs)
+        return self._recalibrate(self.tapped(features, *args, **kwargs))
+
+    def _recalibrate(self, features: Tensor) -> Tensor:
         if self.branch_norm is not None:
             features = self.branch_norm(features)
+        if not self.channels_last:
+            return features * self._attention_map(features)
+        planes = features.movedim(-1, 1)  # [B, ..., C] -> [B, C, ...]
+        if planes.ndim == 4:
+            return features * self._attention_map(planes).movedim(1, -1)
+        attention_map = self._attention_map(planes.unsqueeze(-1))  # tokens are a plane of width one: [B, C, N, 1]
+        return features * attention_map.squeeze(-1).movedim(1, -1)
+
+    def _attention_map(self, features: Tensor) -> Tensor:
+        """Return the map of features [B, C, H, W] from the unit of the running block, and step its state."""
         if not self.chain.frames:
             raise RuntimeError(
                 "A site with attention was called outside of its block, so there is no attention state for it. "
@@ -107,12 +133,12 @@ class Tap(nn.Module):
             )
         frame = self.chain.frames[-1]
         frame.taps += 1
+        attention_map: Tensor
         if self.unit_norm is None:
             attention_map, frame.state = frame.unit(features, frame.state)
         else:
             attention_map, frame.state = frame.unit(features, frame.state, norm=self.unit_norm)
-        recalibrated: Tensor = features * attention_map
-        return recalibrated
+        return attention_map
 
     def state_dict(  # type: ignore[override]  # torch types the three overloads of its own signature only
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False

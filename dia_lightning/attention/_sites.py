@@ -1,79 +1,188 @@
-"""Where attention goes in the blocks of known networks."""
+"""What a site is, and how the sites of a network are found."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 from torch import nn
 
+#: ``"conv"``: the only branch of a convolutional block; ``"attention"`` and ``"mlp"``: those of a transformer block.
+Branch = Literal["conv", "attention", "mlp"]
+
 
 @dataclass(frozen=True)
-class SiteRule:
+class Site:
+    """Where a residual branch of a block ends, just before the addition.
+
+    Args:
+        path: the submodule, from the block.
+        before: whether the submodule's input ends the branch, and not its output.
+        channels_last: whether channels are the last dimension there (``[B, H, W, C]``, ``[B, N, C]``), not the second.
+        branch: which branch of the block ends here.
+        optional: whether the site is left out unless its branch is asked for or the network has no other sites.
+    """
+
+    path: str
+    before: bool = False
+    channels_last: bool = False
+    branch: Branch = "conv"
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class BlockRule:
     """Where the residual branches of a block class end.
 
     Args:
-        sites: submodules whose output ends a residual branch, just before the addition, in the order in which they run.
+        sites: the sites in the order in which they run, or a function from a block to them; none for a block without
+            shortcut.
+        width: submodule that tells the number of channels; by default that of the first site.
         branch_norm: whether the branch ends without a norm, so that attaching adds one. DIANet's authors do this in
             their pre-activation networks (``bn_additional``).
         zero_bias: whether linear layers of the unit start with a zero bias, as they do in the authors' network.
     """
 
-    sites: tuple[str, ...]
+    sites: tuple[Site, ...] | Callable[[Any], tuple[Site, ...]]
+    width: str | None = None
     branch_norm: bool = False
     zero_bias: bool = False
 
 
-#: Qualified name of a block class -> its rule. Names instead of classes, so that nothing is imported for it.
-#: Subclasses follow the rule of their nearest base class.
-SITE_RULES = {
-    "dia_lightning.models.cifar_resnet.BasicBlock": SiteRule(("bn2",)),
-    "dia_lightning.models.cifar_resnet.Bottleneck": SiteRule(("bn3",)),
-    "dia_lightning.models.cifar_preresnet.BasicBlock": SiteRule(("conv2",), branch_norm=True),
-    "dia_lightning.models.cifar_preresnet.Bottleneck": SiteRule(("conv3",), branch_norm=True),
-    "dia_lightning.models.cifar_wrn.BasicBlock": SiteRule(("conv2",), branch_norm=True, zero_bias=True),
-    "dia_lightning.models.cifar_resnext.Bottleneck": SiteRule(("bn3",), zero_bias=True),
-    "torchvision.models.resnet.BasicBlock": SiteRule(("bn2",)),
-    "torchvision.models.resnet.Bottleneck": SiteRule(("bn3",)),
-}
-
-
 @dataclass(frozen=True)
 class Place:
-    """A block that attention can be attached to."""
+    """A block of a network that attention can be attached to."""
 
     path: str  # of the block, from the root of the network
     block: nn.Module
-    rule: SiteRule
+    sites: tuple[Site, ...]
     channels: int
-
-    @property
-    def stage(self) -> tuple[str, int]:
-        """Blocks that follow one another in one container with one width form a stage."""
-        return self.path.rpartition(".")[0], self.channels
+    branch_norm: bool = False
+    zero_bias: bool = False
 
 
-def site_rule(block_class: type) -> SiteRule | None:
-    """Return the rule of a block class or of its nearest known base class."""
+def find_places(model: nn.Module, rules: dict[str, BlockRule], branches: Sequence[Branch] | None) -> list[list[Place]]:
+    """Find the blocks of a network that have a rule, stage by stage.
+
+    Blocks that follow one another in one container with one width form a stage; a block without shortcut ends it.
+
+    Args:
+        model: the network.
+        rules: qualified name of a block class -> its rule. Subclasses follow the rule of their nearest base class.
+        branches: which branches to attach to; by default all that are not optional.
+    """
+    if branches is not None:
+        return _find_places(model, rules, lambda site: site.branch in branches)
+    stages = _find_places(model, rules, lambda site: not site.optional)
+    return stages if stages else _find_places(model, rules, lambda site: True)
+
+
+def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Callable[[Site], bool]) -> list[list[Place]]:
+    stages: list[list[Place]] = []
+    open_stage: tuple[str, int] | None = None
+    inside = ""  # a block whose own rule decided, so that blocks inside it are not looked at
+    for path, module in model.named_modules():
+        rule = _rule(type(module), rules)
+        if rule is None or (inside and path.startswith(inside)):
+            continue
+        sites = rule.sites if isinstance(rule.sites, tuple) else rule.sites(module)
+        chosen = tuple(filter(is_chosen, sites))
+        if not chosen:
+            open_stage = None
+            continue
+        inside = f"{path}." if path else ""
+        channels = width(module.get_submodule(rule.width if rule.width is not None else chosen[0].path))
+        place = Place(path, module, chosen, channels, rule.branch_norm, rule.zero_bias)
+        stage = (path.rpartition(".")[0], channels)
+        if stage != open_stage:
+            stages.append([])
+        stages[-1].append(place)
+        open_stage = stage
+    return stages
+
+
+def named_places(model: nn.Module, patterns: Sequence[str]) -> list[list[Place]]:
+    """Find the sites that a user names by patterns of module paths such as ``"encoder.*.conv2"``.
+
+    The block of a site is the nearest module around it that is no plain container; sites are taken to run in the
+    order in which they are registered. Linear layers and layer norms have channels last, all others second.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or sites of different widths lie in one block.
+    """
+    modules = dict(model.named_modules())
+    found = [path for path in modules if path and any(fnmatchcase(path, pattern) for pattern in patterns)]
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in found):
+            ends = ", ".join(path for path, module in modules.items() if path and _width(module) is not None)
+            raise ValueError(f"sites: {pattern!r} matches no module. Modules that could be sites: {ends or 'none'}.")
+    by_block: dict[str, list[str]] = {}
+    for path in found:
+        by_block.setdefault(_block_around(path, modules), []).append(path)
+    stages: list[list[Place]] = []
+    for block, paths in by_block.items():
+        widths = {path: width(modules[path]) for path in paths}
+        if len(set(widths.values())) > 1:
+            listed = ", ".join(f"{path} ({channels})" for path, channels in widths.items())
+            raise ValueError(f"sites: one block cannot share one unit among different widths: {listed}.")
+        prefix = f"{block}." if block else ""
+        sites = tuple(
+            Site(path.removeprefix(prefix), channels_last=isinstance(modules[path], nn.Linear | nn.LayerNorm))
+            for path in paths
+        )
+        place = Place(block, modules[block], sites, widths[paths[0]])
+        previous = stages[-1][-1] if stages else None
+        if previous is None or _container(previous.path) != _container(block) or previous.channels != place.channels:
+            stages.append([])
+        stages[-1].append(place)
+    return stages
+
+
+def width(module: nn.Module) -> int:
+    """Return the number of channels that a module puts out.
+
+    Raises:
+        ValueError: if the module does not tell.
+    """
+    channels = _width(module)
+    if channels is None:
+        raise ValueError(
+            f"The width of {type(module).__name__} is unknown: it has no num_features, out_channels, out_features or "
+            "normalized_shape. Name the layer before it as the site."
+        )
+    return channels
+
+
+def _width(module: nn.Module) -> int | None:
+    for name in ("num_features", "out_channels", "out_features", "normalized_shape"):
+        value = getattr(module, name, None)
+        if isinstance(value, tuple) and value:
+            value = value[-1]
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _rule(block_class: type, rules: dict[str, BlockRule]) -> BlockRule | None:
     for base in block_class.__mro__:
-        rule = SITE_RULES.get(f"{base.__module__}.{base.__qualname__}")
+        rule = rules.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
             return rule
     return None
 
 
-def find_places(model: nn.Module) -> Iterator[Place]:
-    """Yield the blocks of a network that have a rule, in the order in which they are registered."""
-    for path, module in model.named_modules():
-        rule = site_rule(type(module))
-        if rule is not None:
-            yield Place(path, module, rule, width(module.get_submodule(rule.sites[0])))
+def _container(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
-def width(site: nn.Module) -> int:
-    """Return the number of channels that a site puts out."""
-    for name in ("num_features", "out_channels", "out_features"):
-        value = getattr(site, name, None)
-        if isinstance(value, int):
-            return value
-    raise ValueError(
-        f"The width of {type(site).__name__} is unknown: it has no num_features, out_channels or out_features."
-    )
+def _block_around(path: str, modules: dict[str, nn.Module]) -> str:
+    block = _container(path)
+    while block and isinstance(modules[block], nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        block = _container(block)
+    return block
+
+
+def all_places(stages: Sequence[Sequence[Place]]) -> Iterator[Place]:
+    """Yield the places of all stages in order."""
+    for stage in stages:
+        yield from stage
