@@ -1,0 +1,25 @@
+"""Networks by name: the plain CIFAR families of the DIANet authors, torchvision's and timm's."""
+
+from dia_lightning.models._cifar_network import CifarNetwork
+from dia_lightning.models._dianet_checkpoint import load_dianet_checkpoint
+from dia_lightning.models._registry import get_model, list_models, register_model
+from dia_lightning.models.cifar_preresnet import cifar_preresnet, preresnet164
+from dia_lightning.models.cifar_resnet import cifar_resnet, resnet164
+from dia_lightning.models.cifar_resnext import cifar_resnext, resnext101_8x32
+from dia_lightning.models.cifar_wrn import cifar_wrn, wrn52_4
+
+__all__ = [
+    "CifarNetwork",
+    "cifar_preresnet",
+    "cifar_resnet",
+    "cifar_resnext",
+    "cifar_wrn",
+    "get_model",
+    "list_models",
+    "load_dianet_checkpoint",
+    "preresnet164",
+    "register_model",
+    "resnet164",
+    "resnext101_8x32",
+    "wrn52_4",
+]

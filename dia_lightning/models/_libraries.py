@@ -1,0 +1,121 @@
+"""Classification networks of torchvision and timm, imported when they are asked for."""
+
+import inspect
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Library(Protocol):
+    """Another library's networks."""
+
+    def names(self) -> list[str]:
+        """Sorted names; empty where the library is not installed."""
+
+    def has(self, name: str) -> bool:
+        """Whether `build` knows the name."""
+
+    def build(self, name: str, args: dict[str, Any]) -> nn.Module:
+        """Builds the network."""
+
+
+class Torchvision:
+    """Networks of `torchvision.models`, without weights by default."""
+
+    def names(self) -> list[str]:
+        models = _torchvision_models()
+        return list(models.list_models(module=models))  # without the detection, segmentation and video networks
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def build(self, name: str, args: dict[str, Any]) -> nn.Module:
+        models = _torchvision_models()
+        options = {"weights": None, **args}
+        if name in ("googlenet", "inception_v3"):  # their auxiliary heads turn the output into a tuple in training
+            options.setdefault("aux_logits", False)
+        if options["weights"] is None:
+            return _call(f"torchvision/{name}", models.get_model, name, options)
+
+        num_classes = options.pop("num_classes", None)
+        known = models.get_model_weights(name)
+        if isinstance(options["weights"], str):
+            short = options["weights"].removeprefix(f"{known.__name__}.")
+            if short not in known.__members__:
+                raise ValueError(f"torchvision/{name} has no weights {short!r}, it has: {', '.join(known.__members__)}")
+            options["weights"] = known[short]
+        model = _call(f"torchvision/{name}", models.get_model, name, options)
+        if num_classes is not None and num_classes != len(options["weights"].meta["categories"]):
+            replace_head(model, num_classes)
+        return model
+
+
+class Timm:
+    """Networks of timm, an optional dependency."""
+
+    def names(self) -> list[str]:
+        if find_spec("timm") is None:
+            return []
+        import timm
+
+        return timm.list_models()
+
+    def has(self, name: str) -> bool:
+        if find_spec("timm") is None:
+            raise ImportError(f"timm/{name} needs timm, install it by: pip install 'dia-lightning[timm]'")
+        import timm
+
+        return ":" in name or timm.is_model(name)  # hf-hub:NAME and local-dir:PATH are resolved by timm itself
+
+    def build(self, name: str, args: dict[str, Any]) -> nn.Module:
+        import timm
+
+        return _call(f"timm/{name}", timm.create_model, name, args)
+
+
+def _torchvision_models() -> Any:
+    import dia_lightning._torchvision_guard  # noqa: F401  # first, so that a pair that does not fit is one line
+
+    # isort: split
+    import torchvision
+
+    return torchvision.models
+
+
+LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
+
+
+def replace_head(model: nn.Module, num_classes: int) -> None:
+    """Replaces the classifier, which is the last linear layer or convolution, by a fresh one of the same input."""
+    path, head = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    bias = head.bias is not None
+    fresh = (
+        nn.Linear(head.in_features, num_classes, bias=bias)
+        if isinstance(head, nn.Linear)
+        else nn.Conv2d(head.in_channels, num_classes, kernel_size=1, bias=bias)
+    )
+    model.set_submodule(path, fresh)
+
+
+def _call(full_name: str, build: Callable[..., nn.Module], name: str, args: dict[str, Any]) -> nn.Module:
+    try:
+        return build(name, **args)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        accepted = ", ".join(_options(build, name))
+        raise TypeError(f"{full_name}: {error}; besides its library's own options it takes: {accepted}") from error
+
+
+def _options(build: Callable[..., nn.Module], name: str) -> list[str]:
+    """What a network takes; builders are open for any keyword, so it shows only in the class that they build."""
+    try:
+        with torch.device("meta"):
+            model = build(name)
+    except NotImplementedError:  # some builders compute sizes with tensors
+        model = build(name)
+    parameters = inspect.signature(type(model).__init__).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]

@@ -1,0 +1,128 @@
+"""Networks by name, in the manner of torchvision's registry."""
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dia_lightning.models._libraries import LIBRARIES
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(name: str) -> Callable[[Builder], Builder]:
+    """Puts a function that builds a network into the registry.
+
+    Args:
+        name: Name for `get_model`, without a slash: `torchvision/` and `timm/` are prefixes.
+
+    Returns:
+        A decorator that returns the function unchanged. The function should take keyword arguments with defaults,
+        `num_classes` among them.
+
+    Raises:
+        ValueError: The name is taken, or has a slash.
+
+    Example:
+        >>> @register_model("tiny")
+        ... def tiny(*, num_classes: int = 10) -> nn.Module:
+        ...     pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        ...     return nn.Sequential(pooled, nn.Linear(8, num_classes))
+        >>> get_model("tiny", num_classes=3)[1].out_features
+        3
+    """
+    if "/" in name:
+        raise ValueError(f"model name {name!r} must not have a slash: prefixes are reserved for other libraries")
+
+    def register(builder: Builder) -> Builder:
+        if name in _BUILDERS:
+            raise ValueError(f"a model named {name!r} is already registered, choose another name")
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def get_model(name: str, *, num_classes: int | None = None, **args: Any) -> nn.Module:
+    """Builds a network by name.
+
+    Args:
+        name: A name from `list_models`: one of this package, `torchvision/NAME` or `timm/NAME`.
+        num_classes: Number of classes; without it, the builder's own default (100 for the networks of this package,
+            1000 for the libraries).
+        args: What the builder takes, for example `depth`. Networks of torchvision start without weights unless
+            `weights="DEFAULT"` (or another name of theirs) asks for them, those of timm unless `pretrained=True`; with
+            weights and another `num_classes`, the classifier is replaced by a fresh one.
+
+    Returns:
+        The network, on the CPU and in training mode.
+
+    Raises:
+        ValueError: The name is unknown; the message has the nearest names.
+        TypeError: The builder does not take one of the arguments; the message lists those that it takes.
+        ImportError: The name begins with `timm/` and timm is not installed.
+
+    Example:
+        >>> network = get_model("cifar_resnet", depth=11, num_classes=10)
+        >>> sum(p.numel() for p in network.parameters())
+        127642
+    """
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    prefix, slash, rest = name.partition("/")
+    if slash and prefix in LIBRARIES:
+        library = LIBRARIES[prefix]
+        if not library.has(rest):
+            raise ValueError(_unknown(name))
+        return library.build(rest, args)
+    if name not in _BUILDERS:
+        raise ValueError(_unknown(name))
+    accepted = inspect.signature(_BUILDERS[name]).parameters
+    takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    for argument in args:
+        if argument not in accepted and not takes_anything:
+            raise TypeError(f"{name} does not take {argument!r}, it takes: {', '.join(accepted)}")
+    return _BUILDERS[name](**args)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `get_model` builds: this package's first, then torchvision's, then timm's where timm is installed.
+
+    Args:
+        pattern: Shell-style filter, for example `"cifar_*"` or `"timm/vit_*"`.
+
+    Returns:
+        The sorted names of each library.
+
+    Example:
+        >>> list_models("resn*")
+        ['resnet164', 'resnext101_8x32']
+        >>> "torchvision/resnet18" in list_models("torchvision/resnet*")
+        True
+    """
+    names = sorted(_BUILDERS)
+    start = pattern.split("*")[0].split("?")[0].split("[")[0]
+    for prefix, library in LIBRARIES.items():
+        # a library that the pattern leaves out need not be imported
+        if start.startswith(f"{prefix}/") or f"{prefix}/".startswith(start):
+            names += [f"{prefix}/{name}" for name in library.names()]
+    return fnmatch.filter(names, pattern)
+
+
+def _unknown(name: str) -> str:
+    prefix, slash, rest = name.rpartition("/")
+    if slash and prefix not in LIBRARIES:
+        prefixes = " or ".join(f"{library}/NAME" for library in LIBRARIES)
+        return f"unknown model {name!r}: other libraries are reached by {prefixes}"
+    # a bare name may be meant for torchvision, whose own registry has no prefix
+    library = prefix or "torchvision"
+    known = {other: f"{library}/{other}" for other in LIBRARIES[library].names()}
+    if not slash:
+        known |= {other: other for other in _BUILDERS}
+    near = [known[match] for match in get_close_matches(rest, known)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has all names"
+    return f"unknown model {name!r}: {hint}"
