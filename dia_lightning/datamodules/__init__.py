@@ -1,0 +1,22 @@
+"""Data modules with one API. They know where pixels come from; everything else is in the base class."""
+
+from dia_lightning.datamodules.base import DIADataModule
+from dia_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
+from dia_lightning.datamodules.digits import DigitsDataModule
+from dia_lightning.datamodules.fashion_mnist import FashionMNISTDataModule
+from dia_lightning.datamodules.image_folder import ImageFolderDataModule
+from dia_lightning.datamodules.sources import ArraySource, FileSource, Source
+from dia_lightning.datamodules.stl10 import STL10DataModule
+
+__all__ = [
+    "ArraySource",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DIADataModule",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "FileSource",
+    "ImageFolderDataModule",
+    "STL10DataModule",
+    "Source",
+]

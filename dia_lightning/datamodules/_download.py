@@ -1,0 +1,91 @@
+"""Fetching data sets: archives with a checksum, from a list of places."""
+
+import http.client
+import os
+import shutil
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+from torchvision.datasets.utils import check_integrity, extract_archive
+
+_TIMEOUT = 30  # seconds without a byte, after which the next place is tried
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that a data set is delivered in.
+
+    Args:
+        filename: Name under which it is kept in the data folder.
+        md5: Checksum; a file that does not have it is never used, so any mirror will do.
+        urls: Where to get it, tried in this order.
+        env: Environment variable with a URL to try before those; one that ends with ``/`` is a folder of archives.
+    """
+
+    filename: str
+    md5: str
+    urls: tuple[str, ...]
+    env: str
+
+    def candidates(self) -> list[str]:
+        """Return every URL to try, the user's own first."""
+        own = os.environ.get(self.env)
+        if not own:
+            return list(self.urls)
+        return [own + self.filename if own.endswith("/") else own, *self.urls]
+
+    def missing(self, folder: Path, reason: str) -> FileNotFoundError:
+        """Return the error for a data set that is not there: one line with all that is needed to put it there."""
+        return FileNotFoundError(
+            f"{self.filename} is not whole and unpacked in {folder} ({reason}); put a copy there (md5 {self.md5}, from "
+            f"{self.urls[-1]}), or allow download=True, or set ${self.env} to a URL that has it (file:// works too)"
+        )
+
+
+def intact(folder: Path, files: Iterable[tuple[str, str]]) -> bool:
+    """Tell whether all files, given as (name, md5), are in a folder and undamaged."""
+    return all(check_integrity(folder / name, md5) for name, md5 in files)
+
+
+def obtain(archive: Archive, folder: Path, *, download: bool) -> None:
+    """Unpack an archive into the folder it lies in, after fetching it if it is not there.
+
+    Raises:
+        FileNotFoundError: It is not there and cannot or must not be fetched.
+    """
+    path = folder / archive.filename
+    if not check_integrity(path, archive.md5):
+        if not download:
+            raise archive.missing(folder, "download=False")
+        _fetch(archive, path)
+    extract_archive(os.fspath(path), os.fspath(folder))
+
+
+def _fetch(archive: Archive, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    failures = []
+    try:
+        for url in archive.candidates():
+            rank_zero_info(f"downloading {url} to {path.parent}")
+            try:
+                _save(url, part)
+            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a URL
+                failures.append(f"{url}: {error}")
+                continue
+            if check_integrity(part, archive.md5):
+                os.replace(part, path)
+                return
+            failures.append(f"{url}: wrong md5")
+    finally:
+        part.unlink(missing_ok=True)
+    raise archive.missing(path.parent, "; ".join(failures))
+
+
+def _save(url: str, path: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "dia-lightning"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, open(path, "wb") as file:
+        shutil.copyfileobj(response, file, 1 << 20)

@@ -1,0 +1,42 @@
+"""How loaders run on this machine: processes, workers, memory."""
+
+import os
+import warnings
+
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
+
+WORKER_TIMEOUT = 300  # seconds; a hanging worker would otherwise be waited for without end
+
+
+def replicas(trainer: Trainer | None) -> tuple[int, int]:
+    """Return the number of processes that share the data, and which of them this is."""
+    if trainer is not None:
+        return trainer.world_size, trainer.global_rank
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
+
+
+def automatic_workers(trainer: Trainer | None) -> int:
+    """Return up to 4 loader processes, fewer if the processes of a run would have to share CPUs."""
+    local = trainer.num_devices if trainer is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(4, _cpu_count() // local)
+
+
+def silence_worker_advice() -> None:
+    """Turn off Lightning's advice to use more workers, and nothing else: for tiny sets it is wrong."""
+    warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers", PossibleUserWarning)
+
+
+def runs_on_cuda(trainer: Trainer | None) -> bool:
+    """Tell whether batches go to a CUDA device; page-locked memory helps no other."""
+    if trainer is not None:
+        return trainer.strategy.root_device.type == "cuda"
+    return torch.cuda.is_available()
+
+
+def _cpu_count() -> int:
+    # A container or a cluster job may use fewer CPUs than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

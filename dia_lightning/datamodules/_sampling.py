@@ -1,0 +1,120 @@
+"""Which samples are seen: seeded splits, datasets that carry the index, and padding for distributed evaluation."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torchvision.transforms import v2
+
+from dia_lightning.datamodules.sources import Source
+
+Positions = npt.NDArray[np.int64]
+Role = Literal["train", "eval", "predict"]
+
+
+def _shuffled_by_class(labels: Positions, seed: int) -> list[Positions]:
+    # RandomState's stream is frozen by NumPy's compatibility promise, so a split stays the same for ever.
+    random = np.random.RandomState(seed)
+    return [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+
+
+def stratified_split(labels: Positions, count: int, seed: int) -> tuple[Positions, Positions]:
+    """Draw ``count`` positions with the class proportions of ``labels``.
+
+    Returns:
+        The rest and the drawn positions, both sorted. They are disjoint and together complete.
+    """
+    groups = _shuffled_by_class(labels, seed)
+    shares = np.array([len(group) for group in groups]) * (count / len(labels))
+    counts = np.floor(shares).astype(np.int64)
+    by_remainder = np.argsort(counts - shares, kind="stable")
+    counts[by_remainder[: count - counts.sum()]] += 1
+    drawn = np.sort(np.concatenate([group[:n] for group, n in zip(groups, counts, strict=True)]))
+    return np.setdiff1d(np.arange(len(labels)), drawn), drawn
+
+
+def balanced_subset(labels: Positions, count: int, seed: int) -> Positions:
+    """Choose up to ``count`` positions, one of each class in turn; a larger count contains the smaller ones."""
+    groups = _shuffled_by_class(labels, seed)
+    turns = np.concatenate([np.arange(len(group)) for group in groups])
+    return np.sort(np.concatenate(groups)[np.argsort(turns, kind="stable")[:count]])
+
+
+class Samples(Dataset[tuple[Any, ...]]):
+    """One split, ready for a loader.
+
+    A sample is ``(image, label)`` for the role ``"train"``, ``(image, label, index)`` for ``"eval"`` and
+    ``(image, index)`` for ``"predict"``. Index -1 is the last sample, marked as padding.
+    """
+
+    def __init__(self, source: Source, positions: Positions, *, transform: v2.Transform, role: Role) -> None:
+        self._source = source
+        self._positions = positions
+        self._transform = transform
+        self._role = role
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        position = self._positions[index]
+        try:
+            image = self._transform(self._source.image(position))
+        except Exception as error:
+            raise RuntimeError(f"sample {index} ({self._source.name(position)}) cannot be loaded: {error}") from error
+        label = int(self._source.labels[position])
+        if self._role == "train":
+            return image, label
+        return (image, label, index) if self._role == "eval" else (image, index)
+
+    @property
+    def labels(self) -> Positions:
+        """Class index of every sample ``[N]``."""
+        return self._source.labels[self._positions]
+
+    def name(self, index: int) -> str:
+        """Return the path of a sample, or ``"split/position"``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is not in [0, {len(self)}); -1 marks a padding sample, which has no name")
+        return self._source.name(self._positions[index])
+
+
+class PaddedSampler(DistributedSampler[Any]):
+    """Give every rank the same number of samples; those that only fill up are index -1.
+
+    It is a ``DistributedSampler`` so that Lightning leaves it in place: Lightning's own repeats real samples, which
+    are then counted twice.
+    """
+
+    def __init__(self, dataset: Samples, *, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self._length = len(dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self.rank, self.total_size, self.num_replicas):
+            yield index if index < self._length else -1
+
+
+class MixingCollate:
+    """Stack a training batch and mix it: mixup, cutmix, or one of both by chance.
+
+    Args:
+        mixup: Alpha of mixup's Beta distribution; 0 turns it off.
+        cutmix: Alpha of cutmix's Beta distribution; 0 turns it off.
+        num_classes: Length of the soft labels.
+    """
+
+    def __init__(self, *, mixup: float, cutmix: float, num_classes: int) -> None:
+        mixes: list[v2.Transform] = []
+        if mixup > 0:
+            mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix > 0:
+            mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        self._mix = v2.RandomChoice(mixes)
+
+    def __call__(self, samples: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
+        images, labels = self._mix(*default_collate(list(samples)))
+        return images, labels

@@ -1,0 +1,43 @@
+"""From an image to a normalised tensor, with the amount of augmentation that was asked for."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torchvision.transforms import v2
+
+Augment = Literal["none", "basic", "auto", "strong"]
+
+
+def build_transform(
+    augment: Augment,
+    *,
+    resize: Sequence[v2.Transform],
+    basic: Sequence[v2.Transform],
+    policy: v2.AutoAugmentPolicy,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> v2.Transform:
+    """Chain the steps of one augmentation level.
+
+    Args:
+        augment: ``"none"`` uses ``resize``; the others start with ``basic``. ``"auto"`` adds AutoAugment, ``"strong"``
+            adds RandAugment and, on the tensor, RandomErasing of a quarter of the images.
+        resize: Steps that bring any image to the network's size without chance.
+        basic: The standard training recipe of the data set, from image to image of the network's size.
+        policy: Which AutoAugment policy.
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel, of pixels in [0, 1].
+
+    Returns:
+        A transform from a PIL image to float32 ``[C, H, W]``.
+    """
+    steps = list(resize if augment == "none" else basic)
+    if augment == "auto":
+        steps.append(v2.AutoAugment(policy))
+    if augment == "strong":
+        steps.append(v2.RandAugment())
+    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    if augment == "strong":
+        steps.append(v2.RandomErasing(p=0.25))
+    return v2.Compose(steps)

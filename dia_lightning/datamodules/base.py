@@ -1,0 +1,359 @@
+"""The one data API: what every data module of this package takes, offers and hands to the trainer."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from dia_lightning.datamodules._download import Archive, obtain
+from dia_lightning.datamodules._images import list_images
+from dia_lightning.datamodules._loading import (
+    WORKER_TIMEOUT,
+    automatic_workers,
+    replicas,
+    runs_on_cuda,
+    silence_worker_advice,
+)
+from dia_lightning.datamodules._sampling import (
+    MixingCollate,
+    PaddedSampler,
+    Positions,
+    Role,
+    Samples,
+    balanced_subset,
+    stratified_split,
+)
+from dia_lightning.datamodules._transforms import Augment, build_transform
+from dia_lightning.datamodules.sources import FileSource, Source
+
+Split = Literal["train", "val", "test"]
+_Loaded = Literal["train", "val", "test", "predict"]
+
+_STAGES: dict[str | None, tuple[_Loaded, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+    None: ("train", "val", "test", "predict"),
+}
+_ROLES: dict[_Loaded, Role] = {"train": "train", "val": "eval", "test": "eval", "predict": "predict"}
+
+
+class DIADataModule(LightningDataModule, ABC):
+    """Base of all data modules: options, splits, transforms and loaders; a subclass only says where pixels come from.
+
+    Training batches are ``(images [B, C, H, W] float32, labels [B] int64)``, the labels soft ``[B, K]`` float32 under
+    mixup or cutmix; validation and test batches ``(images, labels, index [B] int64)``; prediction batches
+    ``(images, index)``. ``index`` is the position in the split, or -1 for a sample that only fills up the last batches
+    of a distributed run and must not be counted.
+
+    A subclass sets ``mean``, ``std`` and ``image_shape`` (C, H, W), and implements :attr:`class_names`,
+    :meth:`load_split` and :meth:`basic_augmentation`; if it can be downloaded also :meth:`archives` and
+    :meth:`is_complete`.
+
+    Args:
+        root: Folder of the data. None means ``$DIA_DATA``, and without that ``~/.cache/dia_lightning``.
+        batch_size: Training samples per step and process.
+        eval_batch_size: Samples per validation, test and prediction step and process. None means ``batch_size``.
+        num_workers: Loader processes per loader. None means up to 4, as far as the CPUs go round; 0 for tiny sets.
+        pin_memory: Copy batches to page-locked memory. None means if a CUDA device is used.
+        val_split: Part of the training set to validate on: a number of samples, or a fraction below 1. It is drawn per
+            class. 0 validates on the test set if the data set has no validation part of its own.
+        split_seed: Seed of every choice of samples (``val_split``, ``limit``).
+        augment: ``none``: images as they are. ``basic``: the standard recipe of the data set. ``auto``: basic, then
+            torchvision's AutoAugment policy that fits best. ``strong``: basic, then RandAugment and RandomErasing.
+        mixup: Alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
+        cutmix: Alpha of cutmix, 0 or more; 0 turns it off.
+        drop_last: Leave out the last, smaller training batch. Evaluation always sees every sample.
+        limit: Use only that many samples of every split, chosen evenly over the classes. For smoke runs.
+        download: Fetch the data if it is not in ``root``. Without it nothing ever connects to the network.
+        predict_folder: Predict the images in this folder and the folders in it, instead of the test set.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_shape: tuple[int, int, int]
+    policy: ClassVar[v2.AutoAugmentPolicy] = v2.AutoAugmentPolicy.IMAGENET
+    needs_no_workers: ClassVar[bool] = False  # so small that loader processes cost more than they give
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        pin_memory: bool | None = None,
+        val_split: int | float = 0,
+        split_seed: int = 42,
+        augment: Augment = "basic",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        drop_last: bool = True,
+        limit: int | None = None,
+        download: bool = True,
+        predict_folder: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        _check_at_least("batch_size", batch_size, 1)
+        _check_at_least("eval_batch_size", eval_batch_size, 1)
+        _check_at_least("num_workers", num_workers, 0)
+        _check_at_least("limit", limit, 1)
+        _check_at_least("mixup", mixup, 0)
+        _check_at_least("cutmix", cutmix, 0)
+        _check_at_least("val_split", val_split, 0)
+        if val_split > 1 and val_split != int(val_split):
+            raise ValueError(f"val_split={val_split} is neither a fraction below 1 nor a whole number of samples")
+        if augment not in get_args(Augment):
+            raise ValueError(f"augment={augment!r} is unknown; choose one of {', '.join(get_args(Augment))}")
+        self.root = Path(root if root is not None else _default_root()).expanduser()
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.val_split = val_split
+        self.split_seed = split_seed
+        self.augment = augment
+        self.mixup = mixup
+        self.cutmix = cutmix
+        self.drop_last = drop_last
+        self.limit = limit
+        self.download = download
+        self.predict_folder = predict_folder
+        self._sources: dict[Split, Source | None] = {}
+        self._samples: dict[_Loaded, Samples] = {}
+
+    # What a data set says about itself
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the labels."""
+
+    @abstractmethod
+    def load_split(self, split: Split) -> Source | None:
+        """Open one split; None for ``"val"`` says that the data set has no validation part of its own."""
+
+    @abstractmethod
+    def basic_augmentation(self) -> Sequence[v2.Transform]:
+        """Return the standard training recipe: from a PIL image to one of the size of ``image_shape``."""
+
+    def resizing(self) -> Sequence[v2.Transform]:
+        """Return the steps that bring any PIL image to the size of ``image_shape`` for evaluation."""
+        size = self.image_shape[1:]
+        return [v2.Resize(min(size)), v2.CenterCrop(size)]
+
+    def archives(self) -> Sequence[Archive]:
+        """Return what has to be fetched; empty if nothing can be."""
+        return ()
+
+    @property
+    def archive_folder(self) -> Path:
+        """Folder that the archives are kept and unpacked in."""
+        return self.root
+
+    def is_complete(self) -> bool:
+        """Tell whether the unpacked files are all there and undamaged."""
+        return True
+
+    # What everybody may ask
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo the normalisation.
+
+        Args:
+            images: ``[..., C, H, W]`` as in a batch.
+
+        Returns:
+            Pixels in [0, 1], same shape.
+        """
+        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
+        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+
+    def sample_name(self, index: int) -> str:
+        """Return the file of a sample of the prediction set, or ``"split/position"`` where there are no files."""
+        return self._dataset("predict").name(index)
+
+    # Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Fetch and unpack what is missing; connects to nothing if all is there."""
+        if self.is_complete():
+            return
+        for archive in self.archives():
+            obtain(archive, self.archive_folder, download=self.download)
+        if not self.is_complete():
+            raise self._missing_data("the unpacked files are damaged")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits of a stage (``fit``, ``validate``, ``test``, ``predict``, None for all), each only once."""
+        if stage not in _STAGES:
+            raise ValueError(f"stage={stage!r} is unknown; choose fit, validate, test, predict or None")
+        for name in _STAGES[stage]:
+            self._dataset(name)
+        if "train" in _STAGES[stage]:
+            self._check_train_size()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return shuffled training batches."""
+        self._check_train_size()
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return validation batches in order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return test batches in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return batches of the folder to predict, or of the test set, in order."""
+        return self._loader("predict")
+
+    # How it is done
+
+    def _loader(self, name: _Loaded) -> DataLoader[Any]:
+        dataset, train = self._dataset(name), name == "train"
+        size = self.hparams["batch_size"]  # read here, because the batch size finder changes it
+        if not train and self.eval_batch_size is not None:
+            size = self.eval_batch_size
+        workers = self._worker_count()
+        return DataLoader(
+            dataset,
+            batch_size=size,
+            shuffle=train,
+            sampler=None if train else self._padded_sampler(dataset),
+            num_workers=workers,
+            collate_fn=self._mixing() if train else None,
+            pin_memory=runs_on_cuda(self.trainer) if self.pin_memory is None else self.pin_memory,
+            drop_last=train and self.drop_last,
+            timeout=WORKER_TIMEOUT if workers > 0 else 0,
+            persistent_workers=workers > 0,
+        )
+
+    def _mixing(self) -> MixingCollate | None:
+        if self.mixup == 0 and self.cutmix == 0:
+            return None
+        return MixingCollate(mixup=self.mixup, cutmix=self.cutmix, num_classes=self.num_classes)
+
+    def _padded_sampler(self, dataset: Samples) -> PaddedSampler | None:
+        count, rank = replicas(self.trainer)
+        return PaddedSampler(dataset, num_replicas=count, rank=rank) if count > 1 else None
+
+    def _worker_count(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        if self.needs_no_workers:
+            silence_worker_advice()
+            return 0
+        return automatic_workers(self.trainer)
+
+    def _check_train_size(self) -> None:
+        samples, batch_size = len(self._dataset("train")), self.hparams["batch_size"]
+        per_process = -(-samples // replicas(self.trainer)[0])
+        if self.drop_last and per_process < batch_size:
+            raise ValueError(
+                f"{samples} training samples ({per_process} per process) are fewer than batch_size={batch_size}, so "
+                "drop_last=True leaves no step to train; lower batch_size, raise limit, or set drop_last=False"
+            )
+
+    def _dataset(self, name: _Loaded) -> Samples:
+        if name not in self._samples:
+            source, positions = self._select(name)
+            if self.limit is not None:
+                positions = positions[balanced_subset(source.labels[positions], self.limit, self.split_seed)]
+            transform = build_transform(
+                self.augment if name == "train" else "none",
+                resize=self.resizing(),
+                basic=self.basic_augmentation(),
+                policy=self.policy,
+                mean=self.mean,
+                std=self.std,
+            )
+            self._samples[name] = Samples(source, positions, transform=transform, role=_ROLES[name])
+        return self._samples[name]
+
+    def _select(self, name: _Loaded) -> tuple[Source, Positions]:
+        if name == "predict" and self.predict_folder is not None:
+            return _all(_images_in(Path(self.predict_folder).expanduser(), channels=self.image_shape[0]))
+        if name in ("test", "predict"):
+            return _all(self._source("test"))
+        if name == "val" and (own := self._optional_source("val")) is not None:
+            return _all(own)
+        if name == "val" and self.val_split == 0:
+            return _all(self._test_as_val())
+        train = self._source("train")
+        if self.val_split == 0 or self._optional_source("val") is not None:
+            return _all(train)
+        rest, drawn = stratified_split(train.labels, self._val_count(len(train.labels)), self.split_seed)
+        return train, rest if name == "train" else drawn
+
+    def _val_count(self, total: int) -> int:
+        count = round(total * self.val_split) if self.val_split < 1 else int(self.val_split)
+        if not 0 < count < total:
+            raise ValueError(
+                f"val_split={self.val_split} takes {count} of {total} training samples; it must take at least 1 and "
+                "leave at least 1"
+            )
+        return count
+
+    def _test_as_val(self) -> Source:
+        test = self._source("test")
+        rank_zero_warn(
+            "val_split=0: validating on the test set (the paper's setting), so the best epoch is chosen by test "
+            "accuracy; set val_split=0.1, say, to keep the test set unseen"
+        )
+        return test
+
+    def _source(self, split: Split) -> Source:
+        source = self._optional_source(split)
+        if source is None:
+            raise FileNotFoundError(f"{type(self).__name__} has no {split} split in {self.root}")
+        return source
+
+    def _optional_source(self, split: Split) -> Source | None:
+        if split not in self._sources:
+            self._sources[split] = self.load_split(split)
+        return self._sources[split]
+
+    def _missing_data(self, reason: str) -> FileNotFoundError:
+        return self.archives()[0].missing(self.archive_folder, reason)
+
+
+def _all(source: Source) -> tuple[Source, Positions]:
+    return source, np.arange(len(source.labels))
+
+
+def _images_in(folder: Path, *, channels: int) -> Source:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"predict_folder={folder} is not a folder")
+    paths = list_images(folder)
+    if not paths:
+        raise FileNotFoundError(f"predict_folder={folder} has no image in it or below it")
+    return FileSource(paths, channels=channels)
+
+
+def _default_root() -> str:
+    return os.environ.get("DIA_DATA") or "~/.cache/dia_lightning"
+
+
+def _check_at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and not least <= value < float("inf"):
+        raise ValueError(f"{name}={value} must be {least} or more")

@@ -1,0 +1,74 @@
+"""Handwritten digits that come with scikit-learn: real data without a download."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.transforms import v2
+
+from dia_lightning.datamodules._sampling import stratified_split
+from dia_lightning.datamodules.base import DIADataModule, Split
+from dia_lightning.datamodules.sources import ArraySource, Source
+
+_TEST_SAMPLES = 250
+_TEST_SEED = 42  # fixed, unlike split_seed: the test set is the same in every run
+
+
+class DigitsDataModule(DIADataModule):
+    """The 1,797 digits of the UCI "optical recognition of handwritten digits" test set, 8x8 grey, made larger.
+
+    With the default ``val_split`` 1,297 are for training, 250 for validation and 250 for testing. The basic recipe is
+    small shifts and rotations, without flips.
+
+    Args:
+        image_size: Height and width in pixels that the digits are enlarged to, 8 or more.
+        channels: 1 for grey, 3 for networks that expect RGB.
+        val_split: Samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
+            test set.
+        **common: See :class:`DIADataModule`.
+
+    Example:
+        >>> data = DigitsDataModule(batch_size=16)
+        >>> data.setup("fit")
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, data.num_classes
+        (torch.Size([16, 3, 32, 32]), 10)
+
+    Source: https://doi.org/10.24432/C50P49
+    """
+
+    policy = v2.AutoAugmentPolicy.SVHN
+    needs_no_workers = True
+
+    def __init__(self, *, image_size: int = 32, channels: int = 3, val_split: int | float = 250, **common: Any) -> None:
+        super().__init__(val_split=val_split, **common)
+        if image_size < 8:
+            raise ValueError(f"image_size={image_size} must be 8 or more, the size of the digits")
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels} must be 1 (grey) or 3 (RGB)")
+        self.image_shape = (channels, image_size, image_size)
+        self.mean = (0.3055,) * channels
+        self.std = (0.3235,) * channels
+
+    @property
+    def class_names(self) -> list[str]:
+        """The digits."""
+        return [str(digit) for digit in range(10)]
+
+    def load_split(self, split: Split) -> Source | None:
+        """Enlarge the digits of a split; there is no validation part."""
+        if split == "val":
+            return None
+        digits = load_digits()
+        train, test = stratified_split(digits.target, _TEST_SAMPLES, _TEST_SEED)
+        chosen = test if split == "test" else train
+        grey = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 0..16 in the data set
+        size = self.image_shape[1:]
+        images = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BILINEAR)) for x in grey])
+        return ArraySource(images, digits.target[chosen], split=split, channels=self.image_shape[0])
+
+    def basic_augmentation(self) -> Sequence[v2.Transform]:
+        """Rotate by up to 10 degrees and shift by up to a sixteenth."""
+        return [v2.RandomAffine(10, translate=(1 / 16, 1 / 16), interpolation=v2.InterpolationMode.BILINEAR)]
