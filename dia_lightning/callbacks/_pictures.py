@@ -1,0 +1,92 @@
+"""The one way by which every picture of the package reaches the loggers and the disk."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dia_lightning.callbacks._run_folder import run_folder
+
+
+def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | None) -> Path | None:
+    """Write a picture to the run folder and send it to every logger that takes pictures.
+
+    The file is `<run folder>/pictures/<name>/step=<global step>.png`, whatever loggers there are. Loggers with a
+    `log_image` method (Weights & Biases) and loggers whose experiment has `add_image` (TensorBoard) get it too.
+    A full disk or a lost logger gives a warning, because no picture is worth a training run.
+
+    Call it on every rank, because the ranks agree on the run folder; only rank zero's picture is used.
+
+    Args:
+        trainer: The running trainer.
+        name: Tag of the picture, words divided by `/`, for example `val/predictions`.
+        picture: An image, or a figure that was made without pyplot; None (on rank zero) writes nothing.
+
+    Returns:
+        The path of the file on rank zero; None on other ranks and when nothing was written.
+
+    Raises:
+        ValueError: If `name` is not made of letters, digits, `_`, `-` and single `/`.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning.pytorch import Trainer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = Trainer(logger=False, default_root_dir=folder, accelerator="cpu", enable_progress_bar=False)
+        ...     path = log_picture(trainer, "val/black", Image.new("RGB", (8, 8)))
+        ...     str(path.relative_to(folder))
+        'pictures/val/black/step=000000.png'
+    """
+    if re.fullmatch(r"[\w-]+(/[\w-]+)*", name) is None:
+        raise ValueError(
+            f"picture name {name!r} is not usable, use words divided by '/', for example 'val/predictions'"
+        )
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero or picture is None:
+        return None
+    image = _render(picture) if isinstance(picture, Figure) else picture.convert("RGB")
+    step = trainer.global_step
+    path = folder / "pictures" / name / f"step={step:06d}.png"
+    written = True
+    try:
+        _write_png(image, path)
+    except OSError as error:
+        rank_zero_warn(f"Picture {name} was not written: {error}")
+        written = False
+    for logger in trainer.loggers:
+        try:
+            _send(logger, name, image, step)
+        except OSError as error:
+            rank_zero_warn(f"Picture {name} did not reach {type(logger).__name__}: {error}")
+    return path if written else None
+
+
+def _render(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
+
+
+def _write_png(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        image.save(unfinished, format="PNG")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _send(logger: Logger, name: str, image: Image.Image, step: int) -> None:
+    if hasattr(logger, "log_image"):
+        # Lightning turns this step into the key "trainer/global_step"; W&B's own step would drop late pictures
+        logger.log_image(key=name, images=[image], step=step)
+    elif hasattr(logger, "experiment") and hasattr(logger.experiment, "add_image"):
+        logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")

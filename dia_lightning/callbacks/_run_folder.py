@@ -1,0 +1,34 @@
+"""Where the files of one run belong."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder of this run. Call it on every rank: the ranks agree on rank zero's answer.
+
+    It is the log folder of the first logger (`.../version_3`), the folder that Lightning's `ModelCheckpoint` uses when
+    that logger keeps no folder per run (`<save_dir>/<project>/<run id>` for Weights & Biases), or the trainer's
+    `default_root_dir` without a logger.
+
+    Args:
+        trainer: The trainer, in or after `setup`.
+
+    Returns:
+        The folder, which may not exist yet.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(logger=False, default_root_dir="runs", accelerator="cpu", enable_progress_bar=False)
+        >>> run_folder(trainer).name
+        'runs'
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    first = trainer.logger
+    if first is not None and not isinstance(first, (CSVLogger, TensorBoardLogger)) and first.name and first.version:
+        # save_dir of such loggers is shared by all runs; a second run would overwrite the files of the first
+        version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+        folder = folder / first.name / version
+    return Path(trainer.strategy.broadcast(str(folder)))

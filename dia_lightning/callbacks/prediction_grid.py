@@ -1,0 +1,178 @@
+"""A picture of what the classifier says about some images."""
+
+import heapq
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from dia_lightning.callbacks._class_names import class_names
+from dia_lightning.callbacks._draw_grid import Prediction, draw_grid
+from dia_lightning.callbacks._pictures import log_picture
+from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
+
+
+class PredictionGrid(Callback):
+    """Draw images with their true class, the predicted class and its probability.
+
+    In validation the images are spread evenly over the set and are the same each time, so that the pictures of a run
+    can be compared. In test up to half of them are the most confident mistakes. The picture is named
+    `val/predictions` or `test/predictions`. In a distributed run it shows samples of rank zero.
+
+    The task's steps must return `{"index": [B], "probabilities": [B, K]}`, and batches begin with images and labels.
+    Images are shown through the datamodule's `denormalize` where it has one, else each is stretched to [0, 1].
+
+    Args:
+        num_images: Number of images in the picture, 1 to 100.
+        every_n_epochs: Draw after every n-th training epoch only.
+
+    Raises:
+        ValueError: If an argument is out of range, or a step returns something else.
+
+    Example:
+        >>> grid = PredictionGrid(num_images=9, every_n_epochs=10)
+        >>> PredictionGrid(num_images=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_images must be from 1 to 100, got 0; 16 gives a readable picture
+    """
+
+    def __init__(self, *, num_images: int = 16, every_n_epochs: int = 1) -> None:
+        if not 1 <= num_images <= 100:
+            raise ValueError(f"num_images must be from 1 to 100, got {num_images}; 16 gives a readable picture")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be 1 or more, got {every_n_epochs}; use 1 to draw after every epoch")
+        self.num_images = num_images
+        self.every_n_epochs = every_n_epochs
+        self._spread: list[Prediction] = []
+        self._mistakes: list[Prediction] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the images of the epoch before."""
+        self._forget()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep some images of the batch."""
+        if dataloader_idx == 0 and trainer.is_global_zero and self._draws_now(trainer):
+            self._collect_spread(trainer, outputs, batch, (batch_idx + 1) / trainer.num_val_batches[0])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the images of this epoch."""
+        if self._draws_now(trainer):
+            self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the images of the test before."""
+        self._forget()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep some images of the batch and its most confident mistakes."""
+        if dataloader_idx == 0 and trainer.is_global_zero:
+            self._collect_spread(trainer, outputs, batch, (batch_idx + 1) / trainer.num_test_batches[0])
+            self._collect_mistakes(trainer, outputs, batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the images of this test."""
+        self._log(trainer, pl_module, "test")
+
+    def _draws_now(self, trainer: Trainer) -> bool:
+        if trainer.sanity_checking:
+            return False
+        return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _forget(self) -> None:
+        self._spread, self._mistakes = [], []
+
+    def _collect_spread(self, trainer: Trainer, outputs: Any, batch: Any, progress: float) -> None:
+        """Keep images so that the share of them that is there follows the share of batches that is done."""
+        # an iterable dataset has no length and so no progress: its first images have to do
+        target = self.num_images if progress == 0.0 else math.ceil(self.num_images * min(progress, 1.0))
+        missing = target - len(self._spread)
+        if missing > 0:
+            predictions = read_step_outputs(outputs)
+            self._spread += _select(trainer, batch, predictions, _evenly(len(predictions.rows), missing))
+
+    def _collect_mistakes(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
+        """Keep the most confident mistakes so far."""
+        room = self.num_images // 2
+        predictions = read_step_outputs(outputs)
+        confidence, predicted = predictions.probabilities.max(dim=1)
+        wrong = torch.nonzero(predicted != batch[1].cpu()[predictions.rows]).flatten()
+        worst = wrong[confidence[wrong].argsort(descending=True)[:room]]
+        candidates = self._mistakes + _select(trainer, batch, predictions, worst)
+        self._mistakes = heapq.nlargest(room, candidates, key=lambda prediction: prediction.confidence)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Draw on rank zero; every rank comes here, because the ranks agree on the folder."""
+        figure = None
+        known = {mistake.sample for mistake in self._mistakes}
+        others = [prediction for prediction in self._spread if prediction.sample not in known]
+        others = [others[i] for i in _evenly(len(others), self.num_images - len(self._mistakes)).tolist()]
+        if others or self._mistakes:
+            names = class_names(trainer, pl_module, (others + self._mistakes)[0].num_classes)
+            when = f"epoch {trainer.current_epoch}, " if trainer.state.fn == TrainerFn.FITTING else ""
+            right = sum(prediction.is_right for prediction in others)
+            title = f"{stage}: {when}{right} of {len(others)} right"
+            if self._mistakes:
+                title += ", then the most confident mistakes"
+            figure = draw_grid(others + self._mistakes, names, title)
+        log_picture(trainer, f"{stage}/predictions", figure)
+        self._forget()
+
+
+def _evenly(length: int, count: int) -> Tensor:
+    """Return up to `count` different positions spread over `range(length)`."""
+    count = min(length, count)
+    return torch.arange(count) * length // max(count, 1)
+
+
+def _select(trainer: Trainer, batch: Any, predictions: StepOutputs, chosen: Tensor) -> list[Prediction]:
+    """Copy the chosen predictions of a batch to the CPU, with images in [0, 1]."""
+    if len(chosen) == 0:
+        return []
+    rows = predictions.rows[chosen]
+    images = batch[0][rows.to(batch[0].device)].detach().float().cpu()
+    labels = batch[1].cpu()[rows]
+    images = _showable(trainer, images)
+    confidence, predicted = predictions.probabilities[chosen].max(dim=1)
+    return [
+        Prediction(
+            image=images[i],
+            true=int(labels[i]),
+            predicted=int(predicted[i]),
+            confidence=float(confidence[i]),
+            sample=int(predictions.indices[chosen[i]]),
+            num_classes=predictions.probabilities.shape[1],
+        )
+        for i in range(len(rows))
+    ]
+
+
+def _showable(trainer: Trainer, images: Tensor) -> Tensor:
+    """Return images [N, C, H, W] with values in [0, 1]."""
+    denormalize = getattr(getattr(trainer, "datamodule", None), "denormalize", None)
+    if denormalize is None:
+        low = images.amin((1, 2, 3), keepdim=True)
+        images = (images - low) / (images.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-12)
+    else:
+        images = denormalize(images).cpu()
+    return torch.nan_to_num(images).clamp(0.0, 1.0)

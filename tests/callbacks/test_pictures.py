@@ -1,0 +1,141 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from dia_lightning.callbacks._pictures import log_picture
+from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
+
+RED = Image.new("RGB", (7, 5), (200, 0, 0))
+
+
+class LogRed(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.path = log_picture(trainer, "val/red", RED)
+
+
+def fit_with_red_picture(
+    folder: Path, logger: Logger | Sequence[Logger] | bool = False, fast_dev_run: bool = False
+) -> Path:
+    callback = LogRed()
+    tiny_trainer(folder, callback, logger=logger, fast_dev_run=fast_dev_run).fit(TinyTask(), datamodule=TinyData())
+    assert callback.path is not None
+    return callback.path
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_without_a_logger_the_picture_is_a_file_below_the_root_folder(tmp_path: Path) -> None:
+    path = fit_with_red_picture(tmp_path)
+    assert path == tmp_path / "pictures" / "val" / "red" / "step=000006.png"
+    np.testing.assert_array_equal(pixels(path), np.asarray(RED))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_fast_dev_run_writes_the_file_too(tmp_path: Path) -> None:
+    assert fit_with_red_picture(tmp_path, logger=True, fast_dev_run=True).is_file()
+
+
+def test_with_a_csv_logger_each_run_has_its_own_pictures(tmp_path: Path) -> None:
+    first, second = (fit_with_red_picture(tmp_path, CSVLogger(tmp_path, name="runs")) for _ in range(2))
+    assert first.is_relative_to(tmp_path / "runs" / "version_0" / "pictures")
+    assert second.is_relative_to(tmp_path / "runs" / "version_1" / "pictures")
+
+
+def test_a_logger_after_the_first_gets_the_picture_too(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path, name="board")
+    path = fit_with_red_picture(tmp_path, [CSVLogger(tmp_path, name="csv"), board])
+    assert path.is_relative_to(tmp_path / "csv")
+    events = EventAccumulator(board.log_dir).Reload()
+    assert events.Tags()["images"] == ["val/red"]
+    image = events.Images("val/red")[0]
+    assert (image.step, image.width, image.height) == (6, 7, 5)
+
+
+class LoggerThatLostItsServer(CSVLogger):
+    def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
+        raise ConnectionResetError("the service is gone")
+
+
+def test_a_lost_logger_warns_and_the_file_is_still_written(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"val/red did not reach LoggerThatLostItsServer: the service is gone"):
+        path = fit_with_red_picture(tmp_path, LoggerThatLostItsServer(tmp_path))
+    assert path.is_file()
+
+
+def test_a_folder_that_cannot_be_written_warns_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "pictures").write_text("a file in the way")
+    callback = LogRed()
+    with pytest.warns(UserWarning, match="val/red was not written"):
+        tiny_trainer(tmp_path, callback).fit(TinyTask(), datamodule=TinyData())
+    assert callback.path is None
+
+
+def test_a_figure_is_drawn_at_its_own_size(tmp_path: Path) -> None:
+    figure = Figure(figsize=(2, 1), dpi=50, facecolor=(0, 0, 1))
+    path = log_picture(tiny_trainer(tmp_path), "blue", figure)
+    assert path is not None
+    image = pixels(path)
+    assert image.shape == (50, 100, 3)
+    assert (image == (0, 0, 255)).all()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "is_global_zero", False)
+    assert log_picture(tiny_trainer(tmp_path), "val/red", RED) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "../red", "/red", "val//red", "val/red/"])
+def test_a_name_that_could_leave_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="words divided by '/'"):
+        log_picture(tiny_trainer(tmp_path), name, RED)
+
+
+def test_the_package_imports_without_wandb_and_tensorboard() -> None:
+    code = (
+        "import sys, dia_lightning.callbacks; print([name for name in ('wandb', 'tensorboard') if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+WANDB_RUN = """
+import sys
+from pathlib import Path
+from lightning.pytorch.loggers import WandbLogger
+from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
+from dia_lightning.callbacks import PredictionGrid
+
+folder = Path(sys.argv[1])
+logger = WandbLogger(save_dir=folder, project="tiny", id="run7")
+trainer = tiny_trainer(folder, PredictionGrid(num_images=4), logger=logger, max_epochs=2)
+trainer.fit(TinyTask(), datamodule=TinyData())
+"""
+
+
+def test_an_offline_wandb_run_holds_the_pictures_and_the_scalars(tmp_path: Path) -> None:
+    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", WANDB_RUN, str(tmp_path)], env=environment, cwd=tmp_path, check=True)
+    (run,) = (tmp_path / "wandb").glob("offline-run-*-run7")
+    media = list((run / "files" / "media" / "images" / "val").glob("predictions_*.png"))
+    media.sort(key=lambda file: int(file.name.split("_")[1]))
+    files = sorted((tmp_path / "tiny" / "run7" / "pictures" / "val" / "predictions").iterdir())
+    assert [file.name for file in files] == ["step=000006.png", "step=000012.png"]
+    for sent, written in zip(media, files, strict=True):
+        np.testing.assert_array_equal(pixels(sent), pixels(written))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)]  # wandb's own reader
+    summary = json.loads(subprocess.check_output(command, env=environment))["summary"]
+    assert {"train/loss", "val/acc"} <= set(summary)
+    assert summary["val/predictions"]["filenames"] == [f"media/images/val/{media[-1].name}"]

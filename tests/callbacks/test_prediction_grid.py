@@ -1,0 +1,206 @@
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from dia_lightning.callbacks import PredictionGrid, prediction_grid
+from dia_lightning.callbacks._class_names import short_label
+from dia_lightning.callbacks._draw_grid import RIGHT, WRONG, Prediction, draw_grid
+from dia_lightning.callbacks._pictures import _render
+from tests.callbacks.tiny_classifier import NAMES, TinyData, TinyTask, tiny_trainer
+
+
+class Oracle(TinyTask):
+    """Knows the classes of TinyData, and takes the samples in `wrong` for the next class, surer the later they come."""
+
+    def __init__(self, wrong: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def predict_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
+        images, index = batch
+        labels = images.flatten(1)[:, :63].reshape(-1, 3, 21).mean(2).argmax(1)
+        is_wrong = torch.tensor([int(i) in self.wrong for i in index])
+        confidence = torch.where(is_wrong, 0.5 + index / 100, torch.full(index.shape, 0.9))
+        probabilities = ((1 - confidence) / 2)[:, None].repeat(1, 3)
+        said = (labels + is_wrong.long()) % 3
+        return {"index": index, "probabilities": probabilities.scatter(1, said[:, None], confidence[:, None])}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Prediction], list[str], str]]:
+    """Everything that is drawn in the test, in order."""
+    calls: list[tuple[list[Prediction], list[str], str]] = []
+
+    def record(predictions: list[Prediction], names: list[str], title: str) -> Figure:
+        calls.append((list(predictions), list(names), title))
+        return draw_grid(predictions, names, title)
+
+    monkeypatch.setattr(prediction_grid, "draw_grid", record)
+    return calls
+
+
+Drawn = list[tuple[list[Prediction], list[str], str]]
+
+
+def fit(
+    folder: Path, grid: PredictionGrid, data: TinyData | None = None, task: LightningModule | None = None
+) -> Trainer:
+    trainer = tiny_trainer(folder, grid, max_epochs=4, num_sanity_val_steps=2)
+    trainer.fit(task or TinyTask(), datamodule=data or TinyData())
+    return trainer
+
+
+def test_validation_shows_the_same_images_each_epoch_spread_over_the_set(tmp_path: Path, drawn: Drawn) -> None:
+    fit(tmp_path, PredictionGrid(num_images=6))
+    assert [[prediction.sample for prediction in call[0]] for call in drawn] == [[0, 4, 8, 12, 16, 20]] * 4
+
+
+def test_more_images_than_batches_take_several_of_each(tmp_path: Path, drawn: Drawn) -> None:
+    fit(tmp_path, PredictionGrid(num_images=12))
+    assert [prediction.sample for prediction in drawn[0][0]] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
+
+
+def test_a_small_set_is_shown_whole(tmp_path: Path, drawn: Drawn) -> None:
+    fit(tmp_path, PredictionGrid(num_images=16), TinyData(samples=5, batch_size=5))
+    assert [prediction.sample for prediction in drawn[0][0]] == [0, 1, 2, 3, 4]
+
+
+def test_only_every_nth_epoch_is_drawn_and_sanity_checking_is_not(tmp_path: Path, drawn: Drawn) -> None:
+    fit(tmp_path, PredictionGrid(every_n_epochs=2))
+    folder = tmp_path / "pictures" / "val" / "predictions"
+    assert sorted(file.name for file in folder.iterdir()) == ["step=000012.png", "step=000024.png"]
+    assert [call[2].split(",")[0] for call in drawn] == ["val: epoch 1", "val: epoch 3"]
+
+
+def test_images_are_denormalised_and_labelled(tmp_path: Path, drawn: Drawn) -> None:
+    data = TinyData()
+    tiny_trainer(tmp_path, PredictionGrid(num_images=24)).validate(Oracle(wrong=(3,)), datamodule=data, verbose=False)
+    ((predictions, names, title),) = drawn
+    assert names == NAMES
+    assert title == "val: 23 of 24 right"
+    for prediction in predictions:
+        torch.testing.assert_close(prediction.image, (data.images[prediction.sample] + 1) / 2)
+        assert prediction.true == data.labels[prediction.sample]
+        assert prediction.is_right == (prediction.sample != 3)
+        assert prediction.confidence == pytest.approx(0.53 if prediction.sample == 3 else 0.9)
+
+
+def test_without_a_datamodule_images_are_stretched_and_classes_numbered(tmp_path: Path, drawn: Drawn) -> None:
+    tiny_trainer(tmp_path, PredictionGrid()).validate(TinyTask(), TinyData().val_dataloader(), verbose=False)
+    predictions, names, _ = drawn[0]
+    assert names == ["0", "1", "2"]
+    assert all(float(prediction.image.min()) == 0 and float(prediction.image.max()) == 1 for prediction in predictions)
+
+
+def test_padding_samples_are_not_shown(tmp_path: Path, drawn: Drawn) -> None:
+    tiny_trainer(tmp_path, PredictionGrid(num_images=24)).test(
+        TinyTask(), datamodule=TinyData(padding=2), verbose=False
+    )
+    assert sorted(prediction.sample for prediction in drawn[0][0]) == list(range(22))
+
+
+def test_half_of_a_test_picture_are_the_most_confident_mistakes(tmp_path: Path, drawn: Drawn) -> None:
+    task = Oracle(wrong=(1, 9, 14, 17, 23))
+    tiny_trainer(tmp_path, PredictionGrid(num_images=6)).test(task, datamodule=TinyData(), verbose=False)
+    ((predictions, _, title),) = drawn
+    assert [prediction.sample for prediction in predictions] == [0, 8, 16, 23, 17, 14]
+    assert title == "test: 3 of 3 right, then the most confident mistakes"
+
+
+def test_a_test_without_mistakes_shows_a_full_picture(tmp_path: Path, drawn: Drawn) -> None:
+    tiny_trainer(tmp_path, PredictionGrid(num_images=6)).test(Oracle(), datamodule=TinyData(), verbose=False)
+    assert [prediction.sample for prediction in drawn[0][0]] == [0, 4, 8, 12, 16, 20]
+
+
+def test_the_callback_does_not_change_training(tmp_path: Path) -> None:
+    weights = []
+    for callbacks in ([], [PredictionGrid()]):
+        torch.manual_seed(0)
+        task = TinyTask()
+        tiny_trainer(tmp_path, *callbacks, max_epochs=2).fit(task, datamodule=TinyData())
+        weights.append(task.state_dict())
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+def test_the_callback_can_be_copied_and_pickled() -> None:
+    grid = PredictionGrid(num_images=9)
+    assert copy.deepcopy(grid).num_images == pickle.loads(pickle.dumps(grid)).num_images == 9
+
+
+class Forgetful(TinyTask):
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
+        return {"loss": torch.zeros(())}
+
+
+def test_a_step_without_probabilities_is_refused(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, PredictionGrid())
+    with pytest.raises(ValueError, match=r"the step must return .* but returned \['loss'\]"):
+        trainer.validate(Forgetful(), datamodule=TinyData(), verbose=False)
+
+
+def test_class_names_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, PredictionGrid())
+    with pytest.raises(ValueError, match=r"TinyData.class_names has 3 names, but the model has 4 classes"):
+        trainer.validate(TinyTask(num_classes=4), datamodule=TinyData(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"num_images": 0}, "num_images must be from 1 to 100, got 0"), ({"every_n_epochs": 0}, "every_n_epochs must be")],
+)
+def test_impossible_arguments_are_refused(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PredictionGrid(**arguments)
+
+
+def predictions_of(image: Tensor, right: bool, name_index: int = 0, count: int = 1) -> list[Prediction]:
+    return [Prediction(image, name_index if right else 1 - name_index, name_index, 0.5, i, 2) for i in range(count)]
+
+
+def coloured_pixels(image: Image.Image, colour: str) -> int:
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((np.abs(np.asarray(image).astype(int) - wanted).max(2) < 8).sum())
+
+
+@pytest.mark.parametrize(("right", "colour", "other"), [(True, RIGHT, WRONG), (False, WRONG, RIGHT)])
+def test_right_titles_are_green_and_wrong_ones_red(right: bool, colour: str, other: str) -> None:
+    image = _render(draw_grid(predictions_of(torch.zeros(1, 8, 8), right), ["cat", "dog"], "test"))
+    assert coloured_pixels(image, colour) > 20
+    assert coloured_pixels(image, other) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 48, 224), (5, 16, 16), (1, 1, 1)])
+def test_images_of_any_shape_fill_their_cells(shape: tuple[int, ...]) -> None:
+    image = _render(draw_grid(predictions_of(torch.full(shape, 0.25), True, count=4), ["cat", "dog"], "test"))
+    pixel = np.asarray(image).astype(int)
+    grey = np.abs(pixel - 64).max(2) <= 1
+    width = min(1.0, shape[2] / shape[1]) * min(1.0, shape[1] / shape[2])
+    assert grey.sum() > 0.7 * 4 * 190 * 190 * width
+
+
+def test_the_widest_names_stay_within_their_cells() -> None:
+    figure = draw_grid(predictions_of(torch.zeros(1, 8, 8), True, count=4), ["W" * 40, "M" * 40], "test")
+    canvas_image = _render(figure)
+    boxes = [ax.title.get_window_extent() for ax in figure.axes]
+    assert not any(first.overlaps(second) for i, first in enumerate(boxes) for second in boxes[:i])
+    assert all(box.x0 >= 0 and box.x1 <= canvas_image.width for box in boxes)
+
+
+def test_dollar_signs_and_line_breaks_are_drawn_as_they_stand() -> None:
+    names = ["$5 and $6\nbills_{", "dog"]
+    figure = draw_grid(predictions_of(torch.zeros(1, 8, 8), False), names, "test")
+    _render(figure)
+    assert figure.axes[0].get_title() == "\\$5 and \\$6 bills_{ (50%)\ntrue: dog"
+
+
+def test_a_long_label_keeps_both_ends() -> None:
+    assert short_label("n02093428 American Staffordshire terrier", 20) == "n02093428 Am… terrier"[:12] + "…" + "terrier"
+    assert len(short_label("x" * 100, 20)) == 20
