@@ -1,6 +1,7 @@
 """Shared attention: the attention modules, and how they get into a network."""
 
 from dia_lightning.attention._attach import attach, detach
+from dia_lightning.attention._check import check
 from dia_lightning.attention._registry import list_attention, register_attention
 from dia_lightning.attention._unit import AttentionUnit
 from dia_lightning.attention.cbam import CBAM
@@ -21,6 +22,7 @@ __all__ = [
     "SqueezeExcitation",
     "StyleRecalibration",
     "attach",
+    "check",
     "detach",
     "list_attention",
     "register_attention",

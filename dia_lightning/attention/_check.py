@@ -1,0 +1,393 @@
+"""Prove on a user's own network that attaching broke nothing."""
+
+import copy
+import importlib.util
+import io
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from dia_lightning.attention._attach import detach
+from dia_lightning.attention._chain import AttachedBlock, Tap
+
+#: Largest difference, relative to the largest output, that counts as equal where the arithmetic is the same.
+EXACT = 1e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a report: what was checked, whether it holds, and what to do or what was measured."""
+
+    name: str
+    holds: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What holds on an attached network. Printing it gives a table."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return all(row.holds for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{row.name:<{width}}  {'OK' if row.holds else 'NO'}  {row.note}".rstrip() for row in self.rows]
+        return "\n".join(lines)
+
+
+def check(model: nn.Module, example_input: Any, *, slow: bool = False) -> Report:
+    """Check what holds on a network with attention, on copies of it.
+
+    Args:
+        model: a network that :func:`~dia_lightning.attention.attach` was applied to.
+        example_input: what the network is called with: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. The first tensor should hold at least two samples.
+        slow: also compile the network after a plain copy was compiled, which takes a minute or more.
+
+    Returns:
+        A report whose rows say OK, or what to do.
+
+    Raises:
+        ValueError: if no attention is attached, or the network cannot be run on the example.
+
+    Example:
+        >>> import torch
+        >>> from dia_lightning.attention import attach
+        >>> from dia_lightning.models import get_model
+        >>> report = check(attach(get_model("cifar_resnet", depth=20), "dia-lstm"), torch.randn(2, 3, 32, 32))
+        >>> report.ok
+        True
+    """
+    if not any(isinstance(module, AttachedBlock) for module in model.modules()):
+        raise ValueError("No attention is attached to this network. Call attach(model, ...) first.")
+    subject = _Subject(model, example_input)
+    rows = []
+    for name, examine in _EXAMINATIONS.items():
+        rows.append(_examine(name, examine, subject))
+    if slow:
+        rows.append(_examine("torch.compile after a plain copy was compiled", _compiles, subject))
+    return Report(rows)
+
+
+class _Subject:
+    """A network in evaluation mode, its input, and what it computes."""
+
+    def __init__(self, model: nn.Module, example_input: Any) -> None:
+        self.network = copy.deepcopy(model).eval()
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        if isinstance(example_input, Mapping):
+            self.kwargs = dict(example_input)
+        else:
+            self.args = example_input if isinstance(example_input, tuple) else (example_input,)
+        with torch.no_grad():  # units that start at zero or at the identity would make some comparisons empty
+            generator = torch.Generator().manual_seed(0)
+            for unit in self.units():
+                for parameter in unit.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        try:
+            self.output = self.run(self.network)
+        except Exception as error:
+            raise ValueError(f"The network does not run on the example input: {error}") from error
+
+    def run(self, network: nn.Module, *, grad: bool = False) -> list[Tensor]:
+        """Return all tensors that a network puts out."""
+        with torch.set_grad_enabled(grad):
+            return _tensors(network(*self.args, **self.kwargs))
+
+    def copy(self) -> nn.Module:
+        return copy.deepcopy(self.network)
+
+    def units(self, network: nn.Module | None = None) -> list[nn.Module]:
+        modules = (self.network if network is None else network).modules()
+        return [block.dia for block in modules if isinstance(block, AttachedBlock) and "dia" in block._modules]
+
+    def difference(self, output: list[Tensor]) -> float:
+        """Return the largest difference from the network's output, relative to its largest entry."""
+        return max(
+            ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
+            for ours, theirs in zip(self.output, output, strict=True)
+        )
+
+    def gradients(self, network: nn.Module) -> list[Tensor | None]:
+        network.zero_grad()
+        losses = [tensor.float().square().mean() for tensor in self.run(network, grad=True)]
+        torch.autograd.backward(losses)
+        return [parameter.grad for parameter in network.parameters()]
+
+
+#: A finding: whether it holds, and a note.
+_Finding = tuple[bool, str]
+
+
+def _examine(name: str, examine: Callable[[_Subject], _Finding], subject: _Subject) -> Row:
+    try:
+        return Row(name, *examine(subject))
+    except Exception as error:  # a check that raises is a row of the report, whatever the network does
+        return Row(name, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _equal(subject: _Subject, output: list[Tensor], advice: str = "") -> _Finding:
+    difference = subject.difference(output)
+    return difference <= EXACT, "" if difference <= EXACT else f"differs by {difference:.1e}. {advice}".rstrip()
+
+
+def _taps_run_once(subject: _Subject) -> _Finding:
+    network = subject.copy()
+    taps = {id(module): name for name, module in network.named_modules() if isinstance(module, Tap)}
+    seen: list[str] = []
+    for module in network.modules():
+        if isinstance(module, Tap):
+            module.register_forward_pre_hook(lambda tap, _: seen.append(taps[id(tap)]))
+    subject.run(network)
+    missed = sorted(set(taps.values()) - set(seen))
+    if missed:
+        return False, f"{len(missed)} of {len(taps)} did not run, for example {missed[0]}: is the layer used at all?"
+    return True, f"{len(taps)} sites, {len(subject.units())} units"
+
+
+def _parameters_train(subject: _Subject) -> _Finding:
+    network = subject.copy().train()
+    units = {name for name, _ in network.named_parameters() if ".dia." in f".{name}"}
+    subject.gradients(network)
+    without = [name for name, parameter in network.named_parameters() if name in units and parameter.grad is None]
+    if without:
+        return False, f"no gradient for {without[0]} and {len(without) - 1} more: freeze or plug out what is not used"
+    return True, f"{len(units)} tensors"
+
+
+def _nothing_is_left(subject: _Subject) -> _Finding:
+    network = subject.copy()
+    subject.run(network)
+    held = sum(
+        len(block.dia_link.chain.handovers) + len(block.dia_link.chain.frames)
+        for block in network.modules()
+        if isinstance(block, AttachedBlock)
+    )
+    return held == 0, "" if held == 0 else f"{held} states are held: is the last block of a stage skipped?"
+
+
+def _copies_are_independent(subject: _Subject) -> _Finding:
+    network = subject.copy()
+    if subject.difference(subject.run(network)) > EXACT:
+        return False, "a deep copy computes something else"
+    with torch.no_grad():
+        for unit in subject.units(network):
+            for parameter in unit.parameters():
+                parameter.add_(0.5)
+    changed = subject.difference(subject.run(network)) > 0
+    return changed, "" if changed else "a copy's attention has no effect on the copy"
+
+
+def _pickles(subject: _Subject) -> _Finding:
+    return _equal(subject, subject.run(pickle.loads(pickle.dumps(subject.network))))
+
+
+def _averages(subject: _Subject) -> _Finding:
+    averaged = AveragedModel(subject.network)
+    averaged.update_parameters(subject.network)
+    return _equal(subject, subject.run(averaged.module.eval()))
+
+
+def _weights_survive(subject: _Subject) -> _Finding:
+    file = io.BytesIO()
+    torch.save(subject.network.state_dict(), file)
+    file.seek(0)
+    network = subject.copy()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    network.load_state_dict(torch.load(file, weights_only=True))
+    return _equal(subject, subject.run(network))
+
+
+def _saves_as_safetensors(subject: _Subject) -> _Finding:
+    if importlib.util.find_spec("safetensors") is None:
+        return True, "not checked: pip install safetensors"
+    from safetensors.torch import load, save
+
+    network = subject.copy()
+    network.load_state_dict(load(save({key: value.contiguous() for key, value in network.state_dict().items()})))
+    pointers = [value.data_ptr() for value in network.state_dict().values() if value.numel()]
+    return len(pointers) == len(set(pointers)), "" if len(pointers) == len(set(pointers)) else "tensors are shared"
+
+
+def _plain_weights_fit(subject: _Subject) -> _Finding:
+    plain = detach(subject.copy())
+    result = subject.copy().load_state_dict(plain.state_dict(), strict=False)
+    foreign = [key for key in result.missing_keys if not {"dia", "branch_norm", "unit_norm"} & set(key.split("."))]
+    holds = not foreign and not result.unexpected_keys
+    return holds, "" if holds else f"keys differ: {[*foreign, *result.unexpected_keys][:3]}"
+
+
+def _history_does_not_matter(subject: _Subject) -> _Finding:
+    network = subject.copy()
+    other = _changed(subject, lambda tensor: torch.randn_like(tensor) if tensor.is_floating_point() else tensor)
+    with torch.no_grad():
+        network(*other.args, **other.kwargs)
+    return _equal(subject, subject.run(network))
+
+
+def _batch_mates_do_not_matter(subject: _Subject) -> _Finding:
+    size = len(_tensors((subject.args, subject.kwargs))[0])
+    if size < 2:
+        return True, "not checked: the example has one sample"
+
+    def replace(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.ndim < 2 or len(tensor) != size:
+            return tensor
+        return torch.cat([tensor[:1], torch.randn_like(tensor[1:])])
+
+    other = _changed(subject, replace)
+    with torch.no_grad():
+        output = _tensors(subject.network(*other.args, **other.kwargs))
+    firsts = [tensor[:1] for tensor in output]
+    difference = max(
+        ((ours[:1] - theirs).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
+        for ours, theirs in zip(subject.output, firsts, strict=True)
+    )
+    return difference <= EXACT, "" if difference <= EXACT else f"the first sample changes by {difference:.1e}"
+
+
+def _threads_do_not_mix(subject: _Subject) -> _Finding:
+    network, outputs = subject.copy(), list[list[Tensor]]()
+    threads = [threading.Thread(target=lambda: outputs.append(subject.run(network))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(outputs) < len(threads):
+        return False, "a thread failed"
+    worst = max(subject.difference(output) for output in outputs)
+    return worst <= EXACT, "" if worst <= EXACT else f"differs by {worst:.1e}"
+
+
+def _runs_in_bfloat16(subject: _Subject) -> _Finding:
+    device = subject.output[0].device.type
+    with torch.autocast(device, torch.bfloat16):
+        output = subject.run(subject.network)
+    difference = subject.difference([tensor.float() for tensor in output])
+    return difference < 0.2, f"relative difference {difference:.1e}"
+
+
+def _runs_channels_last(subject: _Subject) -> _Finding:
+    network = subject.copy().to(memory_format=torch.channels_last)
+    other = _changed(
+        subject, lambda tensor: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    )
+    return _equal(subject, other.run(network))
+
+
+def _converts_to_sync_batchnorm(subject: _Subject) -> _Finding:
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(subject.copy())  # type: ignore[no-untyped-call]
+    return _equal(subject, subject.run(network.eval()))
+
+
+def _checkpoints(subject: _Subject) -> _Finding:
+    expected = subject.gradients(subject.copy())
+    network = subject.copy()
+    with _blocks_checkpointed(network, reentrant=False):
+        found = subject.gradients(network)
+    pairs = [(ours, theirs) for ours, theirs in zip(expected, found, strict=True) if ours is not None]
+    worst = max(float("inf") if theirs is None else (ours - theirs).abs().max().item() for ours, theirs in pairs)
+    scale = max(ours.abs().max().item() for ours, _ in pairs)
+    holds = worst <= EXACT * scale
+    return holds, "" if holds else f"gradients differ by {worst:.1e}: checkpoint whole stages instead of blocks"
+
+
+def _refuses_reentrant_checkpoints(subject: _Subject) -> _Finding:
+    expected = subject.gradients(subject.copy())
+    network = subject.copy()
+    try:
+        with _blocks_checkpointed(network, reentrant=True):
+            found = subject.gradients(network)
+    except RuntimeError:
+        return True, "refused: use_reentrant=False"
+    same = all(
+        ours is None or (theirs is not None and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7))
+        for ours, theirs in zip(expected, found, strict=True)
+    )
+    return same, "exact" if same else "gradients are wrong: use use_reentrant=False"
+
+
+@contextmanager
+def _blocks_checkpointed(network: nn.Module, *, reentrant: bool) -> Iterator[None]:
+    blocks = [block for block in network.modules() if isinstance(block, AttachedBlock)]
+    for block in blocks:
+        block.forward = _checkpointed(block.forward, reentrant)  # type: ignore[method-assign]
+    yield
+    for block in blocks:
+        del block.forward
+
+
+def _checkpointed(forward: Callable[..., Any], reentrant: bool) -> Callable[..., Any]:
+    if reentrant:
+        # Reentrant checkpoints know positional arguments only.
+        return lambda *args, **kwargs: checkpoint(lambda *inner: forward(*inner, **kwargs), *args, use_reentrant=True)
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _exports(subject: _Subject) -> _Finding:
+    with torch.no_grad():
+        program = torch.export.export(subject.copy(), subject.args, subject.kwargs)
+    return _equal(subject, subject.run(program.module()))
+
+
+def _compiles(subject: _Subject) -> _Finding:
+    plain = detach(subject.copy())
+    torch.compile(plain)(*subject.args, **subject.kwargs)
+    with torch.no_grad():
+        output = _tensors(torch.compile(subject.copy())(*subject.args, **subject.kwargs))
+    difference = subject.difference(output)
+    return difference < 1e-3, f"relative difference {difference:.1e}"
+
+
+_EXAMINATIONS: dict[str, Callable[[_Subject], _Finding]] = {
+    "every site runs": _taps_run_once,
+    "every parameter of the attention gets a gradient": _parameters_train,
+    "no state is left after a forward": _nothing_is_left,
+    "deepcopy": _copies_are_independent,
+    "pickle": _pickles,
+    "EMA copy": _averages,
+    "state_dict round trip": _weights_survive,
+    "safetensors": _saves_as_safetensors,
+    "weights of the plain network fit": _plain_weights_fit,
+    "earlier forwards do not matter": _history_does_not_matter,
+    "batch mates do not matter": _batch_mates_do_not_matter,
+    "threads do not mix": _threads_do_not_mix,
+    "bfloat16 autocast": _runs_in_bfloat16,
+    "channels_last": _runs_channels_last,
+    "SyncBatchNorm conversion": _converts_to_sync_batchnorm,
+    "checkpointing of blocks, non-reentrant": _checkpoints,
+    "checkpointing of blocks, reentrant": _refuses_reentrant_checkpoints,
+    "torch.export": _exports,
+}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in a nested output; output classes of other libraries are mappings or have attributes."""
+    if not isinstance(value, Tensor) and not isinstance(value, Mapping | tuple | list) and hasattr(value, "__dict__"):
+        value = vars(value)
+    leaves = pytree.tree_leaves(dict(value) if isinstance(value, Mapping) else value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _changed(subject: _Subject, change: Callable[[Tensor], Tensor]) -> _Subject:
+    """Return the same network with another input."""
+    other = copy.copy(subject)
+    other.args, other.kwargs = pytree.tree_map_only(Tensor, change, (subject.args, subject.kwargs))
+    return other
