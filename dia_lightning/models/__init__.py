@@ -1,7 +1,9 @@
 """Networks by name: the plain CIFAR families of the DIANet authors, torchvision's and timm's."""
 
 from dia_lightning.models._cifar_network import CifarNetwork
+from dia_lightning.models._cost import Cost, network_cost
 from dia_lightning.models._dianet_checkpoint import load_dianet_checkpoint
+from dia_lightning.models._export import Exported, export_network
 from dia_lightning.models._registry import get_model, list_models, register_model
 from dia_lightning.models.cifar_preresnet import cifar_preresnet, preresnet164
 from dia_lightning.models.cifar_resnet import cifar_resnet, resnet164
@@ -10,13 +12,17 @@ from dia_lightning.models.cifar_wrn import cifar_wrn, wrn52_4
 
 __all__ = [
     "CifarNetwork",
+    "Cost",
+    "Exported",
     "cifar_preresnet",
     "cifar_resnet",
     "cifar_resnext",
     "cifar_wrn",
+    "export_network",
     "get_model",
     "list_models",
     "load_dianet_checkpoint",
+    "network_cost",
     "preresnet164",
     "register_model",
     "resnet164",

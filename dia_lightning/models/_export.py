@@ -1,0 +1,130 @@
+"""Networks as files that run elsewhere."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SNIPPETS = {
+    ".onnx": (
+        "import onnxruntime\n"
+        "session = onnxruntime.InferenceSession({path!r})\n"
+        "(logits,) = session.run(None, {{session.get_inputs()[0].name: images}})  # numpy, float32 {shape}"
+    ),
+    ".pt2": (
+        "import torch\nnetwork = torch.export.load({path!r}).module()\nlogits = network(images)  # float32 {shape}"
+    ),
+    ".safetensors": (
+        "from safetensors.torch import load_model\n"
+        "network = ...  # built as for training: get_model(...), then attach(...)\n"
+        "load_model(network, {path!r})\n"
+        "logits = network.eval()(images)  # float32 {shape}"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that a network was written to.
+
+    Args:
+        path: the file.
+        difference: largest difference between the outputs of the network and of the file, on the example.
+        snippet: Python code that loads the file without this package's training code.
+    """
+
+    path: Path
+    difference: float
+    snippet: str
+
+
+def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Exported:
+    """Write a network to a file, load the file, and compare outputs.
+
+    Args:
+        network: the network, with or without attention. It is exported in evaluation mode; its own mode stays.
+        images: example input ``[B, C, H, W]``; the batch size of the file is free.
+        path: where to; the ending chooses the format: ``.onnx``, ``.pt2`` (torch.export) or ``.safetensors`` (weights
+            only).
+
+    Returns:
+        What was written, and how well it agrees.
+
+    Raises:
+        ValueError: if the ending is unknown.
+        ImportError: if a package that the format needs is missing.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dia_lightning.models import export_network, get_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     network = get_model("cifar_resnet", depth=11)
+        ...     exported = export_network(network, torch.randn(2, 3, 32, 32), f"{folder}/network.pt2")
+        >>> exported.difference < 1e-5
+        True
+    """
+    path = Path(path)
+    writers: dict[str, Callable[[nn.Module, Tensor, Path], Tensor]] = {
+        ".onnx": _write_onnx,
+        ".pt2": _write_program,
+        ".safetensors": _write_weights,
+    }
+    if path.suffix not in writers:
+        raise ValueError(f"The ending of {str(path)!r} must be one of {', '.join(writers)}.")
+    training = network.training
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        network.eval()
+        with torch.no_grad():
+            expected = network(images)
+            found = writers[path.suffix](network, images, path)
+    finally:
+        network.train(training)
+    difference = (expected - found).abs().max().item()
+    return Exported(path, difference, _SNIPPETS[path.suffix].format(path=str(path), shape=["B", *images.shape[1:]]))
+
+
+def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> Tensor:
+    _require("onnx", "onnxscript", "onnxruntime", extra="export")
+    import onnxruntime
+
+    program: Any = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=_free_batch(), verbose=False)
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
+    return torch.from_numpy(output).to(images.device)
+
+
+def _write_program(network: nn.Module, images: Tensor, path: Path) -> Tensor:
+    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=_free_batch()), path)
+    output: Tensor = torch.export.load(path).module()(images)
+    return output
+
+
+def _write_weights(network: nn.Module, images: Tensor, path: Path) -> Tensor:
+    _require("safetensors", extra="export")
+    from safetensors.torch import load_file, save_file
+
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, path)
+    loaded = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()  # so that a weight that is not in the file shows
+    loaded.load_state_dict(load_file(path))
+    output: Tensor = loaded(images)
+    return output
+
+
+def _free_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1, max=65536)},)
+
+
+def _require(*packages: str, extra: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"This format needs {', '.join(missing)}: pip install 'dia-lightning[{extra}]'")

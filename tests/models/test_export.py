@@ -1,0 +1,59 @@
+"""Exported files compute what the network computes, also for other batch sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dia_lightning.attention import attach
+from dia_lightning.models import export_network, get_model
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    network = attach(get_model("cifar_resnet", depth=11, num_classes=10), "dia-lstm")
+    network(torch.randn(8, 3, 16, 16))  # moves the running statistics
+    return network
+
+
+def test_torch_export_keeps_outputs_and_the_batch_size_free(network: nn.Module, tmp_path: Path) -> None:
+    exported = export_network(network, torch.randn(2, 3, 16, 16), tmp_path / "network.pt2")
+    assert exported.difference < 1e-5
+    assert network.training  # its own mode stays
+    images = torch.randn(5, 3, 16, 16)
+    loaded = torch.export.load(tmp_path / "network.pt2").module()
+    torch.testing.assert_close(loaded(images), network.eval()(images))
+
+
+def test_onnx_keeps_outputs_and_the_batch_size_free(network: nn.Module, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    exported = export_network(network, torch.randn(2, 3, 16, 16), tmp_path / "network.onnx")
+    assert exported.difference < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    images = torch.randn(5, 3, 16, 16)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), network.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_safetensors_hold_every_weight_once(network: nn.Module, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    exported = export_network(network, torch.randn(2, 3, 16, 16), tmp_path / "new folder" / "network.safetensors")
+    assert exported.difference == 0
+    assert set(load_file(exported.path)) == set(network.state_dict())
+
+
+def test_the_snippet_runs(network: nn.Module, tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    exported = export_network(network, images, tmp_path / "network.pt2")
+    names = {"images": images}
+    exec(exported.snippet, names)
+    torch.testing.assert_close(names["logits"], network.eval()(images))
+
+
+def test_an_unknown_ending_is_refused(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"'network\.h5' must be one of \.onnx, \.pt2, \.safetensors"):
+        export_network(network, torch.randn(1, 3, 16, 16), "network.h5")
