@@ -1,0 +1,65 @@
+"""The program `dia-lightning`, also `python -m dia_lightning`."""
+
+import sys
+from collections.abc import Sequence
+
+from dia_lightning import __version__
+from dia_lightning.cli._errors import fail, is_for_the_user
+
+USAGE = """\
+usage: dia-lightning COMMAND [options]
+
+commands:
+  fit        train: dia-lightning fit -c configs/classification/digits.yaml
+  validate   measure on the validation data
+  test       measure on the test data
+  predict    write predictions to a CSV file
+  models     list networks and attention units with their parameters
+
+Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. What the command
+line says counts before the config, the config before the checkpoint of --ckpt_path (a file, 'last' or 'best').
+`dia-lightning COMMAND --help` lists the options. DIA_TRACEBACK=1 shows the whole trace of an error.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        args: Arguments as in a shell, without the program's name; those of the process if not given.
+
+    Raises:
+        SystemExit: With code 2 and one line on stderr for mistakes of the user.
+    """
+    arguments = sys.argv[1:] if args is None else list(args)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+    elif arguments[:1] == ["--version"]:
+        print(f"dia-lightning {__version__}")
+    elif not arguments:
+        sys.stderr.write(USAGE)
+        raise SystemExit(2)
+    else:
+        _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    # Lightning takes seconds to import: only the commands that need it do so
+    try:
+        import dia_lightning._torchvision_guard  # noqa: F401
+
+        if arguments[0] == "models":
+            from dia_lightning.cli.networks import run
+        else:
+            from dia_lightning.cli.command import run
+        run(arguments[1:] if arguments[0] == "models" else arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""How the program ends on a mistake of its user: one line and exit code 2, no stack trace."""
+
+import os
+import sys
+from typing import NoReturn
+
+PROGRAM = "dia-lightning"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text is the one line to show."""
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line to stderr and ends the program with exit code 2."""
+    sys.stderr.write(f"{PROGRAM}: error: {' '.join(message.split())}\n")
+    raise SystemExit(2)
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether an error's text alone helps: the command line raised it, or this package did, on purpose."""
+    if os.environ.get("DIA_TRACEBACK") == "1":
+        return False
+    kind = type(error)
+    if kind.__module__.startswith("dia_lightning") or kind.__name__ == "MisconfigurationException":
+        return True
+    return isinstance(error, (ValueError, OSError, ImportError)) and is_ours(error)
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was raised in a line of this package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("dia_lightning")

@@ -1,0 +1,214 @@
+"""The commands fit, validate, test and predict: LightningCLI, with explicit rules about checkpoints and errors."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+import dia_lightning.callbacks  # noqa: F401  its classes can then be given by their short names
+from dia_lightning.cli import _checkpoints, _strict_yaml
+from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
+from dia_lightning.cli._messages import DIAArgumentParser
+from dia_lightning.cli._run_config import SaveRunConfig
+from dia_lightning.datamodules import DIADataModule
+from dia_lightning.tasks import DIATask
+
+
+class DIACLI(LightningCLI):
+    """LightningCLI for the tasks and datamodules of this package (or subclasses of their bases).
+
+    A value given on the command line counts before one from a config file, that before one in the checkpoint of
+    `--ckpt_path`, that before the default. Class paths that a checkpoint holds are never imported.
+
+    Args:
+        args: Arguments as in a shell, the command first.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            DIATask,
+            DIADataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=DIAArgumentParser,
+            save_config_callback=SaveRunConfig,
+            args=list(args),
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes the parser of the program or of one command."""
+        mode = _strict_yaml.install()
+        return super().init_parser(prog=PROGRAM, parser_mode=mode, allow_abbrev=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what every command takes beside Lightning's own options."""
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint (fit only)."
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and keeps apart what the user gave from what is default."""
+        self.config = parser.parse_args(args)
+        given = parser.parse_args(args, defaults=False)
+        self._given = _init_args(given[given.subcommand].get("model"))
+        if self._given.get("num_classes") is not None:
+            raise UserError(
+                f"model.num_classes={self._given['num_classes']}: the number of classes comes from the data; "
+                "leave it out of the command and the config"
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Replaces Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") is None:
+            if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
+                _say("no --ckpt_path: using the network as it is built; for the trained one add --ckpt_path best")
+            return
+        config.ckpt_path = _checkpoints.resolve(str(config.ckpt_path), _run_roots(config.trainer))
+        _say(f"checkpoint {config.ckpt_path}")
+        # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
+        if Path(config.ckpt_path).is_file():
+            self._take_hyper_parameters(config)
+
+    def _take_hyper_parameters(self, config: Namespace) -> None:
+        found = _checkpoints.hyper_parameters(_checkpoints.read(config.ckpt_path), config.model.class_path)
+        init_args = config.model.init_args
+        taken = {
+            name: value
+            for name, value in found.items()
+            if name in init_args and name not in self._given and init_args[name] != value
+        }
+        changed = {name: value for name, value in found.items() if self._given.get(name, value) != value}
+        for name, value in taken.items():
+            init_args[name] = value
+        if taken:
+            _say(f"from the checkpoint: {_listing(taken)}")
+        if changed:
+            given = {name: self._given[name] for name in changed}
+            _say(f"given and kept: {_listing(given)}; the checkpoint has {_listing(changed)}")
+        if changed and self.config.subcommand == "fit":
+            _say(
+                "resuming restores the optimizer and the schedule as they were; "
+                "to start anew from the weights alone, use --model.init_from instead of --ckpt_path"
+            )
+
+    def before_instantiate_classes(self) -> None:
+        """Fills in what depends on other options."""
+        config = self.config[self.config.subcommand]
+        if config.get("weights_only", False) is None:
+            config.weights_only = True  # else an environment variable could let a checkpoint run code
+        if config.trainer.logger is False:  # Lightning refuses to monitor rates that go nowhere
+            callbacks = _as_list(config.trainer.callbacks)
+            config.trainer.callbacks = [item for item in callbacks if not _is_rate_monitor(item)] or None
+
+    def instantiate_classes(self) -> None:
+        """Builds data, model and trainer; what these refuse is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            cause: BaseException = error
+            # jsonargparse packs what a class of ours raised into a message about types
+            while str(cause).startswith("Does not validate against") and cause.__cause__ is not None:
+                cause = cause.__cause__
+            wrong_argument = isinstance(cause, TypeError) and is_ours(cause)  # of a network
+            if isinstance(cause, ValueError) or wrong_argument or is_for_the_user(cause):
+                raise UserError(str(cause)) from cause
+            raise cause from None
+
+    def after_fit(self) -> None:
+        """Tests the best checkpoint if asked to."""
+        if not self.config.fit.test_after_fit:
+            return
+        best = [callback.best_model_path for callback in self._checkpoint_callbacks() if callback.monitor is not None]
+        path = next(filter(None, best), None)
+        _say(f"testing {path or 'the last weights (there is no best checkpoint)'}")
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if subcommand == "fit" and self.trainer.interrupted:
+                self._say_how_to_resume()
+            raise
+
+    def _say_how_to_resume(self) -> None:
+        saved = [callback.last_model_path or callback.best_model_path for callback in self._checkpoint_callbacks()]
+        files = [path for path in saved if path and Path(path).exists()]
+        if files:
+            newest = max(files, key=lambda path: Path(path).stat().st_mtime_ns)
+            _say(f"stopped; repeat the command with --ckpt_path {newest} to go on from there")
+        else:
+            _say("stopped before the first checkpoint: there is nothing to resume from")
+
+    def _checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs one command without Lightning's advertisements.
+
+    Args:
+        args: Arguments as in a shell, the command first.
+    """
+    adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    adverts.addFilter(_is_no_advert)
+    try:
+        with warnings.catch_warnings():
+            # of Lightning 2.6 about its own code, with every torch from 2.13 on
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+            DIACLI(args)
+    finally:
+        adverts.removeFilter(_is_no_advert)
+
+
+@rank_zero_only
+def _say(message: str) -> None:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+
+
+def _is_no_advert(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
+def _init_args(component: Namespace | None) -> dict[str, Any]:
+    init_args = None if component is None else component.get("init_args")
+    return {} if init_args is None else dict(init_args.as_dict())
+
+
+def _listing(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
+
+
+def _is_rate_monitor(callback: Namespace) -> bool:
+    return str(callback.class_path).rpartition(".")[2] == "LearningRateMonitor"
+
+
+def _run_roots(trainer: Namespace) -> list[Path]:
+    """Folders below which this config's runs put their checkpoints."""
+    folders = [_init_args(callback).get("dirpath") for callback in _as_list(trainer.callbacks)]
+    roots = [Path(folder) for folder in folders if folder is not None]
+    for logger in _as_list(trainer.logger):
+        options = _init_args(logger)
+        folder = options.get("save_dir") or trainer.default_root_dir or "."
+        roots.append(Path(folder) / (options.get("project") or options.get("name") or "lightning_logs"))
+    if not _as_list(trainer.logger):
+        root = Path(trainer.default_root_dir or ".")
+        roots += [root / "checkpoints", root / "lightning_logs"]
+    return roots
+
+
+def _as_list(value: Any) -> list[Any]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if not isinstance(item, (bool, type(None)))]

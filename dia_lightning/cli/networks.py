@@ -1,0 +1,140 @@
+"""The command `models`: networks and attention units with what they cost, without the memory that they would take."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dia_lightning.attention import attach, list_attention
+from dia_lightning.attention._registry import attention_builder
+from dia_lightning.models import get_model, list_models
+
+# H is the width of the bottleneck at the unit's default reduction. A test compares these with the units.
+FORMULAS = {
+    "cbam": "2*C*H + H + C + 100, H = C/16",
+    "dia-lstm": "10*C*H + 2*H + 8*C, H = C/4",
+    "eca": "k, k = odd(log2(C)/2 + 1/2)",
+    "se": "2*C*H + H + C, H = C/16",
+    "sge": "2*min(C, 64)",
+    "spa": "22*C*H + H + C, H = C/16",
+    "srm": "4*C",
+}
+_ARMS = (None, "dia-lstm", "se")
+
+
+def run(args: Sequence[str]) -> None:
+    """Prints the tables.
+
+    Args:
+        args: Arguments of the command, without its name.
+    """
+    parser = argparse.ArgumentParser("dia-lightning models", description="List networks and attention units.")
+    parser.add_argument("pattern", nargs="?", help="list names that match, such as 'torchvision/resnet*'")
+    parser.add_argument("--cost", nargs="+", metavar="NAME", help="parameters and GFLOPs of these networks")
+    parser.add_argument("--image_size", type=int, help="for --cost (default: 32 for this package's networks, else 224)")
+    options = parser.parse_args(args)
+    if options.cost is not None:
+        _print_table(("network", "attention", "parameters", "GFLOPs"), _costs(options.cost, options.image_size))
+    elif options.pattern is not None:
+        _print_matching(options.pattern)
+    else:
+        _print_all()
+
+
+def parameters_of(name: str, attention: str | None = None) -> int:
+    """Number of parameters of a network, counted without allocating them.
+
+    Args:
+        name: A name from `list_models`.
+        attention: A unit to share per stage, if any.
+
+    Example:
+        >>> parameters_of("resnet164"), parameters_of("resnet164", "dia-lstm")
+        (1727284, 1946132)
+    """
+    return _count(_on_meta(name, attention))
+
+
+def _print_all() -> None:
+    own, others = _split(list_models())
+    print("Networks of this package, 100 classes:\n")
+    _print_own(own)
+    for library in ("torchvision", "timm"):
+        count = sum(name.startswith(f"{library}/") for name in others)
+        if count:
+            print(f"\n{count} networks of {library}: dia-lightning models '{library}/*'")
+    print("\nAttention units, C channels:\n")
+    sizes = [[f"{_unit_size(name, width):,}" for width in (64, 256)] for name in list_attention()]
+    rows = [(name, *size, FORMULAS.get(name, "")) for name, size in zip(list_attention(), sizes, strict=True)]
+    _print_table(("attention", "C = 64", "C = 256", "parameters"), rows, text_columns=(0, 3))
+
+
+def _print_matching(pattern: str) -> None:
+    names = list_models(pattern)
+    if not names:
+        raise ValueError(f"no network matches '{pattern}'; patterns look like 'cifar_*' or 'torchvision/resnet*'")
+    own, others = _split(names)
+    if own:
+        _print_own(own)
+    if others:
+        print("\n".join(others))
+
+
+def _print_own(names: Sequence[str]) -> None:
+    rows = [(name, f"{parameters_of(name):,}", f"{parameters_of(name, 'dia-lstm'):,}") for name in names]
+    _print_table(("network", "parameters", "with dia-lstm"), rows)
+
+
+def _costs(names: Sequence[str], image_size: int | None) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        size = image_size if image_size is not None else 224 if "/" in name else 32
+        for attention in _ARMS:
+            try:
+                network = _on_meta(name, attention)
+            except ValueError:
+                if attention is None:
+                    raise
+                rows.append((name, attention, "no place to attach", ""))
+                continue
+            rows.append((name, attention or "none", f"{_count(network):,}", f"{_gflops(network, size):.3f}"))
+    return rows
+
+
+def _gflops(network: nn.Module, image_size: int) -> float:
+    """Floating-point operations of one image, a multiplication and an addition counted as two."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return float(counter.get_total_flops()) / 1e9
+
+
+def _on_meta(name: str, attention: str | None) -> nn.Module:
+    with torch.device("meta"):
+        network = get_model(name)
+        return network if attention is None else attach(network, attention)
+
+
+def _unit_size(name: str, channels: int) -> int:
+    with torch.device("meta"):
+        return _count(attention_builder(name, {})(channels))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _split(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    return [name for name in names if "/" not in name], [name for name in names if "/" in name]
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,)) -> None:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if column in text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

@@ -1,0 +1,76 @@
+"""The command `models`."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from dia_lightning.attention import list_attention
+from dia_lightning.attention._registry import attention_builder
+from dia_lightning.cli.networks import FORMULAS, parameters_of
+from dia_lightning.models import get_model
+from tests.cli.conftest import Run
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "with_dia"),
+    [
+        ("resnet164", 1_727_284, 1_946_132),
+        ("preresnet164", 1_726_388, 1_961_364),
+        ("wrn52_4", 12_072_500, 12_298_516),
+        ("resnext101_8x32", 32_138_244, 33_006_020),
+    ],
+)
+def test_the_papers_networks_have_the_papers_sizes(name: str, plain: int, with_dia: int) -> None:
+    assert (parameters_of(name), parameters_of(name, "dia-lstm")) == (plain, with_dia)
+
+
+def test_all_networks_and_units_are_listed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("models")
+    printed = capsys.readouterr().out
+    assert re.search(r"^resnet164 +1,727,284 +1,946,132$", printed, re.MULTILINE)
+    assert re.search(r"^se +580 +8,464  2\*C\*H", printed, re.MULTILINE)
+    assert all(f"\n{name} " in printed for name in list_attention())
+    assert "networks of torchvision: dia-lightning models 'torchvision/*'" in printed
+
+
+def test_a_pattern_lists_names_without_building_networks(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr("dia_lightning.cli.networks.get_model", build)
+    run("models", "torchvision/resnet*")
+    names = capsys.readouterr().out.split()
+    assert "torchvision/resnet50" in names
+    assert all(name.startswith("torchvision/resnet") for name in names)
+
+
+def test_cost_compares_the_arms(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("models", "--cost", "torchvision/resnet18", "torchvision/vgg11", "--image_size", "64")
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    plain, dia = rows[0][2].split(), rows[1][2].split()
+    assert plain[0] == f"{count(get_model('torchvision/resnet18')):,}"
+    assert int(dia[0].replace(",", "")) > int(plain[0].replace(",", ""))
+    assert float(plain[1]) == pytest.approx(0.297, abs=0.001)  # 1.82 GMACs at 224 pixels: 2 * 1.82 * (64 / 224) ** 2
+    assert rows[4] == ["torchvision/vgg11", "dia-lstm", "no place to attach"]
+
+
+@pytest.mark.parametrize("width", [48, 128, 256])
+@pytest.mark.parametrize("name", sorted(set(FORMULAS) - {"eca"}))
+def test_a_units_formula_gives_its_size(name: str, width: int) -> None:
+    formula, _, bottleneck = FORMULAS[name].partition(", H = ")
+    names: dict[str, int | Callable[..., int]] = {"C": width, "min": min}
+    if bottleneck:
+        names["H"] = width // int(bottleneck.removeprefix("C/"))
+    assert eval(formula, names) == count(attention_builder(name, {})(width))
+
+
+def test_every_unit_has_a_formula() -> None:
+    assert set(FORMULAS) <= set(list_attention())

@@ -1,0 +1,170 @@
+"""Every shipped config runs through the program, on tiny data of its shape."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torchvision import datasets
+
+from dia_lightning.__main__ import main
+from dia_lightning.attention import attach
+from dia_lightning.models import get_model
+from tests.datamodules import tiny_data
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+CLASSIFICATION = sorted((CONFIGS / "classification").glob("*.yaml"))
+OVERLAYS = sorted([*(CONFIGS / "logger").glob("*.yaml"), *(CONFIGS / "trainer").glob("*.yaml")])
+DIGITS = CONFIGS / "classification" / "digits.yaml"
+SMOKE = CONFIGS / "trainer" / "smoke.yaml"
+
+# A network of the same family and interface, small enough for a test. The real ones are counted below.
+SMALL = {
+    "resnet164": ("cifar_resnet", {"depth": 11}),
+    "preresnet164": ("cifar_preresnet", {"depth": 11}),
+    "wrn52_4": ("cifar_wrn", {"depth": 10, "widen_factor": 1, "dropout": 0.3}),
+    "resnext101_8x32": ("cifar_resnext", {"depth": 11, "cardinality": 2, "base_width": 4}),
+}
+PARAMETERS = {
+    "cifar100_resnet164": 1_946_132,
+    "cifar100_preresnet164": 1_961_364,
+    "cifar100_wrn52_4": 12_298_516,
+    "cifar100_resnext101_8x32": 33_006_020,
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    return config
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, with a tiny data set for every data module below `data`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dia-lightning"])
+    data = tmp_path / "data"
+    data.mkdir()
+    tiny_data.write_fashion_mnist(data, train=6000)
+    tiny_data.write_image_folder(data)
+    tiny_data.write_cifar(data, datasets.CIFAR100, monkeypatch)
+    return tmp_path
+
+
+def tiny_options(config: dict[str, Any]) -> list[str]:
+    options = ["--data.batch_size", "4", "--data.limit", "12", "--data.root", "data", "--data.num_workers", "0"]
+    options += ["--trainer.enable_progress_bar", "false"]
+    backbone = config["model"]["init_args"]["backbone"]
+    if backbone in SMALL:
+        name, args = SMALL[backbone]
+        options += ["--model.backbone", name, "--model.backbone_args", str(args)]
+    if backbone.startswith("torchvision/"):
+        options += ["--model.backbone", "torchvision/resnet18", "--data.image_size", "32"]
+    return options
+
+
+@pytest.mark.parametrize("path", CLASSIFICATION, ids=lambda path: str(path.stem))
+def test_config_trains_and_tests(path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "-c", str(path), "-c", str(SMOKE), *tiny_options(read(path)), "--model.lr", "0.003"])
+    run = workplace / "runs" / path.stem / "version_0"
+    assert read(run / "config.yaml")["model"]["init_args"]["lr"] == 0.003  # the dotted override
+    assert [file.name[:6] for file in (run / "checkpoints").glob("best-*.ckpt")] == ["best-e"]
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert (run / "predictions.csv").is_file()
+    assert list((run / "pictures").rglob("*.png"))
+    printed = capsys.readouterr().out
+    assert printed.count("Test metric") == 1
+    assert str(Path("runs") / path.stem / "version_0" / "predictions.csv") in printed
+
+
+@pytest.mark.parametrize("path", CLASSIFICATION, ids=lambda path: str(path.stem))
+def test_config_describes_the_network_that_it_names(path: Path) -> None:
+    model = read(path)["model"]["init_args"]
+    with torch.device("meta"):
+        network = get_model(model["backbone"], **model.get("backbone_args", {}))
+        attach(network, model["attention"], share=model["share"], **model.get("attention_args", {}))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count == PARAMETERS.get(path.stem, count)
+    if path.stem in PARAMETERS:
+        assert f"{count:,} parameters" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "milestones", "gamma", "weight_decay"),
+    [
+        ("cifar100_resnet164", 180, [60, 120], 0.1, 1e-4),
+        ("cifar100_preresnet164", 164, [81, 122], 0.1, 1e-4),
+        ("cifar100_wrn52_4", 200, [80, 120, 160], 0.2, 5e-4),
+        ("cifar100_resnext101_8x32", 300, [150, 225], 0.1, 5e-4),
+        ("imagenet_resnet34", 120, [30, 60, 90], 0.1, 1e-4),
+        ("imagenet_resnet50", 120, [30, 60, 90], 0.1, 1e-4),
+        ("imagenet_resnet152", 120, [30, 60, 90], 0.1, 1e-4),
+        ("imagenet_resnext50", 120, [30, 60, 90], 0.1, 1e-4),
+    ],
+)
+def test_config_is_the_authors_recipe(
+    name: str, epochs: int, milestones: list[int], gamma: float, weight_decay: float
+) -> None:
+    config = read(CONFIGS / "classification" / f"{name}.yaml")
+    model = config["model"]["init_args"]
+    assert config["trainer"]["max_epochs"] == epochs
+    assert (model["milestones"], model["gamma"], float(model["weight_decay"])) == (milestones, gamma, weight_decay)
+    assert (model["optimizer"], model["lr"], model["momentum"], model["nesterov"]) == ("sgd", 0.1, 0.9, False)
+    assert config["data"]["init_args"]["batch_size"] == (128 if name.startswith("cifar") else 256)
+
+
+@pytest.mark.parametrize("path", [*CLASSIFICATION, *OVERLAYS], ids=lambda path: str(path.stem))
+def test_config_names_its_own_command(path: Path) -> None:
+    header = path.read_text().partition("\ntrainer:")[0]
+    named = re.findall(r"configs/[\w/]+\.yaml", header)
+    assert str(path.relative_to(CONFIGS.parent)) in named
+    assert all((CONFIGS.parent / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.attention", "null"],
+        ["--model.attention", "se", "--model.attention_args", "null"],
+        ["--model.share", "block"],
+    ],
+    ids=["plain", "se", "block"],
+)
+@pytest.mark.parametrize("name", ["digits", "cifar100_preresnet164", "imagenet_resnet50"])
+def test_the_arms_to_compare_with_train(name: str, options: list[str], workplace: Path) -> None:
+    path = CONFIGS / "classification" / f"{name}.yaml"
+    main(["fit", "-c", str(path), *tiny_options(read(path)), *options, "--trainer.fast_dev_run", "true"])
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: str(path.stem))
+def test_overlay_goes_with_a_config(path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "-c", str(DIGITS), "-c", str(path), "--print_config"])
+    assert exit_info.value.code in (0, None)
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["data"]["class_path"].endswith("DigitsDataModule")
+    loggers = [logger["class_path"].rpartition(".")[2] for logger in config["trainer"]["logger"]]
+    assert loggers[0] == "CSVLogger"
+    assert len(loggers) == (2 if path.parent.name == "logger" else 1)
+    for key, value in read(path)["trainer"].items():
+        if not isinstance(value, (dict, list)):
+            assert config["trainer"][key] == value
+
+
+@pytest.mark.parametrize("overlay", ["logger/tensorboard", "logger/wandb", "trainer/bf16"])
+def test_overlay_runs(overlay: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = [*tiny_options(read(DIGITS)), "--model.backbone_args.depth", "11"]
+    main(["fit", "-c", str(DIGITS), "-c", str(CONFIGS / f"{overlay}.yaml"), "-c", str(SMOKE), *options])
+    assert (workplace / "runs" / "digits" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+    if overlay == "logger/tensorboard":
+        assert list((workplace / "runs" / "tensorboard").rglob("events.out.tfevents.*"))
+    if overlay == "logger/wandb":
+        import wandb
+
+        wandb.finish()
+        assert list((workplace / "runs" / "wandb").glob("offline-run-*"))

@@ -1,0 +1,62 @@
+"""Imports point downwards only, and the lower layers do without the upper ones' packages."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dia_lightning"
+
+# What each layer may import from this package ...
+BELOW = {
+    "attention": set(),
+    "models": {"attention", "_torchvision_guard"},
+    "datamodules": {"_torchvision_guard"},
+    "callbacks": {"datamodules", "models", "attention"},
+    "tasks": {"models", "attention"},
+    "cli": {"tasks", "callbacks", "datamodules", "models", "attention", "_torchvision_guard"},
+}
+# ... and which of the other packages it must do without.
+UPPER = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "matplotlib", "jsonargparse", "timm", "diffusers"}
+WITHOUT = {"attention": UPPER | {"torchvision", "numpy", "sklearn"}, "models": UPPER - {"timm"}}
+
+FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            yield node.module or ""
+            if node.module == "dia_lightning":
+                yield from (f"dia_lightning.{alias.name}" for alias in node.names)
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_point_downwards(path: Path) -> None:
+    layer = layer_of(path)
+    own = {name.split(".")[1] for name in imported_modules(path) if name.startswith("dia_lightning.")}
+    if layer in BELOW:
+        assert own - {layer, "__version__"} <= BELOW[layer]
+    elif layer == "__main__.py":
+        assert own <= {"cli", "__version__", "_version", "_torchvision_guard"}
+    else:  # what is imported with the package itself must stay light
+        assert own <= {"_version", "__version__"}
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_lower_layers_do_without_the_packages_of_upper_ones(path: Path) -> None:
+    packages = {name.split(".")[0] for name in imported_modules(path)}
+    assert not packages & WITHOUT.get(layer_of(path), set())
+
+
+def test_every_layer_is_known() -> None:
+    layers = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert layers == set(BELOW)
