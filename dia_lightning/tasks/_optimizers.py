@@ -63,16 +63,14 @@ def make_schedule(
         max_epochs: length of the training; needed for ``"cosine"`` only.
 
     Raises:
-        ValueError: if the length of the training is needed and not known, or too short.
+        ValueError: if the length of the training is needed and not known.
     """
     if name == "step":
         main: LRScheduler = MultiStepLR(optimizer, [epoch - warmup_epochs for epoch in milestones], gamma)
     elif name == "cosine":
-        if max_epochs is None or max_epochs <= warmup_epochs:
-            raise ValueError(
-                f"schedule='cosine' needs trainer.max_epochs above warmup_epochs ({warmup_epochs}), got {max_epochs}."
-            )
-        main = CosineAnnealingLR(optimizer, max_epochs - warmup_epochs)
+        if max_epochs is None:
+            raise ValueError("schedule='cosine' needs trainer.max_epochs, to know where it ends, got none.")
+        main = CosineAnnealingLR(optimizer, max(1, max_epochs - warmup_epochs))
     else:
         main = MultiStepLR(optimizer, [])
     if warmup_epochs == 0:
