@@ -2,9 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from dia_lightning import __version__
 from dia_lightning.cli._errors import fail, is_for_the_user
+
+#: Commands that do without Lightning, and the module of each.
+LIGHT_COMMANDS = {"models": "networks", "check": "check", "export": "export"}
 
 USAGE = """\
 usage: dia-lightning COMMAND [options]
@@ -14,7 +18,9 @@ commands:
   validate   measure on the validation data
   test       measure on the test data
   predict    write predictions to a CSV file
-  models     list networks and attention units with their parameters
+  models     list networks and attention units with their parameters; --cost NAME compares kinds of attention
+  check      check what holds on a network with attention: dia-lightning check torchvision/resnet50
+  export     write a network to ONNX, torch.export or safetensors: dia-lightning export best network.onnx
 
 Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. What the command
 line says counts before the config, the config before the checkpoint of --ckpt_path (a file, 'last' or 'best').
@@ -48,11 +54,10 @@ def _run(arguments: list[str]) -> None:
     try:
         import dia_lightning._torchvision_guard  # noqa: F401
 
-        if arguments[0] == "models":
-            from dia_lightning.cli.networks import run
+        if arguments[0] in LIGHT_COMMANDS:
+            import_module(f"dia_lightning.cli.{LIGHT_COMMANDS[arguments[0]]}").run(arguments[1:])
         else:
-            from dia_lightning.cli.command import run
-        run(arguments[1:] if arguments[0] == "models" else arguments)
+            import_module("dia_lightning.cli.command").run(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

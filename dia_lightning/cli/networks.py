@@ -2,14 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dia_lightning.attention import attach, list_attention
 from dia_lightning.attention._registry import attention_builder
-from dia_lightning.models import get_model, list_models
+from dia_lightning.models import get_model, list_models, network_cost
 
 # H is the width of the bottleneck at the unit's default reduction. A test compares these with the units.
 FORMULAS = {
@@ -21,7 +21,6 @@ FORMULAS = {
     "spa": "22*C*H + H + C, H = C/16",
     "srm": "4*C",
 }
-_ARMS = (None, "dia-lstm", "se")
 
 
 def run(args: Sequence[str]) -> None:
@@ -32,11 +31,13 @@ def run(args: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser("dia-lightning models", description="List networks and attention units.")
     parser.add_argument("pattern", nargs="?", help="list names that match, such as 'torchvision/resnet*'")
-    parser.add_argument("--cost", nargs="+", metavar="NAME", help="parameters and GFLOPs of these networks")
+    parser.add_argument("--cost", nargs="+", metavar="NAME", help="what each kind of attention costs on these")
     parser.add_argument("--image_size", type=int, help="for --cost (default: 32 for this package's networks, else 224)")
+    parser.add_argument("--reduction", type=int, help="for --cost: the reduction of DIA-LSTM (default: 4)")
+    parser.add_argument("--repeats", type=int, default=10, help="for --cost: rounds of timing (default: 10; 0: none)")
     options = parser.parse_args(args)
     if options.cost is not None:
-        _print_table(("network", "attention", "parameters", "GFLOPs"), _costs(options.cost, options.image_size))
+        _print_costs(options.cost, options.image_size, options.reduction, options.repeats)
     elif options.pattern is not None:
         _print_matching(options.pattern)
     else:
@@ -87,28 +88,18 @@ def _print_own(names: Sequence[str]) -> None:
     _print_table(("network", "parameters", "with dia-lstm"), rows)
 
 
-def _costs(names: Sequence[str], image_size: int | None) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def _print_costs(names: Sequence[str], image_size: int | None, reduction: int | None, repeats: int) -> None:
+    rows = []
     for name in names:
         size = image_size if image_size is not None else 224 if "/" in name else 32
-        for attention in _ARMS:
-            try:
-                network = _on_meta(name, attention)
-            except ValueError:
-                if attention is None:
-                    raise
-                rows.append((name, attention, "no place to attach", ""))
-                continue
-            rows.append((name, attention or "none", f"{_count(network):,}", f"{_gflops(network, size):.3f}"))
-    return rows
-
-
-def _gflops(network: nn.Module, image_size: int) -> float:
-    """Floating-point operations of one image, a multiplication and an addition counted as two."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        network.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return float(counter.get_total_flops()) / 1e9
+        images = torch.rand(1, 3, size, size)
+        arguments = {} if reduction is None else {"reduction": reduction}
+        for cost in network_cost(partial(get_model, name), images, repeats=repeats, **arguments):
+            latency = "" if cost.latency is None else f"{cost.latency:.2f}"
+            rows.append((name, cost.attention, f"{cost.parameters:,}", f"{cost.flops / 1e9:.3f}", latency))
+    _print_table(("network", "attention", "parameters", "GFLOPs", "latency"), rows, text_columns=(0, 1))
+    if repeats > 0:
+        print("latency: one forward of one image on this CPU, relative to the network without attention")
 
 
 def _on_meta(name: str, attention: str | None) -> nn.Module:

@@ -1,6 +1,7 @@
 """Tasks: LightningModules that train a backbone, with or without attention."""
 
+from dia_lightning.tasks._load import load_task
 from dia_lightning.tasks.base import DIATask, NonFiniteLossError
 from dia_lightning.tasks.classification import ClassificationTask
 
-__all__ = ["ClassificationTask", "DIATask", "NonFiniteLossError"]
+__all__ = ["ClassificationTask", "DIATask", "NonFiniteLossError", "load_task"]

@@ -89,6 +89,11 @@ class DIATask(LightningModule):
         """Names of the classes, from the data module or the checkpoint."""
         return self._data.get("class_names")
 
+    @property
+    def image_shape(self) -> list[int] | None:
+        """Shape (C, H, W) of the images, from the data module or the checkpoint."""
+        return self._data.get("image_shape")
+
     # ---- data
 
     def setup(self, stage: str) -> None:
@@ -101,6 +106,7 @@ class DIATask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to use the network without its data."""
+        checkpoint["dia_task"] = type(self).__name__
         checkpoint["dia_data"] = self._data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

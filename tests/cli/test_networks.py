@@ -53,13 +53,22 @@ def test_a_pattern_lists_names_without_building_networks(
 
 
 def test_cost_compares_the_arms(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run("models", "--cost", "torchvision/resnet18", "torchvision/vgg11", "--image_size", "64")
-    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
-    plain, dia = rows[0][2].split(), rows[1][2].split()
+    run("models", "--cost", "torchvision/resnet18", "--image_size", "64", "--reduction", "16", "--repeats", "1")
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[21:35].strip(): line[35:].split() for line in lines[1:5]}
+    assert list(rows) == ["none", "se per block", "se shared", "dia-lstm"]
+    plain, dia = rows["none"], rows["dia-lstm"]
     assert plain[0] == f"{count(get_model('torchvision/resnet18')):,}"
-    assert int(dia[0].replace(",", "")) > int(plain[0].replace(",", ""))
     assert float(plain[1]) == pytest.approx(0.297, abs=0.001)  # 1.82 GMACs at 224 pixels: 2 * 1.82 * (64 / 224) ** 2
-    assert rows[4] == ["torchvision/vgg11", "dia-lstm", "no place to attach"]
+    assert plain[2] == "1.00"
+    cells = [2 * (width * (width // 16) * 5 + width // 16 + 4 * width) for width in (64, 128, 256, 512)]
+    assert int(dia[0].replace(",", "")) - int(plain[0].replace(",", "")) == sum(cells)
+
+
+def test_a_network_without_residual_blocks_has_no_arms(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("models", "--cost", "torchvision/vgg11")
+    assert "No residual block is known in VGG" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [48, 128, 256])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dia_lightning.models import get_model
+from dia_lightning.tasks import load_task
 from dia_lightning.tasks._weights import load_weights
 from tests.tasks.conftest import small_task
 
@@ -63,3 +64,14 @@ def test_what_is_no_weights_file_is_named(tmp_path: Path) -> None:
     torch.save(["no", "state"], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         load_weights(network, str(tmp_path / "list.pth"))
+
+
+def test_a_checkpoint_of_something_else_is_no_task(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'nowhere\.ckpt'"):
+        load_task("nowhere.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt' is damaged or no checkpoint of dia-lightning"):
+        load_task(tmp_path / "other.ckpt")
+    torch.save({"dia_task": "SegmentationTask"}, tmp_path / "later.ckpt")
+    with pytest.raises(ValueError, match="was written by SegmentationTask, which is not imported"):
+        load_task(tmp_path / "later.ckpt")

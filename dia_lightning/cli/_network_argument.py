@@ -1,0 +1,40 @@
+"""The network that `check` and `export` are about: one by name, or that of a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dia_lightning.attention import attach
+from dia_lightning.cli import _checkpoints
+from dia_lightning.models import get_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which network."""
+    parser.add_argument(
+        "network", help="a name such as torchvision/resnet50, a checkpoint file, or 'last' or 'best' for a run's"
+    )
+    parser.add_argument("--attention", default="dia-lstm", help="for a name: what to attach (default: dia-lstm)")
+    parser.add_argument("--share", default="stage", choices=("stage", "block"), help="for a name (default: stage)")
+    parser.add_argument("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
+    parser.add_argument("--image_size", type=int, help="height and width (default: the checkpoint's, 32 or 224)")
+
+
+def network_and_images(options: argparse.Namespace, batch: int) -> tuple[nn.Module, Tensor]:
+    """The network that the options name, in evaluation mode, and random images [batch, C, H, W] for it."""
+    torch.manual_seed(0)
+    name: str = options.network
+    shape = [3, *[224 if "/" in name else 32] * 2]
+    if name in ("last", "best") or Path(name).suffix == ".ckpt":
+        from dia_lightning.tasks import ClassificationTask, load_task  # imports Lightning
+
+        task = load_task(_checkpoints.resolve(name, [Path(options.runs)]))
+        if not isinstance(task, ClassificationTask):
+            raise ValueError(f"{name} holds a {type(task).__name__}, expected a ClassificationTask")
+        network, shape = task.backbone, task.image_shape or shape
+    else:
+        network = attach(get_model(name), options.attention, share=options.share)
+    size = shape[1:] if options.image_size is None else [options.image_size] * 2
+    return network.eval(), torch.rand(batch, shape[0], *size)

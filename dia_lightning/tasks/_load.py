@@ -1,0 +1,44 @@
+"""Tasks from checkpoints, whatever class they are of."""
+
+from pathlib import Path
+
+import torch
+
+from dia_lightning.tasks.base import DIATask
+
+
+def load_task(path: str | Path) -> DIATask:
+    """Load a trained task from a checkpoint of this package, in evaluation mode and on the CPU.
+
+    Args:
+        path: a ``.ckpt`` file that a training run wrote. No code is run from it.
+
+    Returns:
+        The task, of the class that wrote the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no checkpoint of a task of this package.
+
+    Example:
+        >>> task = load_task("runs/digits/version_0/checkpoints/last.ckpt")  # doctest: +SKIP
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        name = checkpoint["dia_task"]
+    except Exception as error:  # a file that is none of ours fails in many ways
+        raise ValueError(
+            f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({type(error).__name__})."
+        ) from error
+    known = {task.__name__: task for task in _subclasses(DIATask)}
+    if name not in known:
+        raise ValueError(f"{str(path)!r} was written by {name}, which is not imported. Import it before loading.")
+    task = known[name].load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    return task.eval()
+
+
+def _subclasses(base: type[DIATask]) -> list[type[DIATask]]:
+    below = base.__subclasses__()
+    return [*below, *(task for child in below for task in _subclasses(child))]
