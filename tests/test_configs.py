@@ -63,6 +63,10 @@ def tiny_options(config: dict[str, Any]) -> list[str]:
         options += ["--model.backbone", name, "--model.backbone_args", str(args)]
     if backbone.startswith("torchvision/"):
         options += ["--model.backbone", "torchvision/resnet18", "--data.image_size", "32"]
+    if backbone.startswith("timm/"):
+        options += ["--model.backbone", "timm/test_vit", "--data.image_size", "160"]
+    if {"weights", "pretrained"} & set(config["model"]["init_args"].get("backbone_args", {})):
+        options += ["--model.backbone_args", "null"]  # no download
     return options
 
 
@@ -84,7 +88,9 @@ def test_config_trains_and_tests(path: Path, workplace: Path, capsys: pytest.Cap
 def test_config_describes_the_network_that_it_names(path: Path) -> None:
     model = read(path)["model"]["init_args"]
     with torch.device("meta"):
-        network = get_model(model["backbone"], **model.get("backbone_args", {}))
+        fixed = {"weights": None} if "weights" in model.get("backbone_args", {}) else {"pretrained": False}
+        arguments = model.get("backbone_args", {})
+        network = get_model(model["backbone"], **{**arguments, **{k: v for k, v in fixed.items() if k in arguments}})
         attach(network, model["attention"], share=model["share"], **model.get("attention_args", {}))
     count = sum(parameter.numel() for parameter in network.parameters())
     assert count == PARAMETERS.get(path.stem, count)

@@ -2,6 +2,7 @@
 
 from dia_lightning.attention._attach import attach, detach
 from dia_lightning.attention._check import check
+from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import list_attention, register_attention
 from dia_lightning.attention._unit import AttentionUnit
 from dia_lightning.attention.cbam import CBAM
@@ -15,6 +16,7 @@ from dia_lightning.attention.style_recalibration import StyleRecalibration
 __all__ = [
     "CBAM",
     "DIALSTM",
+    "EAN_MASKS",
     "AttentionUnit",
     "EfficientChannelAttention",
     "SpatialGroupEnhance",

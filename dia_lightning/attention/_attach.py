@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from dia_lightning.attention._chain import AttachedBlock, Chain, Link, Tap, attached_class
+from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._site_table import BLOCK_RULES
 from dia_lightning.attention._sites import Branch, Place, all_places, find_places, named_places
@@ -38,8 +39,9 @@ def attach(
         attention: a registered name (see :func:`list_attention`), or a callable ``channels -> nn.Module`` whose
             modules map ``(features [B, C, H, W], state)`` to ``(map, state)``.
         share: ``"stage"`` for one unit per stage, shared by its blocks (DIA), or ``"block"`` for one unit per block.
-        plug: which blocks get attention, as one truth value per block in order, or a string such as ``"110|0011"``.
-            Blocks that are left out hand the state on unchanged. By default every block.
+        plug: which blocks get attention, as one truth value per block in order, or a string such as ``"110|0011"``, or
+            the name of a mask in :data:`EAN_MASKS`. Blocks that are left out hand the state on unchanged. By default
+            every block.
         identity: start with every map equal to 1, so that the network computes what it computed before. The default
             is the paper's start, where maps of DIA-LSTM are near 1/4.
         branch_norm: whether branches that do not end in a norm (pre-activation networks) get a batch norm before the
@@ -79,8 +81,9 @@ def attach(
     stages = _stages(model, branches, sites)
     plugged = dict(zip((place.path for place in all_places(stages)), _mask(plug, stages), strict=True))
     with_norm = not identity if branch_norm is None else branch_norm
-    for chain in _chains(stages, plugged, share):
-        unit = _new_unit(build, chain[0], identity)
+    chains = _chains(stages, plugged, share)
+    units = [_new_unit(build, chain[0], identity) for chain in chains]  # all, before the network is touched
+    for unit, chain in zip(units, chains, strict=True):
         taps = _insert_taps(chain, plugged, with_norm)
         _place_unit(unit, chain[0].block, taps)
     return model
@@ -125,6 +128,8 @@ def _stages(
     if sites is not None:
         if branches is not None:
             raise ValueError("branches and sites exclude each other: sites name the ends of branches themselves.")
+        if not sites:
+            raise ValueError("sites names no module. Give patterns such as ['encoder.*.conv2'], or leave it out.")
         return named_places(model, [sites] if isinstance(sites, str) else sites)
     for branch in branches or ():
         if branch not in get_args(Branch):
@@ -148,6 +153,11 @@ def _chains(stages: list[list[Place]], plugged: dict[str, bool], share: str) -> 
 
 
 def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -> nn.Module:
+    if hasattr(place.block, "dia"):
+        raise ValueError(
+            f"{type(place.block).__name__} has an attribute 'dia' already, where the attention module would go "
+            f"({place.path}). Rename it."
+        )
     unit = build(place.channels)
     if not isinstance(unit, nn.Module):
         raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
@@ -190,8 +200,6 @@ def _insert_taps(chain: list[Place], plugged: dict[str, bool], with_norm: bool) 
 
 def _place_unit(unit: nn.Module, block: nn.Module, taps: list[Tap]) -> None:
     """Register the unit in the first block of its chain, and a norm per further tap unless the unit shares its own."""
-    if hasattr(block, "dia"):
-        raise ValueError(f"{type(block).__name__} has an attribute 'dia' already, where the attention module would go.")
     block.add_module("dia", unit)
     if isinstance(unit, AttentionUnit) and unit.norm is not None and not unit.share_norm:
         for tap in taps[1:]:
@@ -210,17 +218,27 @@ def _mask(plug: str | Sequence[bool | int] | None, stages: list[list[Place]]) ->
     blocks = sum(len(stage) for stage in stages)
     if plug is None:
         return [True] * blocks
-    values = [character for character in plug if character not in "|, "] if isinstance(plug, str) else list(plug)
+    counts = [len(stage) for stage in stages]
+    if isinstance(plug, str):
+        plug = EAN_MASKS.get(plug, plug).replace(" ", "").replace(",", "")
+        found = [len(part) for part in plug.split("|")]
+        if len(found) > 1 and found != counts:
+            raise ValueError(f"plug {plug!r} has stages of {_sum(found)} blocks, but the network has {_sum(counts)}.")
+    values = [value for value in plug if value != "|"]
     wrong = [value for value in values if value not in ("0", "1", 0, 1)]
     if wrong:
-        raise ValueError(f"plug takes 0 and 1 (or False and True), one per block, got {wrong[0]!r}.")
+        names = ", ".join(EAN_MASKS)
+        raise ValueError(f"plug takes 0 and 1 (or False and True), one per block, or one of {names}; got {wrong[0]!r}.")
     if len(values) != blocks:
-        counts = "+".join(str(len(stage)) for stage in stages)
-        raise ValueError(f"plug has {len(values)} entries, but the network has {blocks} blocks ({counts}).")
+        raise ValueError(f"plug has {len(values)} entries, but the network has {blocks} blocks ({_sum(counts)}).")
     mask = [bool(int(value)) for value in values]
     if not any(mask):
         raise ValueError("plug leaves every block without attention. Do not attach any, or plug at least one block.")
     return mask
+
+
+def _sum(counts: list[int]) -> str:
+    return "+".join(map(str, counts))
 
 
 def _nothing_to_attach_to(model: nn.Module, branches: Sequence[Branch] | None) -> str:

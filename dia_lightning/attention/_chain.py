@@ -108,6 +108,24 @@ class Tap(nn.Module):
         self.unit_norm = None
         self.register_load_state_dict_post_hook(_name_as_in_plain_network)  # type: ignore[no-untyped-call]
 
+    def __getattr__(self, name: str) -> Any:
+        """Find attributes of the site, such as its weight, where they were."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "tapped":
+                raise
+            return getattr(self.tapped, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Put tensors of the site where they are used: ``functional_call`` writes them under their plain names."""
+        tapped = self.__dict__.get("_modules", {}).get("tapped")
+        for own in () if tapped is None else (tapped._parameters, tapped._buffers):
+            if name in own:
+                own[name] = value
+                return
+        super().__setattr__(name, value)
+
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.before:
             return self.tapped(self._recalibrate(features), *args, **kwargs)
@@ -149,6 +167,8 @@ class Tap(nn.Module):
         for name, child in self.named_children():
             inner = prefix if name == "tapped" else f"{prefix}{name}."
             child.state_dict(destination=destination, prefix=inner, keep_vars=keep_vars)
+        metadata = destination._metadata  # type: ignore[attr-defined]  # versions, read under the names of the modules
+        metadata[f"{prefix}tapped"] = metadata[prefix.removesuffix(".")]
         return destination
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -212,9 +232,12 @@ def _enter(block: AttachedBlock, link: Link, entry: Tensor | None) -> Frame:
     """Open a frame with the unit and the state that the block before handed on."""
     chain, compiling = link.chain, torch.compiler.is_compiling()
     if link.position == 0:
-        if not compiling and not chain.frames:
+        task = _backward_task()
+        if not chain.frames:
             chain.handovers.clear()  # of forwards that were abandoned in mid-stage
-        chain.handovers.append(Handover(block.dia, None, -1, _backward_task(), torch.is_grad_enabled()))
+        if task != -1:
+            _forget_after_backward(chain.handovers, task)
+        chain.handovers.append(Handover(block.dia, None, -1, task, torch.is_grad_enabled()))
         return Frame(block.dia, None)
     if compiling:
         handover = chain.handovers[-1] if chain.handovers else None
@@ -239,6 +262,7 @@ def _leave(link: Link, frame: Frame, output: Any) -> None:
     """Check that every tap of the block has run, and hand the state on."""
     chain = link.chain
     if frame.taps != link.taps:
+        _drop_handover(chain)
         raise RuntimeError(
             f"{frame.taps} of {link.taps} sites with attention ran in one call of a block. Was a module of the block "
             "replaced after attach()? Call detach() first, replace it, then attach() again."
@@ -260,6 +284,15 @@ def _drop_handover(chain: Chain) -> None:
     """Forget the forward in which a block has just raised."""
     if chain.handovers and chain.handovers[-1].task == _backward_task():
         chain.handovers.pop()
+
+
+def _forget_after_backward(handovers: list[Handover], task: int) -> None:
+    """A block that is recomputed alone hands its state on to nobody."""
+
+    def forget() -> None:
+        handovers[:] = [handover for handover in handovers if handover.task != task]
+
+    torch.autograd.Variable._execution_engine.queue_callback(forget)  # as DDP does
 
 
 def _handed_on(chain: Chain) -> Handover | None:

@@ -64,9 +64,16 @@ def attention_builder(
     Raises:
         ValueError: if the name is unknown, or the unit takes no such argument.
     """
+    if isinstance(attention, nn.Module):
+        raise ValueError(
+            f"Attention is given as a module ({type(attention).__name__}), but stages of different widths need more. "
+            "Pass its class, or a function channels -> nn.Module."
+        )
+    if not (isinstance(attention, str) or callable(attention)):
+        raise ValueError(f"Unknown attention {attention!r}: give a name or a callable channels -> nn.Module.")
     builder = _BUILDERS.get(attention) if isinstance(attention, str) else attention
     if builder is None:
-        near = difflib.get_close_matches(str(attention), _BUILDERS, n=3, cutoff=0.3)
+        near = difflib.get_close_matches(str(attention).lower(), _BUILDERS, n=3, cutoff=0.3)
         hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(f"Unknown attention {attention!r}. {hint}Registered: {', '.join(list_attention())}.")
     try:

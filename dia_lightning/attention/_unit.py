@@ -1,5 +1,6 @@
 """What every attention module of the package has in common."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class AttentionUnit(nn.Module):
     def start_at_identity(self) -> None:
         """Make every map exactly 1 until training moves it, so that attaching does not change a network.
 
-        The layers that feed the last activation are zeroed, which makes every map ``start_value``, and maps are
+        The parameters that feed the last activation are zeroed, which makes every map ``start_value``, and maps are
         rescaled by its inverse from now on. The factor is a buffer: a checkpoint of such a unit does not fit one that
         was built without it, instead of fitting and computing something else.
 
@@ -46,14 +47,13 @@ class AttentionUnit(nn.Module):
                 f"{type(self).__name__} cannot start at the identity: its map starts at 0 with this activation. "
                 "Use activation='sigmoid' or identity=False."
             )
-        for layer in self.output_layers():
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+        for parameter in self.output_parameters():
+            nn.init.zeros_(parameter)
         # A power of two in every unit, so that the product is exactly 1 in any floating-point format.
         self.scale = torch.tensor(1.0 / self.start_value)
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the layers that feed the last activation: with their parameters at zero the map is ``start_value``."""
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return parameters that make every map ``start_value`` when zero, and can all leave zero in training."""
         raise NotImplementedError
 
     def rescale(self, attention_map: Tensor, features: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Convolutional block attention module."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -48,9 +50,9 @@ class CBAM(AttentionUnit):
         self.norm = nn.BatchNorm2d(1)
         self.share_norm = share_norm
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the layers before the two sigmoids."""
-        return [self.expand, self.norm]
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those before the two sigmoids."""
+        return (*self.expand.parameters(), *self.norm.parameters())
 
     def forward(self, features: Tensor, state: None = None, norm: nn.Module | None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, H, W]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""

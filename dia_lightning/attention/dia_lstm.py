@@ -1,5 +1,7 @@
 """DIA-LSTM, the attention module of the DIA papers."""
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -76,9 +78,10 @@ class DIALSTM(AttentionUnit):
         self.upper = nn.ModuleList(_UpperCell(channels) for _ in range(cells - 1))
         self.dropout = nn.Dropout(dropout)
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the layers that make the gates of the last cell."""
-        return [self.upper[-1]] if self.upper else [self.input_expand, self.hidden_expand]
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those that make the gates of the last cell."""
+        last = [self.upper[-1]] if self.upper else [self.input_expand, self.hidden_expand]
+        return chain.from_iterable(layer.parameters() for layer in last)
 
     def forward(self, features: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
         """Step once.

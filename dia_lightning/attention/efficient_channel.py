@@ -1,6 +1,7 @@
 """Efficient channel attention."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,9 @@ class EfficientChannelAttention(AttentionUnit):
             raise ValueError(f"kernel_size must be a positive odd number, got {kernel_size}.")
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the layer before the sigmoid."""
-        return [self.conv]
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those before the sigmoid."""
+        return self.conv.parameters()
 
     def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""

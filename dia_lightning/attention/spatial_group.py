@@ -1,5 +1,7 @@
 """Spatial group-wise enhance."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,9 +41,9 @@ class SpatialGroupEnhance(AttentionUnit):
         self.weight = nn.Parameter(torch.zeros(self.groups, 1, 1))
         self.bias = nn.Parameter(torch.ones(self.groups, 1, 1))
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the unit itself: its only parameters are those before the sigmoid."""
-        return [self]
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those before the sigmoid."""
+        return self.parameters()
 
     def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, H, W]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""

@@ -1,5 +1,7 @@
 """Spatial pyramid attention."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,9 +35,9 @@ class SpatialPyramidAttention(AttentionUnit):
         self.reduce = nn.Linear(21 * channels, hidden)  # 4*4 + 2*2 + 1*1 means per channel
         self.expand = nn.Linear(hidden, channels)
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the layer before the sigmoid."""
-        return [self.expand]
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those before the sigmoid."""
+        return self.expand.parameters()
 
     def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""

@@ -1,5 +1,7 @@
 """Squeeze-and-excitation."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +33,9 @@ class SqueezeExcitation(AttentionUnit):
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, channels)
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the layer before the sigmoid."""
-        return [self.expand]
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those before the sigmoid."""
+        return self.expand.parameters()
 
     def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""

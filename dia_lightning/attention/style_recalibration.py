@@ -1,5 +1,7 @@
 """Style-based recalibration."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -34,9 +36,9 @@ class StyleRecalibration(AttentionUnit):
         self.norm = nn.BatchNorm1d(channels)
         self.share_norm = share_norm
 
-    def output_layers(self) -> list[nn.Module]:
-        """Return the layer before the sigmoid."""
-        return [self.norm]
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those before the sigmoid."""
+        return self.weight, self.norm.bias  # the scale stays 1, else it would hold the weight at zero
 
     def forward(self, features: Tensor, state: None = None, norm: nn.Module | None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""
