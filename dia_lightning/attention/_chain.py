@@ -75,6 +75,12 @@ class _Notes(dict[Chain, Handover]):
         return OrderedDict, ()  # loads with weights_only=True
 
 
+#: Under this name a tap holds its site. It is the one name that FSDP and distributed checkpoints of torch leave out
+#: of the names of parameters (``torch.distributed.algorithms._checkpoint.checkpoint_wrapper``), as the tap's own
+#: state dict does.
+TAPPED = "_checkpoint_wrapped_module"
+
+
 class Tap(nn.Module):
     """Stands in the place of a site: runs it and multiplies its output by the attention map of the running block.
 
@@ -103,23 +109,28 @@ class Tap(nn.Module):
         self.chain = chain
         self.before = before
         self.channels_last = channels_last
-        self.tapped = site
+        self.add_module(TAPPED, site)
         self.branch_norm = branch_norm
         self.unit_norm = None
         self.register_load_state_dict_post_hook(_name_as_in_plain_network)  # type: ignore[no-untyped-call]
+
+    @property
+    def tapped(self) -> nn.Module:
+        """The site."""
+        return self._modules[TAPPED]  # type: ignore[return-value]  # never None
 
     def __getattr__(self, name: str) -> Any:
         """Find attributes of the site, such as its weight, where they were."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "tapped":
+            if TAPPED not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.tapped, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Put tensors of the site where they are used: ``functional_call`` writes them under their plain names."""
-        tapped = self.__dict__.get("_modules", {}).get("tapped")
+        tapped = self.__dict__.get("_modules", {}).get(TAPPED)
         for own in () if tapped is None else (tapped._parameters, tapped._buffers):
             if name in own:
                 own[name] = value
@@ -165,22 +176,22 @@ class Tap(nn.Module):
             destination = OrderedDict()
             destination._metadata = OrderedDict()  # type: ignore[attr-defined]  # as nn.Module.state_dict does
         for name, child in self.named_children():
-            inner = prefix if name == "tapped" else f"{prefix}{name}."
+            inner = prefix if name == TAPPED else f"{prefix}{name}."
             child.state_dict(destination=destination, prefix=inner, keep_vars=keep_vars)
         metadata = destination._metadata  # type: ignore[attr-defined]  # versions, read under the names of the modules
-        metadata[f"{prefix}tapped"] = metadata[prefix.removesuffix(".")]
+        metadata[f"{prefix}{TAPPED}"] = metadata[prefix.removesuffix(".")]
         return destination
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = tuple(f"{prefix}{name}." for name, _ in self.named_children() if name != "tapped")
+        own = tuple(f"{prefix}{name}." for name, _ in self.named_children() if name != TAPPED)
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
-            state_dict[f"{prefix}tapped.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+            state_dict[f"{prefix}{TAPPED}.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _name_as_in_plain_network(module: nn.Module, incompatible: Any) -> None:
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
-        keys[:] = [key.replace(".tapped.", ".") for key in keys]
+        keys[:] = [key.replace(f".{TAPPED}.", ".") for key in keys]
 
 
 class AttachedBlock(nn.Module):

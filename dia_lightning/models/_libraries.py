@@ -61,7 +61,7 @@ class Timm:
             return []
         import timm
 
-        return timm.list_models()
+        return list(timm.list_models())
 
     def has(self, name: str) -> bool:
         if find_spec("timm") is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from dia_lightning.attention import attach
+from dia_lightning.attention._chain import TAPPED
 
 Weights = dict[str, Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -174,7 +175,7 @@ def gradients(model: nn.Module) -> Weights:
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
-        found[re.sub(r"\.\d+\.dia\.", ".dia.", name.replace(".tapped.", "."))] = parameter.grad.clone()
+        found[re.sub(r"\.\d+\.dia\.", ".dia.", name.replace(f".{TAPPED}.", "."))] = parameter.grad.clone()
     return found
 
 

@@ -353,7 +353,7 @@ def test_keys_of_added_norms_stand_under_their_site() -> None:
     model = attach(get_model("cifar_preresnet", depth=11), "srm")
     keys = list(model.state_dict())
     assert {"layer1.0.conv3.weight", "layer1.0.conv3.branch_norm.running_var", "layer1.0.dia.norm.weight"} <= set(keys)
-    assert not any("tapped" in key for key in keys)
+    assert not any("wrapped" in key for key in keys)
 
 
 def test_the_unit_of_a_stage_stands_in_its_first_block(tiny: tuple[TinyNet, TinyNet]) -> None:
