@@ -161,7 +161,7 @@ def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -
     unit = build(place.channels)
     if not isinstance(unit, nn.Module):
         raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
-    if place.zero_bias:
+    if place.zero_bias and isinstance(unit, AttentionUnit):  # a user's own unit knows how it starts
         for layer in unit.modules():
             if isinstance(layer, nn.Linear) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -11,6 +11,9 @@ in backward finds the state it was entered with, and two streams that go through
 code stands between two blocks the chain itself, which is per thread, hands the state on; under ``torch.compile`` and
 ``torch.export`` it always does.
 
+The one thing that cannot be told apart is two streams with code between the blocks of which one is given up in
+mid-stage.
+
 Module types instead of forward hooks, because compilers do not guard on hooks and norm conversion drops them.
 """
 
@@ -183,6 +186,7 @@ class Tap(nn.Module):
         return destination
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.__dict__["_load_errors"] = args[-1]  # filled by the site later, under its inner name
         own = tuple(f"{prefix}{name}." for name, _ in self.named_children() if name != TAPPED)
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
             state_dict[f"{prefix}{TAPPED}.{key.removeprefix(prefix)}"] = state_dict.pop(key)
@@ -190,7 +194,8 @@ class Tap(nn.Module):
 
 
 def _name_as_in_plain_network(module: nn.Module, incompatible: Any) -> None:
-    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+    errors = module.__dict__.pop("_load_errors")
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys, errors):
         keys[:] = [key.replace(f".{TAPPED}.", ".") for key in keys]
 
 
@@ -203,7 +208,7 @@ class AttachedBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         link = self.dia_link
-        frame = _enter(self, link, _first_tensor((*args, *kwargs.values())))
+        frame = _enter(self, link, _tensors((*args, *kwargs.values())))
         link.chain.frames.append(frame)
         finished = False
         try:
@@ -239,7 +244,7 @@ def new_attached_block(plain_class: type[nn.Module]) -> AttachedBlock:
     return block_class.__new__(block_class)
 
 
-def _enter(block: AttachedBlock, link: Link, entry: Tensor | None) -> Frame:
+def _enter(block: AttachedBlock, link: Link, entries: list[Tensor]) -> Frame:
     """Open a frame with the unit and the state that the block before handed on."""
     chain, compiling = link.chain, torch.compiler.is_compiling()
     if link.position == 0:
@@ -250,17 +255,11 @@ def _enter(block: AttachedBlock, link: Link, entry: Tensor | None) -> Frame:
             _forget_after_backward(chain.handovers, task)
         chain.handovers.append(Handover(block.dia, None, -1, task, torch.is_grad_enabled()))
         return Frame(block.dia, None)
-    if compiling:
-        handover = chain.handovers[-1] if chain.handovers else None
-    else:
-        handover = _noted(entry, chain)
-        if handover is None or handover.position >= link.position:
-            handover = _handed_on(chain)
-            if handover is not None and entry is not None:
-                _note(entry, chain, handover)  # so that a recomputation of this block finds it
+    handover = _handed_on(chain) if compiling else _find_handover(link, entries)
     if handover is None or not 0 <= handover.position < link.position:
         raise RuntimeError(_no_state_message(link))
-    if not compiling and torch.is_grad_enabled() and not handover.grad and entry is not None and entry.requires_grad:
+    wants_grad = not compiling and torch.is_grad_enabled() and any(entry.requires_grad for entry in entries)
+    if wants_grad and not handover.grad:
         raise RuntimeError(
             "Gradients through the attention state would be lost: the block before was run without autograd, as "
             "reentrant activation checkpointing of single blocks does. Pass use_reentrant=False to "
@@ -318,9 +317,21 @@ def _backward_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-def _noted(tensor: Tensor | None, chain: Chain) -> Handover | None:
-    notes: _Notes | None = None if tensor is None else tensor.__dict__.get("_dia_notes")
-    return None if notes is None else notes.get(chain)
+def _find_handover(link: Link, entries: list[Tensor]) -> Handover | None:
+    """Return what the nearest block before noted on the tensors that this block is given, or handed to the chain."""
+    notes = [tensor.__dict__["_dia_notes"].get(link.chain) for tensor in entries if "_dia_notes" in tensor.__dict__]
+    earlier = [note for note in notes if note is not None and note.position < link.position]
+    noted: Handover | None = max(earlier, key=lambda note: note.position, default=None)
+    if noted is not None and noted.position == link.position - 1:
+        return noted
+    handed_on = _handed_on(link.chain)
+    if handed_on is None or (noted is not None and handed_on.position != link.position - 1):
+        return noted  # a block was skipped
+    for tensor in entries:
+        if tensor.grad_fn is not None:  # not a mask or a buffer, which the next forward is given too
+            _note(tensor, link.chain, handed_on)  # so that a recomputation of this block finds it
+            break
+    return handed_on
 
 
 def _note(tensor: Tensor, chain: Chain, handover: Handover) -> None:
@@ -330,16 +341,13 @@ def _note(tensor: Tensor, chain: Chain, handover: Handover) -> None:
     notes[chain] = handover
 
 
-def _first_tensor(values: tuple[Any, ...]) -> Tensor | None:
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-        if isinstance(value, torch.fx.Proxy):
-            raise RuntimeError(
-                "torch.fx cannot trace through a block with shared attention. Make the block classes leaves, for "
-                "example create_feature_extractor(..., tracer_kwargs={'leaf_modules': [type(model.layer1[0])]})."
-            )
-    return None
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    if any(isinstance(value, torch.fx.Proxy) for value in values):
+        raise RuntimeError(
+            "torch.fx cannot trace through a block with shared attention. Make the block classes leaves, for "
+            "example create_feature_extractor(..., tracer_kwargs={'leaf_modules': [type(model.layer1[0])]})."
+        )
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _no_state_message(link: Link) -> str:

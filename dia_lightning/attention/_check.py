@@ -103,6 +103,8 @@ class _Subject:
             self.output = self.run(self.network)
         except Exception as error:
             raise ValueError(f"The network does not run on the example input: {error}") from error
+        if not all(tensor.isfinite().all() for tensor in self.output):
+            raise ValueError("The network puts out NaN or infinity for the example input, so nothing can be compared.")
 
     def run(self, network: nn.Module, *, grad: bool = False) -> list[Tensor]:
         """Return all tensors that a network puts out."""
@@ -118,10 +120,7 @@ class _Subject:
 
     def difference(self, output: list[Tensor]) -> float:
         """Return the largest difference from the network's output, relative to its largest entry."""
-        return max(
-            ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
-            for ours, theirs in zip(self.output, output, strict=True)
-        )
+        return _difference(self.output, output)
 
     def gradients(self, network: nn.Module) -> list[Tensor | None]:
         network.zero_grad()
@@ -256,10 +255,7 @@ def _batch_mates_do_not_matter(subject: _Subject) -> _Finding:
     with torch.no_grad():
         output = _tensors(subject.network(*other.args, **other.kwargs))
     firsts = [tensor[:1] for tensor in output]
-    difference = max(
-        ((ours[:1] - theirs).abs().max() / ours.abs().max().clamp_min(1e-12)).item()
-        for ours, theirs in zip(subject.output, firsts, strict=True)
-    )
+    difference = _difference([tensor[:1] for tensor in subject.output], firsts)
     return difference <= EXACT, "" if difference <= EXACT else f"the first sample changes by {difference:.1e}"
 
 
@@ -384,6 +380,15 @@ def _tensors(value: Any) -> list[Tensor]:
         value = vars(value)
     leaves = pytree.tree_leaves(dict(value) if isinstance(value, Mapping) else value)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Return the largest difference relative to the largest entry; NaN if there is any."""
+    ratios = [
+        (ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12)
+        for ours, theirs in zip(expected, found, strict=True)
+    ]
+    return torch.stack([ratio.double() for ratio in ratios]).max().item()  # unlike Python's max, this keeps NaN
 
 
 def _changed(subject: _Subject, change: Callable[[Tensor], Tensor]) -> _Subject:

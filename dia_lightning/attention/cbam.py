@@ -15,7 +15,7 @@ class CBAM(AttentionUnit):
 
     Channel map :math:`M_c = \sigma(\mathrm{MLP}(\mathrm{avg}(x)) + \mathrm{MLP}(\max(x)))`; spatial map
     :math:`M_s = \sigma(\mathrm{BN}(\mathrm{conv}_{k \times k}([\max_c(M_c x), \mathrm{mean}_c(M_c x)])))`.
-    The batch norm is that of the authors' implementation.
+    The batch norm, slow as it is, is that of the authors' code, github.com/Jongchan/attention-module.
 
     Args:
         channels: channels C of the features.
@@ -47,7 +47,7 @@ class CBAM(AttentionUnit):
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, channels)
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.norm = nn.BatchNorm2d(1)
+        self.norm = nn.BatchNorm2d(1, momentum=0.01)
         self.share_norm = share_norm
 
     def output_parameters(self) -> Iterable[nn.Parameter]:

@@ -16,8 +16,8 @@ class EfficientChannelAttention(AttentionUnit):
 
     Args:
         channels: channels C of the features.
-        kernel_size: odd width k of the convolution. By default the nearest odd number to
-            :math:`|\log_2(C) / 2 + 1/2|`.
+        kernel_size: odd width k of the convolution. By default :math:`|\log_2(C) / 2 + 1/2|`
+            truncated to a whole number, plus one if that is even, as in the authors' code.
 
     Raises:
         ValueError: if ``kernel_size`` is even or not positive.

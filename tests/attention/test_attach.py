@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50, wide_resnet50_2
 from torchvision.models.resnet import BasicBlock
 
-from dia_lightning.attention import DIALSTM, SqueezeExcitation, attach, detach, list_attention
+from dia_lightning.attention import DIALSTM, SqueezeExcitation, attach, check, detach, list_attention
 from dia_lightning.models import get_model
 
 from .networks import (
@@ -797,3 +797,51 @@ def test_attach_offers_exactly_the_units_of_the_papers_by_name() -> None:
         "model",
         "attention",
     ]
+
+
+def test_errors_of_loading_name_weights_as_in_the_plain_network() -> None:
+    attached = attach(TinyNet(), "se")
+    weights = {**attached.state_dict(), "stage1.0.bn2.weight": torch.zeros(7)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for stage1\.0\.bn2\.weight"):
+        attached.load_state_dict(weights)
+
+
+def test_the_bias_of_a_users_own_unit_is_left_alone() -> None:
+    class Open(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.gate = nn.Linear(channels, channels)
+            nn.init.constant_(self.gate.bias, 2.0)
+
+        def forward(self, features: torch.Tensor, state: None) -> tuple[torch.Tensor, None]:
+            return torch.sigmoid(self.gate(features.mean((2, 3))))[:, :, None, None], None
+
+    network: Any = attach(get_model("cifar_wrn", depth=10, widen_factor=1), Open)
+    assert (network.layer1[0].dia.gate.bias == 2).all()
+
+
+def test_check_refuses_a_network_whose_output_is_not_finite() -> None:
+    network: Any = attach(get_model("cifar_resnet", depth=11), "se")
+    nn.init.constant_(network.fc.bias, float("nan"))
+    with pytest.raises(ValueError, match="puts out NaN or infinity"):
+        check(network, torch.randn(2, 3, 16, 16))
+
+
+def test_check_says_what_does_not_hold() -> None:
+    class Sticky(SqueezeExcitation):
+        """Remembers the features of the forward before."""
+
+        last: torch.Tensor | None = None
+
+        def forward(self, features: torch.Tensor, state: None = None) -> tuple[torch.Tensor, None]:
+            attention_map, _ = super().forward(features, state)
+            if self.last is not None and self.last.shape == attention_map.shape:
+                attention_map = attention_map * self.last
+            self.last = attention_map.detach()
+            return attention_map, None
+
+    report = check(attach(get_model("cifar_resnet", depth=20), Sticky), torch.randn(2, 3, 16, 16))
+    failed = {row.name for row in report.rows if not row.holds}
+    assert "earlier forwards do not matter" in failed
+    assert not report.ok
+    assert "NO" in str(report)

@@ -947,3 +947,42 @@ def test_distributed_checkpointing_reads_and_writes_the_weights(tiny: Pair) -> N
     other = randomised(copy.deepcopy(attached), seed=5)
     set_model_state_dict(other, weights)
     assert torch.equal(other(images()), attached(images()))
+
+
+class GuidedBlock(BasicBlock):  # type: ignore[misc]  # torchvision is typed in part only
+    """A block that is called with something else first, as blocks with masks or time embeddings are."""
+
+    def forward(self, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(features) * mask
+        return output
+
+
+class GuidedStage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GuidedBlock(8, 8) for _ in range(3))
+        self.register_buffer("mask", torch.ones(1))
+
+    def forward(self, features: torch.Tensor, between: float = 1.0) -> torch.Tensor:
+        for block in self.blocks:
+            features = block(self.mask, features) * between
+        return features
+
+
+@pytest.mark.parametrize("between", [None, 1.0])
+def test_a_tensor_that_all_blocks_are_given_first_carries_no_state(between: float | None) -> None:
+    """Notes on it would lead a block to the state of an earlier block or of an earlier forward."""
+    guided: Any = randomised(attach(GuidedStage().double().eval(), "dia-lstm"))
+    guided.mask.fill_(1)
+    plain = attach(nn.Sequential(*(BasicBlock(8, 8) for _ in range(3))).double().eval(), "dia-lstm")
+    plain.load_state_dict({key.removeprefix("blocks."): v for key, v in guided.state_dict().items() if key != "mask"})
+    first, second = (torch.randn(size, 8, 6, 6, dtype=torch.float64) for size in (2, 3))
+    for features in (first, second, first):
+        if between is None:  # the very tensor that the block before returned
+            found = features
+            for block in guided.blocks:
+                found = block(guided.mask, found)
+        else:
+            found = guided(features, between)
+        torch.testing.assert_close(found, plain(features), rtol=0, atol=1e-12)
+    assert not vars(guided.mask)
