@@ -1,6 +1,7 @@
 """Hyperparameters that every checkpoint can hold."""
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 #: Marks a hyperparameter that was an object and cannot be kept in a checkpoint.
@@ -22,8 +23,10 @@ def check_is_no_mark(name: str, value: Any) -> None:
 
 def primitive(value: Any) -> Any:
     """Return a copy made of what ``torch.load(weights_only=True)`` accepts, or a mark."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, Real):  # numbers of numpy would not load
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, list | tuple):
         return [primitive(item) for item in value]
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """How a task gets its network."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -11,15 +11,24 @@ from dia_lightning.models import get_model
 from dia_lightning.tasks._hyperparameters import check_is_no_mark
 from dia_lightning.tasks._weights import load_weights
 
+# The command line knows networks by name only: from the types of objects its help would list every module of torch.
+if TYPE_CHECKING:
+    Backbone: TypeAlias = str | nn.Module
+    Attention: TypeAlias = str | Callable[[int], nn.Module]
+else:
+    Backbone = Attention = str
+
 
 def build_network(
-    backbone: str | nn.Module,
+    backbone: Backbone,
     backbone_args: dict[str, Any],
-    attention: Any,
+    attention: Attention | None,
     attention_args: dict[str, Any],
     *,
     share: Literal["stage", "block"],
     plug: str | Sequence[int] | None,
+    branches: Sequence[Literal["conv", "attention", "mlp"]] | None,
+    sites: str | Sequence[str] | None,
     identity: bool,
     branch_norm: bool | None,
     init_from: str | None,
@@ -38,9 +47,15 @@ def build_network(
             attention,
             share=share,
             plug=plug,
+            branches=branches,
+            sites=sites,
             identity=identity,
             branch_norm=branch_norm,
             **attention_args,
+        )
+    elif identity or attention_args or plug is not None or share == "block":
+        rank_zero_info(
+            "attention is None: the network is plain, and attention_args, share, plug and identity are unused."
         )
     if init_from is not None:
         rank_zero_info(load_weights(network, init_from))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
@@ -70,6 +71,8 @@ def make_schedule(
     elif name == "cosine":
         if max_epochs is None:
             raise ValueError("schedule='cosine' needs trainer.max_epochs, to know where it ends, got none.")
+        if max_epochs <= warmup_epochs:
+            rank_zero_warn(f"Training ends after {max_epochs} epochs, within the warm-up of {warmup_epochs}.")
         main = CosineAnnealingLR(optimizer, max(1, max_epochs - warmup_epochs))
     else:
         main = MultiStepLR(optimizer, [])
@@ -93,5 +96,7 @@ def check_schedule(name: Any, milestones: Sequence[int], gamma: float, warmup_ep
         raise ValueError(f"gamma must be in (0, 1], got {gamma}.")
     if warmup_epochs < 0 or (milestones and warmup_epochs >= milestones[0]):
         raise ValueError(f"warmup_epochs must be 0 or more and end before the first milestone, got {warmup_epochs}.")
+    if name == "step" and not milestones:
+        raise ValueError("schedule='step' needs milestones, the epochs at which lr is multiplied by gamma; got none.")
     if milestones and isinstance(name, str) and name != "step":
         raise ValueError(f"milestones are for schedule='step', but schedule={name!r}. Leave them out.")

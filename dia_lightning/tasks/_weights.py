@@ -10,7 +10,8 @@ from torch import Tensor, nn
 def load_weights(network: nn.Module, path: str) -> str:
     """Load a network's weights from a file and say what was loaded.
 
-    The file may be a checkpoint of this package, a state dict (``.pt``, ``.pth``), or a ``.safetensors`` file.
+    The file may be a checkpoint of this package, a state dict (``.pt``, ``.pth``, bare or under ``state_dict`` or
+    ``model``), or a ``.safetensors`` file.
     Weights of a plain network go into one with attention, whose unit then keeps its start. A classifier of another
     number of classes keeps its start too. Anything else that does not fit is an error.
 
@@ -33,6 +34,11 @@ def load_weights(network: nn.Module, path: str) -> str:
         raise ValueError(f"{path!r} holds another network: {_sizes(head, weights, own)}.")
     result = network.load_state_dict({key: value for key, value in weights.items() if key not in head}, strict=False)
     attention = [key for key in result.missing_keys if _belongs_to_attention(key)]
+    if attention and any(map(_belongs_to_attention, weights)):
+        raise ValueError(
+            f"{path!r} holds other attention than this network has: {_some(attention)} missing. Use the same "
+            "attention, share, plug and identity as in training, or a file of the plain network."
+        )
     missing = sorted(set(result.missing_keys) - set(attention) - set(head))
     if missing or result.unexpected_keys:
         raise ValueError(
@@ -65,10 +71,12 @@ def _read(path: str) -> Any:
 
 
 def _backbone_weights(content: Any) -> dict[str, Tensor]:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for name in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError("The file holds no state dict: expected tensors by name, or a checkpoint with 'state_dict'.")
+    content = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile
     own = {key.removeprefix("backbone."): value for key, value in content.items() if key.startswith("backbone.")}
     return own or {key.removeprefix("module."): value for key, value in content.items()}
 
@@ -78,8 +86,9 @@ def _belongs_to_attention(key: str) -> bool:
 
 
 def _is_last(network: nn.Module, modules: set[str]) -> bool:
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and ".dia" not in name]
-    return bool(linear) and modules == {linear[-1]}
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    outside = [name for name in layers if not _belongs_to_attention(name)]
+    return bool(outside) and modules == {outside[-1]}
 
 
 def _sizes(keys: list[str], weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:

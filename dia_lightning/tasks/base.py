@@ -49,22 +49,24 @@ class DIATask(LightningModule):
         gamma: float = 0.1,
         warmup_epochs: int = 0,
     ) -> None:
+        arguments = dict(locals())
         super().__init__()
+        self.remember(arguments)
         check_is_no_mark("optimizer", optimizer)
         check_is_no_mark("schedule", schedule)
-        self.lr = lr  # the learning-rate finder writes here
+        self.lr = float(lr)  # the learning-rate finder writes here
         self._optimizer = optimizer
         self._optimizer_args: dict[str, Any] = {
-            "momentum": momentum,
+            "momentum": float(momentum),
             "nesterov": nesterov,
-            "weight_decay": weight_decay,
+            "weight_decay": float(weight_decay),
         }
         if isinstance(optimizer, str):
             check_optimizer(optimizer, lr=lr, **self._optimizer_args)
         check_schedule(schedule, milestones, gamma, warmup_epochs)
         self._schedule = schedule
-        self._milestones = list(milestones)
-        self._gamma = gamma
+        self._milestones = [int(epoch) for epoch in milestones]
+        self._gamma = float(gamma)
         self._warmup_epochs = warmup_epochs
         self._data: dict[str, Any] = {}
         self._last_finite_loss: Tensor | None = None
@@ -72,14 +74,15 @@ class DIATask(LightningModule):
     # ---- construction
 
     def remember(self, arguments: Mapping[str, Any]) -> None:
-        """Keep the constructor's arguments as hyperparameters that load with ``weights_only=True``.
+        """Add a constructor's arguments to the hyperparameters, in a form that loads with ``weights_only=True``.
 
         Objects are replaced by a mark, and ``init_from`` is left out: a checkpoint brings its own weights.
 
         Args:
             arguments: ``locals()`` at the start of the constructor.
         """
-        kept = {name: value for name, value in arguments.items() if name not in ("self", "__class__", "init_from")}
+        left_out = ("self", "__class__", "init_from", "optimization")
+        kept = {name: value for name, value in arguments.items() if name not in left_out}
         # The dictionary itself is given, because under LightningCLI the arguments would be read from the parser
         # instead.
         self.save_hyperparameters({name: primitive(value) for name, value in kept.items()}, logger=False)

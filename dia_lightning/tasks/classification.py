@@ -1,16 +1,14 @@
 """Image classification."""
 
-from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from dia_lightning.tasks._network import build_network
+from dia_lightning.tasks._network import Attention, Backbone, build_network
 from dia_lightning.tasks.base import DIATask
 
 
@@ -33,21 +31,16 @@ class ClassificationTask(DIATask):
         attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks get attention; see :func:`~dia_lightning.attention.attach`.
+        plug: which blocks get attention; this and the next four as :func:`~dia_lightning.attention.attach` takes them.
+        branches: which branches of transformer blocks get attention.
+        sites: where branches end in a network that is not known.
         identity: start with maps of exactly 1, for pretrained networks.
         branch_norm: whether pre-activation branches get a norm before the attention module.
         label_smoothing: in [0, 1).
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
         compile: compile the network when it first runs.
-        optimizer: see :class:`DIATask`, like all that follow.
-        lr: learning rate.
-        momentum: of SGD.
-        nesterov: whether SGD uses Nesterov momentum.
-        weight_decay: applied to all parameters.
-        schedule: of the learning rate.
-        milestones: epochs at which ``"step"`` lowers the rate.
-        gamma: factor at each milestone.
-        warmup_epochs: epochs of linear rise.
+        **optimization: optimizer and schedule, as :class:`DIATask` takes them: ``optimizer``, ``lr``, ``momentum``,
+            ``nesterov``, ``weight_decay``, ``schedule``, ``milestones``, ``gamma``, ``warmup_epochs``.
 
     Raises:
         ValueError: if a name is unknown, a number is out of its range, or ``num_classes`` is missing.
@@ -61,41 +54,25 @@ class ClassificationTask(DIATask):
 
     def __init__(
         self,
-        backbone: str | nn.Module,
+        backbone: Backbone,
         num_classes: int | None = None,
         *,
         backbone_args: dict[str, Any] | None = None,
-        attention: str | Callable[[int], nn.Module] | None = None,
+        attention: Attention | None = None,
         attention_args: dict[str, Any] | None = None,
         share: Literal["stage", "block"] = "stage",
         plug: str | list[int] | None = None,
+        branches: list[Literal["conv", "attention", "mlp"]] | None = None,
+        sites: str | list[str] | None = None,
         identity: bool = False,
         branch_norm: bool | None = None,
         label_smoothing: float = 0.0,
         init_from: str | None = None,
         compile: bool = False,
-        optimizer: Literal["sgd", "adamw"] | OptimizerCallable = "sgd",
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 1e-4,
-        schedule: Literal["step", "cosine", "constant"] | LRSchedulerCallable = "constant",
-        milestones: Sequence[int] = (),
-        gamma: float = 0.1,
-        warmup_epochs: int = 0,
+        **optimization: Any,
     ) -> None:
         arguments = dict(locals())
-        super().__init__(
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            milestones=milestones,
-            gamma=gamma,
-            warmup_epochs=warmup_epochs,
-        )
+        super().__init__(**optimization)
         if num_classes is None or num_classes < 2:
             raise ValueError(
                 f"num_classes must be 2 or more, got {num_classes}. Data modules of this package provide it."
@@ -104,7 +81,10 @@ class ClassificationTask(DIATask):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
         if backbone_args and not isinstance(backbone, str):
             raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
+        if backbone_args and "num_classes" in backbone_args:
+            raise ValueError("backbone_args must not have num_classes: it is an argument of the task.")
         self.remember(arguments)
+        self._seen = 0
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.backbone = build_network(
@@ -114,6 +94,8 @@ class ClassificationTask(DIATask):
             attention_args or {},
             share=share,
             plug=plug,
+            branches=branches,
+            sites=sites,
             identity=identity,
             branch_norm=branch_norm,
             init_from=init_from,
@@ -163,7 +145,7 @@ class ClassificationTask(DIATask):
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
-        outputs = self._evaluate(batch, batch_idx, self.val_loss, [self.val_metrics])
+        outputs = self._evaluate(batch, self.val_loss, [self.val_metrics])
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log_dict(self.val_metrics, prog_bar=True)
         return outputs
@@ -171,10 +153,11 @@ class ClassificationTask(DIATask):
     def on_test_epoch_start(self) -> None:
         """Start a new confusion matrix."""
         self.confusion.reset()
+        self._count_from_the_start()
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
-        outputs = self._evaluate(batch, batch_idx, self.test_loss, [self.test_metrics, self.confusion])
+        outputs = self._evaluate(batch, self.test_loss, [self.test_metrics, self.confusion])
         self.log("test/loss", self.test_loss)
         self.log_dict(self.test_metrics)
         return outputs
@@ -182,13 +165,15 @@ class ClassificationTask(DIATask):
     def predict_step(self, batch: tuple[Tensor, ...] | Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Return the index ``[B]`` and the class probabilities ``[B, K]`` of images."""
         images, *rest = (batch,) if isinstance(batch, Tensor) else batch
-        return {"index": _index(images, rest, batch_idx), "probabilities": self(images).float().softmax(1)}
+        # Loaders of other packages give labels as the second item.
+        index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
+        return {"index": self._index(images, index), "probabilities": self(images).float().softmax(1)}
 
     def _evaluate(
-        self, batch: tuple[Tensor, ...], batch_idx: int, loss: MeanMetric, metrics: list[Metric | MetricCollection]
+        self, batch: tuple[Tensor, ...], loss: MeanMetric, metrics: list[Metric | MetricCollection]
     ) -> dict[str, Tensor]:
         images, labels, *rest = batch
-        index = _index(images, rest, batch_idx)
+        index = self._index(images, rest)
         logits = self(images).float()
         counts = index >= 0
         if counts.any():  # metrics refuse an empty batch
@@ -197,9 +182,17 @@ class ClassificationTask(DIATask):
                 metric.update(logits[counts], labels[counts])
         return {"index": index, "probabilities": logits.softmax(1)}
 
+    # ---- positions of images in their data set
 
-def _index(images: Tensor, rest: list[Tensor], batch_idx: int) -> Tensor:
-    """Return the position of each image in its data set; loaders of other packages do not say it."""
-    if rest:
-        return rest[-1]
-    return torch.arange(len(images), device=images.device) + batch_idx * len(images)
+    def _index(self, images: Tensor, given: list[Tensor]) -> Tensor:
+        """Return the position [B] of each image; without it in the batch, count as Lightning deals out samples."""
+        if given:
+            return given[0]
+        position = self._seen + torch.arange(len(images), device=images.device)
+        self._seen += len(images)
+        return position * self.trainer.world_size + self.trainer.global_rank
+
+    def _count_from_the_start(self) -> None:
+        self._seen = 0
+
+    on_validation_epoch_start = on_predict_epoch_start = _count_from_the_start

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
@@ -201,6 +202,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
         ({"optimizer": "adamw", "nesterov": True}, "nesterov=True needs optimizer='sgd'"),
         ({"schedule": "exponential"}, "schedule must be 'step', 'cosine', 'constant' or a callable, got 'exponential'"),
         ({"schedule": "cosine", "milestones": [3]}, "milestones are for schedule='step'"),
+        ({"schedule": "step"}, "schedule='step' needs milestones"),
+        ({"backbone_args": {"num_classes": 7}}, "backbone_args must not have num_classes"),
         ({"schedule": "step", "milestones": [5, 3]}, r"milestones must be rising epochs of at least 1, got \[5, 3\]"),
         ({"schedule": "step", "milestones": [2], "warmup_epochs": 2}, "end before the first milestone, got 2"),
         ({"gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
@@ -247,3 +250,24 @@ def test_predicting_plain_images_numbers_them_in_order(tmp_path: Path) -> None:
     first, second = cast(list[dict[str, Tensor]], outputs)
     assert (first["index"].tolist(), second["index"].tolist()) == ([0, 1], [2, 3])
     assert first["probabilities"].argmax(1).tolist() == [0, 2]
+
+
+def test_labels_of_a_foreign_loader_are_not_taken_for_positions(tmp_path: Path) -> None:
+    batches = [(scores([0, 2], 3), torch.tensor([7, 7])), (scores([1], 3), torch.tensor([7]))]
+    task, trainer = ClassificationTask(Scores(), 3), small_trainer(tmp_path)
+    for _ in range(2):  # counting starts anew
+        outputs = cast(list[dict[str, Tensor]], trainer.predict(task, Given(batches)))
+        assert [output["index"].tolist() for output in outputs] == [[0, 1], [2]]
+
+
+def test_numbers_of_numpy_do_not_spoil_a_checkpoint(tmp_path: Path, digits: DigitsDataModule) -> None:
+    small_trainer(tmp_path).fit(small_task(lr=np.float64(0.01), milestones=[np.int64(3)], schedule="step"), digits)
+    hparams = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert (hparams["lr"], hparams["milestones"], hparams["num_classes"]) == (0.01, [3], 10)
+
+
+def test_branches_and_sites_reach_the_network() -> None:
+    task = small_task(sites=["layer2.*.bn3"])
+    assert {key.partition(".dia.")[0] for key in task.backbone.state_dict() if ".dia." in key} == {"layer2.0"}
+    with pytest.raises(ValueError, match="branches and sites exclude each other"):
+        small_task(sites=["layer2.*.bn3"], branches=["conv"])

@@ -1,6 +1,7 @@
 """Starting from the weights of a file."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def test_safetensors_and_prefixed_weights_load(plain: Path, tmp_path: Path) -> N
     save_file(weights, tmp_path / "plain.safetensors")
     torch.save({"state_dict": {f"backbone.{key}": value for key, value in weights.items()}}, tmp_path / "task.ckpt")
     torch.save({f"module.{key}": value for key, value in weights.items()}, tmp_path / "parallel.pth")
-    for name in ("plain.safetensors", "task.ckpt", "parallel.pth"):
+    torch.save({"model": {f"_orig_mod.{key}": value for key, value in weights.items()}}, tmp_path / "compiled.pth")
+    for name in ("plain.safetensors", "task.ckpt", "parallel.pth", "compiled.pth"):
         network = get_model("cifar_resnet", depth=11, num_classes=10)
         load_weights(network, str(tmp_path / name))
         assert all(torch.equal(network.state_dict()[key], value) for key, value in weights.items()), name
@@ -75,3 +77,11 @@ def test_a_checkpoint_of_something_else_is_no_task(tmp_path: Path) -> None:
     torch.save({"dia_task": "SegmentationTask"}, tmp_path / "later.ckpt")
     with pytest.raises(ValueError, match="was written by SegmentationTask, which is not imported"):
         load_task(tmp_path / "later.ckpt")
+
+
+@pytest.mark.parametrize("options", [{"identity": True}, {"share": "block"}, {"attention_args": {"cells": 2}}])
+def test_attention_that_fits_in_part_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    depth = {"backbone_args": {"depth": 20}}
+    torch.save(small_task(**depth).backbone.state_dict(), tmp_path / "attached.pth")
+    with pytest.raises(ValueError, match="holds other attention than this network has"):
+        small_task(**depth, **options, init_from=str(tmp_path / "attached.pth"))
