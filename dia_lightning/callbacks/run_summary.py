@@ -58,6 +58,7 @@ def _checkpoints(trainer: Trainer) -> list[tuple[str, str]]:
             if callback.monitor is None:
                 found.append(("last checkpoint", callback.best_model_path))
             else:
-                score = f"{callback.monitor} = {callback.best_model_score:.4f}"
-                found.append(("best checkpoint", f"{callback.best_model_path} ({score})"))
+                score = callback.best_model_score  # not known again after resuming in another folder
+                note = "" if score is None else f" ({callback.monitor} = {score:.4f})"
+                found.append(("best checkpoint", f"{callback.best_model_path}{note}"))
     return found

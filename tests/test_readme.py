@@ -1,0 +1,67 @@
+"""The README's commands run as they are written. Its Python examples are doctests."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dia_lightning.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in SHELL if line.startswith("dia-lightning")]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the configs, and photos to predict."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dia-lightning"])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (20, 20), 128).save(tmp_path / "photos" / "grey.png")
+    return tmp_path
+
+
+def test_the_two_commands_set_everything_up_themselves() -> None:
+    first, second = (line for line in SHELL if line.startswith("python3 -m venv"))
+    setup = "python3 -m venv .venv && .venv/bin/python -m pip install -e '.[test]' && .venv/bin/python -m "
+    assert first == f"{setup}dia_lightning fit -c configs/classification/digits.yaml"
+    assert second == f"{setup}pytest"
+
+
+@pytest.mark.slow
+def test_the_quick_start_reads_digits(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "-c", "configs/classification/digits.yaml", "--trainer.enable_progress_bar", "false"])
+    printed = capsys.readouterr().out
+    accuracy = re.search(r"test/acc +([\d.]+)", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 0.97
+    for name in ("best checkpoint:", "pictures:", "predictions:"):
+        path = re.search(rf"{name} +(\S+)", printed)
+        assert path is not None
+        assert (workplace / path[1]).exists()
+
+
+def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {command[0] for command in COMMANDS} >= {"fit", "test", "predict", "models", "check", "export"}
+    for command in COMMANDS:
+        quick = ["--trainer.enable_progress_bar", "false"] if command[0] in ("fit", "test", "predict") else []
+        if command[0] == "fit":
+            quick += ["-c", "configs/trainer/smoke.yaml"]
+        main([*command, *quick])
+    assert (workplace / "network.onnx").is_file()
+    assert list((workplace / "runs" / "wandb").glob("offline-run-*"))
+    assert "photos/grey.png" in "".join(path.read_text() for path in workplace.rglob("predictions*.csv"))
+
+
+def test_the_configs_that_the_readme_names_are_there() -> None:
+    for names in re.findall(r"^\| (`.*?`) \|", README, re.MULTILINE):
+        for name in re.findall(r"`((?:classification|logger|trainer)/[\w*.]+)`", names):
+            assert list((ROOT / "configs").glob(name)), name
