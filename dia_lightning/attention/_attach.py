@@ -1,6 +1,7 @@
 """Put attention into a network, and take it out again."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
@@ -69,6 +70,8 @@ def attach(
         >>> [name for name, _ in model.named_modules() if name.endswith(".dia")]
         ['layer1.0.dia', 'layer2.0.dia', 'layer3.0.dia']
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {model!r}. Make named networks with get_model(name).")
     if share not in ("stage", "block"):
         raise ValueError(f"share must be 'stage' or 'block', got {share!r}.")
     if identity and branch_norm:
@@ -172,6 +175,13 @@ def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -
                 f"dia_lightning.attention.AttentionUnit have; {type(unit).__name__} is none."
             )
         unit.start_at_identity()
+    try:
+        inspect.signature(unit.forward).bind(None, None)
+    except TypeError:
+        raise ValueError(
+            f"{type(unit).__name__}.forward must take (features, state) and return (map, state), where None is a state "
+            f"too; it takes {inspect.signature(unit.forward)}."
+        ) from None
     return _like(unit, place.block)
 
 

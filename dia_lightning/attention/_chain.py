@@ -148,6 +148,11 @@ class Tap(nn.Module):
     def _recalibrate(self, features: Tensor) -> Tensor:
         if self.branch_norm is not None:
             features = self.branch_norm(features)
+        if features.ndim < 3:
+            raise RuntimeError(
+                f"Features of shape {tuple(features.shape)} have no positions to attend to: "
+                f"{type(self.tapped).__name__} is no end of a residual branch. Leave it out of `sites`."
+            )
         if not self.channels_last:
             return features * self._attention_map(features)
         planes = features.movedim(-1, 1)  # [B, ..., C] -> [B, C, ...]

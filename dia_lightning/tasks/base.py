@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from dia_lightning.tasks._hyperparameters import check_is_no_mark, primitive
 from dia_lightning.tasks._optimizers import check_optimizer, check_schedule, make_optimizer, make_schedule
@@ -164,6 +165,19 @@ class DIATask(LightningModule):
         else:
             schedule = self._schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    def on_train_start(self) -> None:
+        """Say so if a resumed schedule ends at another epoch than the training."""
+        schedule = self.lr_schedulers()
+        main = schedule._schedulers[-1] if isinstance(schedule, SequentialLR) else schedule
+        if isinstance(main, CosineAnnealingLR) and isinstance(self._schedule, str):
+            end = main.T_max + self._warmup_epochs
+            if end != self.trainer.max_epochs:
+                rank_zero_warn(
+                    f"The cosine schedule of the checkpoint ends at epoch {end}, but trainer.max_epochs is "
+                    f"{self.trainer.max_epochs}: lr is near 0 around the schedule's end and rises again after it. To "
+                    "train longer, start a new schedule from the weights: --model.init_from instead of --ckpt_path."
+                )
 
 
 def _brief(value: list[Any]) -> str:

@@ -845,3 +845,20 @@ def test_check_says_what_does_not_hold() -> None:
     assert "earlier forwards do not matter" in failed
     assert not report.ok
     assert "NO" in str(report)
+
+
+def test_what_cannot_be_attached_to_is_named() -> None:
+    class Gate(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features.mean((2, 3), keepdim=True)
+
+    with pytest.raises(ValueError, match=r"Gate\.forward must take \(features, state\) and return \(map, state\)"):
+        attach(TinyNet(), Gate)
+    with pytest.raises(ValueError, match=r"model must be an nn\.Module, got 'resnet18'"):
+        attach("resnet18", "se")  # type: ignore[type-var]
+    headed = attach(get_model("cifar_resnet", depth=11), "se", sites=["fc"])
+    with pytest.raises(RuntimeError, match=r"shape \(2, 100\) have no positions to attend to: Linear"):
+        headed(torch.randn(2, 3, 16, 16))

@@ -271,3 +271,12 @@ def test_branches_and_sites_reach_the_network() -> None:
     assert {key.partition(".dia.")[0] for key in task.backbone.state_dict() if ".dia." in key} == {"layer2.0"}
     with pytest.raises(ValueError, match="branches and sites exclude each other"):
         small_task(sites=["layer2.*.bn3"], branches=["conv"])
+
+
+def test_resuming_for_longer_than_the_schedule_lasts_is_said(tmp_path: Path, digits: DigitsDataModule) -> None:
+    options = {"schedule": "cosine", "warmup_epochs": 1}
+    small_trainer(tmp_path, max_epochs=2).fit(small_task(**options), digits)
+    with pytest.warns(UserWarning, match=r"schedule of the checkpoint ends at epoch 2, but trainer\.max_epochs is 3"):
+        small_trainer(tmp_path / "more", max_epochs=3).fit(
+            small_task(**options), digits, ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        )
