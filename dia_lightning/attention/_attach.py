@@ -7,11 +7,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
-from dia_lightning.attention._chain import AttachedBlock, Chain, Link, Tap, attached_class
+from dia_lightning.attention._chain import AttachedBlock, Chain, Link, attached_class
 from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._site_table import BLOCK_RULES
 from dia_lightning.attention._sites import Branch, Place, all_places, find_places, named_places
+from dia_lightning.attention._tap import Tap
 from dia_lightning.attention._unit import AttentionUnit
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from dia_lightning.attention._attach import detach
-from dia_lightning.attention._chain import AttachedBlock, Tap
+from dia_lightning.attention._chain import AttachedBlock
+from dia_lightning.attention._tap import Tap
 
 #: Largest difference, relative to the largest output, that counts as equal where the arithmetic is the same.
 EXACT = 1e-5

@@ -8,7 +8,7 @@ from torch import nn
 
 from dia_lightning.attention import attach
 from dia_lightning.models import get_model
-from dia_lightning.tasks._hyperparameters import check_is_no_mark
+from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.tasks._weights import load_weights
 
 # The command line knows networks by name only: from the types of objects its help would list every module of torch.

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
-from dia_lightning.tasks._hyperparameters import check_is_no_mark, primitive
+from dia_lightning._hyperparameters import check_is_no_mark, primitive
 from dia_lightning.tasks._optimizers import check_optimizer, check_schedule, make_optimizer, make_schedule
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from dia_lightning.attention import attach
-from dia_lightning.attention._chain import TAPPED
+from dia_lightning.attention._tap import TAPPED
 
 Weights = dict[str, Tensor]
 Network = TypeVar("Network", bound=nn.Module)

@@ -10,9 +10,10 @@ import torchvision
 from torch import Tensor, nn
 
 from dia_lightning.attention import DIALSTM, attach, check, detach
-from dia_lightning.attention._chain import TAPPED, AttachedBlock, Tap
+from dia_lightning.attention._chain import AttachedBlock
 from dia_lightning.attention._site_table import BLOCK_RULES
 from dia_lightning.attention._sites import Branch
+from dia_lightning.attention._tap import TAPPED, Tap
 from tests.attention.libraries import NETWORKS, build, images, output
 
 BRANCHES: tuple[Branch, ...] = ("conv", "attention", "mlp")

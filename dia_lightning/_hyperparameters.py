@@ -1,5 +1,6 @@
 """Hyperparameters that every checkpoint can hold."""
 
+import os
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -25,6 +26,8 @@ def primitive(value: Any) -> Any:
     """Return a copy made of what ``torch.load(weights_only=True)`` accepts, or a mark."""
     if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Real):  # numbers of numpy would not load
         return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, list | tuple):
