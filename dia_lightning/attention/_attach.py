@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from dia_lightning.attention._tap import Tap
 from dia_lightning.attention._unit import AttentionUnit
 
 Model = TypeVar("Model", bound=nn.Module)
+#: A pattern of module paths, several, or a function of path and module.
+Sites: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 def attach(
@@ -27,7 +29,7 @@ def attach(
     identity: bool = False,
     branch_norm: bool | None = None,
     branches: Sequence[Branch] | None = None,
-    sites: str | Sequence[str] | None = None,
+    sites: Sites | None = None,
     **attention_args: Any,
 ) -> Model:
     """Attach attention to the residual blocks of a network, in place.
@@ -51,8 +53,9 @@ def attach(
             where it matters. By default true unless ``identity`` is set.
         branches: which branches of transformer blocks: ``["attention"]``, ``["mlp"]`` or both. By default both; in
             U-Nets of diffusers the residual blocks only, unless ``["conv", "attention"]`` asks for both.
-        sites: for networks that are not known: patterns of module paths such as ``"encoder.*.conv2"``, each naming a
-            layer whose output ends a residual branch. The block is the nearest module around it.
+        sites: for networks that are not known: patterns of module paths such as ``"encoder.*.conv2"``, or a function
+            ``(path, module) -> bool``, that name layers whose output ends a residual branch. The block is the nearest
+            module around each.
         **attention_args: further arguments of the attention module, for example ``reduction=8``.
 
     Returns:
@@ -126,9 +129,7 @@ def detach(model: Model) -> Model:
     return model
 
 
-def _stages(
-    model: nn.Module, branches: Sequence[Branch] | None, sites: str | Sequence[str] | None
-) -> list[list[Place]]:
+def _stages(model: nn.Module, branches: Sequence[Branch] | None, sites: Sites | None) -> list[list[Place]]:
     if sites is not None:
         if branches is not None:
             raise ValueError("branches and sites exclude each other: sites name the ends of branches themselves.")

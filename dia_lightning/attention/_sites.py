@@ -101,21 +101,29 @@ def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Calla
     return stages
 
 
-def named_places(model: nn.Module, patterns: Sequence[str]) -> list[list[Place]]:
-    """Find the sites that a user names by patterns of module paths such as ``"encoder.*.conv2"``.
+def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Module], bool]) -> list[list[Place]]:
+    """Find the sites that a user names.
 
-    The block of a site is the nearest module around it that is no plain container; sites are taken to run in the
-    order in which they are registered. Linear layers and layer norms have channels last, all others second.
+    The block of a site is the nearest module around it that is no plain container; sites are taken to run in the order
+    in which they are registered. Linear layers and layer norms have channels last, all others second.
+
+    Args:
+        model: the network.
+        sites: patterns of module paths such as ``"encoder.*.conv2"``, or a function of path and module that chooses.
 
     Raises:
         ValueError: if a pattern matches nothing, or sites of different widths lie in one block.
     """
     modules = dict(model.named_modules())
-    found = [path for path in modules if path and any(fnmatchcase(path, pattern) for pattern in patterns)]
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in found):
-            ends = ", ".join(path for path, module in modules.items() if path and _width(module) is not None)
-            raise ValueError(f"sites: {pattern!r} matches no module. Modules that could be sites: {ends or 'none'}.")
+    if callable(sites):
+        found = [path for path, module in modules.items() if path and sites(path, module)]
+        unmatched = [] if found else [getattr(sites, "__name__", "the function")]
+    else:
+        found = [path for path in modules if path and any(fnmatchcase(path, pattern) for pattern in sites)]
+        unmatched = [pattern for pattern in sites if not any(fnmatchcase(path, pattern) for path in found)]
+    if unmatched:
+        ends = ", ".join(path for path, module in modules.items() if path and _width(module) is not None)
+        raise ValueError(f"sites: {unmatched[0]!r} matches no module. Modules that could be sites: {ends or 'none'}.")
     by_block: dict[str, list[str]] = {}
     for path in found:
         by_block.setdefault(_block_around(path, modules), []).append(path)
@@ -126,11 +134,11 @@ def named_places(model: nn.Module, patterns: Sequence[str]) -> list[list[Place]]
             listed = ", ".join(f"{path} ({channels})" for path, channels in widths.items())
             raise ValueError(f"sites: one block cannot share one unit among different widths: {listed}.")
         prefix = f"{block}." if block else ""
-        sites = tuple(
+        ends_here = tuple(
             Site(path.removeprefix(prefix), channels_last=isinstance(modules[path], nn.Linear | nn.LayerNorm))
             for path in paths
         )
-        place = Place(block, modules[block], sites, widths[paths[0]])
+        place = Place(block, modules[block], ends_here, widths[paths[0]])
         previous = stages[-1][-1] if stages else None
         if previous is None or _container(previous.path) != _container(block) or previous.channels != place.channels:
             stages.append([])

@@ -862,3 +862,17 @@ def test_what_cannot_be_attached_to_is_named() -> None:
     headed = attach(get_model("cifar_resnet", depth=11), "se", sites=["fc"])
     with pytest.raises(RuntimeError, match=r"shape \(2, 100\) have no positions to attend to: Linear"):
         headed(torch.randn(2, 3, 16, 16))
+
+
+def test_sites_can_be_chosen_by_a_function() -> None:
+    def is_second_norm(path: str, module: nn.Module) -> bool:
+        return path.endswith("bn2") and isinstance(module, nn.BatchNorm2d)
+
+    by_function = attach(TinyNet(), "se", sites=is_second_norm)
+    assert list(by_function.state_dict()) == list(attach(TinyNet(), "se").state_dict())
+
+    def never(path: str, module: nn.Module) -> bool:
+        return False
+
+    with pytest.raises(ValueError, match=r"'never' matches no module\. Modules that could be sites: stem"):
+        attach(TinyNet(), "se", sites=never)
