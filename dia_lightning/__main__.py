@@ -1,11 +1,11 @@
-"""The program `dia-lightning`, also `python -m dia_lightning`."""
+"""The program ``dia-lightning``, also ``python -m dia_lightning``."""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from dia_lightning import __version__
-from dia_lightning.cli._errors import fail, is_for_the_user
+from dia_lightning.cli._errors import fail, is_for_the_user, message_of
 
 #: Commands that do without Lightning, and the module of each.
 LIGHT_COMMANDS = {"models": "networks", "check": "check", "export": "export"}
@@ -29,13 +29,13 @@ line says counts before the config, the config before the checkpoint of --ckpt_p
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        args: Arguments as in a shell, without the program's name; those of the process if not given.
+        args: arguments as in a shell, without the program's name; those of the process if not given.
 
     Raises:
-        SystemExit: With code 2 and one line on stderr for mistakes of the user.
+        SystemExit: with code 2 and one line on stderr for mistakes of the user.
     """
     arguments = sys.argv[1:] if args is None else list(args)
     if arguments[:1] in (["-h"], ["--help"]):
@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> None:
     except Exception as error:
         if not is_for_the_user(error):
             raise
-        fail(str(error))
+        fail(message_of(error))
 
 
 if __name__ == "__main__":

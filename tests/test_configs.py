@@ -1,6 +1,9 @@
 """Every shipped config runs through the program, on tiny data of its shape."""
 
+import csv
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +161,22 @@ def test_overlay_goes_with_a_config(path: Path, workplace: Path, capsys: pytest.
     for key, value in read(path)["trainer"].items():
         if not isinstance(value, (dict, list)):
             assert config["trainer"][key] == value
+
+
+@pytest.mark.slow
+def test_two_processes_predict_every_sample_once(workplace: Path) -> None:
+    configs = ["-c", str(DIGITS), "-c", str(SMOKE), "-c", str(CONFIGS / "trainer" / "ddp.yaml")]
+    options = [*tiny_options(read(DIGITS)), "--model.backbone_args.depth", "11", "--data.limit", "13"]  # an odd number
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    command = [sys.executable, "-m", "dia_lightning", "fit", *configs, *options, *devices]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "with 2 processes" in result.stderr
+    with open(workplace / "runs" / "digits" / "version_0" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["sample"] for row in rows}) == len(rows) == 13
 
 
 @pytest.mark.parametrize("overlay", ["logger/tensorboard", "logger/wandb", "trainer/bf16"])

@@ -1,4 +1,4 @@
 """The command line: LightningCLI's commands with this package's rules, and light commands beside it.
 
-`dia_lightning.cli.command` imports Lightning, the other modules do without it as far as they can.
+``dia_lightning.cli.command`` imports Lightning, the other modules do without it as far as they can.
 """

@@ -1,4 +1,4 @@
-"""Which file `--ckpt_path` means, and which of the checkpoint's hyper-parameters a command takes over."""
+"""Which file ``--ckpt_path`` means, and which of the checkpoint's hyper-parameters a command takes over."""
 
 import os
 import re
@@ -8,58 +8,66 @@ from typing import Any
 
 import torch
 
-# `num_classes` comes from the data, and the checkpoint's own weights replace whatever `init_from` would load.
+# num_classes comes from the data, and the checkpoint's own weights replace whatever init_from would load.
 NOT_TAKEN = frozenset({"num_classes", "init_from"})
+# What decides which weights a network has: what it is made of, and where attention goes.
+BACKBONE = ("backbone", "backbone_args")
+ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites", "identity", "branch_norm")
 
 
 def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
-    """The file that a `--ckpt_path` value means.
+    """Find the file that a ``--ckpt_path`` value means.
 
     Args:
-        ckpt_path: A path, or `"last"` for the newest resume checkpoint, or `"best"` for the best one of the newest run.
-        roots: Folders below which runs are looked for.
+        ckpt_path: a path; ``"last"`` for the newest ``last*.ckpt``, or the newest checkpoint where there is none;
+            ``"best"`` for the best one of the newest run.
+        roots: folders below which runs are looked for.
 
     Returns:
         A path to a file that exists.
 
     Raises:
-        ValueError: When there is none, or for a URL.
+        ValueError: if there is none, or for a URL.
     """
     if "://" in ckpt_path:
         raise ValueError(
-            f"--ckpt_path {ckpt_path}: checkpoints are not loaded from URLs; download it and give the file"
+            f"--ckpt_path {ckpt_path}: checkpoints are not loaded from URLs. Download it and give the file."
         )
     if ckpt_path == "last":
-        return str(_newest(roots, "last*.ckpt", ckpt_path))
+        return str(_newest(roots, ["last*.ckpt", "*.ckpt"], ckpt_path))
     if ckpt_path == "best":
-        return str(_best(_newest(roots, "*.ckpt", ckpt_path)))
+        return str(_best(_newest(roots, ["*.ckpt"], ckpt_path)))
     if not Path(ckpt_path).exists():
-        raise ValueError(f"--ckpt_path {ckpt_path}: no such file; give a path, 'last' or 'best'")
+        raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file. Give a path, 'last' or 'best'.")
     return ckpt_path
 
 
 def read(path: str) -> dict[str, Any]:
-    """Loads a checkpoint without running code from it; a damaged file is one line."""
+    """Load a checkpoint without running code from it.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else.
+    """
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
         kind = type(error).__name__
         raise ValueError(
-            f"{path} is no readable checkpoint ({kind}): damaged, or it holds more than weights"
+            f"The checkpoint {path} cannot be read ({kind}): it is damaged, or it holds more than weights."
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} is no checkpoint of a training run: it holds a {type(checkpoint).__name__}")
+        raise ValueError(f"{path} is no checkpoint of a training run, but holds a {type(checkpoint).__name__}.")
     return checkpoint
 
 
 def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str) -> dict[str, Any]:
-    """The hyper-parameters that may be taken from a checkpoint: plain values of the class that is being built.
+    """Return the hyper-parameters that may be taken from a checkpoint: plain values of the class that is being built.
 
     Class paths in a checkpoint are never imported: whoever wrote the file would choose which code runs here.
 
     Args:
-        checkpoint: What `read` gave.
-        class_path: The class that the command or its config names.
+        checkpoint: what :func:`read` gave.
+        class_path: the class that the command or its config names.
 
     Returns:
         Values by name; empty for the checkpoint of another class.
@@ -75,6 +83,37 @@ def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str) -> dict[str
     }
 
 
+def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) -> None:
+    """Compare what decides about the weights before hundreds of names of weights do.
+
+    Args:
+        given: hyper-parameters that the user gave, by name.
+        found: those of the checkpoint.
+        path: the checkpoint, for the message.
+
+    Raises:
+        ValueError: if the network would be another one than that of the checkpoint.
+    """
+    plain = given.get("attention", found.get("attention")) is None and found.get("attention") is None
+    names = BACKBONE if plain else (*BACKBONE, *ATTENTION)
+    # an object that was given in Python is kept as "object:Name"; here it has another name
+    known = [name for name in names if name in given and name in found and "object:" not in repr(found[name])]
+    for name in known:
+        # no arguments may be written as null or as {}
+        if given[name] != found[name] and not (given[name] in ({}, None) and found[name] in ({}, None)):
+            raise ValueError(
+                f"--model.{name} {given[name]!r} makes another network than that of the checkpoint, which has "
+                f"{found[name]!r}. Leave it out, or take weights only, with --model.init_from {path} instead of "
+                "--ckpt_path."
+            )
+
+
+def class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the classes that a checkpoint was trained on, if it knows them."""
+    names = checkpoint.get("dia_data", {}).get("class_names")
+    return None if names is None else [str(name) for name in names]
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, str):
         # Where an option also takes an object, jsonargparse would import a text such as "package.Class".
@@ -86,17 +125,19 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float))
 
 
-def _newest(roots: Iterable[Path], pattern: str, wanted: str) -> Path:
+def _newest(roots: Iterable[Path], patterns: Iterable[str], wanted: str) -> Path:
+    """Return the newest file of the first pattern that any file has."""
     folders = list(dict.fromkeys(roots))
-    found = [path for root in folders for path in root.rglob(pattern) if path.is_file()]
-    if not found:
-        places = " or ".join(str(root) for root in folders)
-        raise ValueError(f"--ckpt_path {wanted}: there is no {pattern} below {places}; train first or give a path")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path))
+    for pattern in patterns:
+        found = [path for root in folders for path in root.rglob(pattern) if path.is_file()]
+        if found:
+            return max(found, key=lambda path: (path.stat().st_mtime_ns, path))
+    places = " or ".join(str(root) for root in folders)
+    raise ValueError(f"--ckpt_path {wanted}: there is no checkpoint below {places}. Train first or give a path.")
 
 
 def _best(newest: Path) -> Path:
-    """The best checkpoint of the run that wrote `newest`, from the record that every checkpoint carries."""
+    """Return the best checkpoint of the run that wrote ``newest``, from the record that every checkpoint carries."""
     callbacks = read(str(newest)).get("callbacks", {})
     records = [state for state in callbacks.values() if isinstance(state, dict) and state.get("monitor") is not None]
     for record in records:
@@ -105,4 +146,4 @@ def _best(newest: Path) -> Path:
         for candidate in (newest.with_name(os.path.basename(recorded)), Path(recorded)):
             if recorded and candidate.is_file():
                 return candidate
-    raise ValueError(f"--ckpt_path best: the newest run ({newest.parent}) has no best checkpoint; give a path")
+    raise ValueError(f"--ckpt_path best: the newest run ({newest.parent}) has no best checkpoint. Give a path.")

@@ -12,13 +12,13 @@ class UserError(Exception):
 
 
 def fail(message: str) -> NoReturn:
-    """Prints one line to stderr and ends the program with exit code 2."""
+    """Print one line to stderr and ends the program with exit code 2."""
     sys.stderr.write(f"{PROGRAM}: error: {' '.join(message.split())}\n")
     raise SystemExit(2)
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Whether an error's text alone helps: the command line raised it, or this package did, on purpose."""
+    """Tell whether an error's text alone helps: the command line raised it, or this package did, on purpose."""
     if os.environ.get("DIA_TRACEBACK") == "1":
         return False
     kind = type(error)
@@ -27,8 +27,14 @@ def is_for_the_user(error: BaseException) -> bool:
     return isinstance(error, (ValueError, OSError, ImportError)) and is_ours(error)
 
 
+def message_of(error: BaseException) -> str:
+    """Return an error's own words; what comes from a loader's process has that one's trace before them."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2] if "Original Traceback" in text else text
+
+
 def is_ours(error: BaseException) -> bool:
-    """Whether an error was raised in a line of this package."""
+    """Tell whether an error was raised in a line of this package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -18,18 +18,18 @@ class DIAArgumentParser(LightningArgumentParser):
     """Lightning's parser with errors of one line instead of the whole usage, and no abbreviated options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints one line and exits with code 2."""
+        """Print one line and exit with code 2."""
         if not self.exit_on_error:  # an inner parser: the outer one adds where it was and comes back here
             super().error(message, ex)
         fail(explain(message, self).removeprefix("Problems parsing config: "))
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """Says in one line what jsonargparse says in many, with the nearest names where a name is unknown.
+    """Say in one line what jsonargparse says in many, with the nearest names where a name is unknown.
 
     Args:
-        message: The parser's own message.
-        parser: The parser that failed; it knows the options.
+        message: the parser's own message.
+        parser: the parser that failed; it knows the options.
 
     Returns:
         The sentence; the parser's own words in one line when the case is none of the known ones.
@@ -42,14 +42,14 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known ones, or all of them if they are few."""
+    """Return the end of a sentence about an unknown name: the nearest known ones, or all of them if they are few."""
     names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if close:
-        return "; did you mean " + " or ".join(f"'{item}'" for item in close) + "?"
+        return ". Did you mean " + " or ".join(f"'{item}'" for item in close) + "?"
     if 0 < len(names) <= 20:
-        return "; known: " + ", ".join(names)
-    return ""
+        return f". Known: {', '.join(names)}."
+    return "."
 
 
 def _unknown_init_arg(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
@@ -60,14 +60,14 @@ def _unknown_init_arg(match: re.Match[str], message: str, parser: LightningArgum
 
 def _unknown_option(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     option = f"--{match[1]}"
-    return f"unknown option {option}{nearest(option, _options(parser))}"
+    return f"Unknown option {option}{nearest(option, _options(parser))}"
 
 
 def _unknown_argument(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     option = match[1].partition("=")[0]
     if not option.startswith("--"):
-        return f"unexpected argument '{match[1]}'; options look like --trainer.max_epochs 3"
-    return f"unknown option {option}{nearest(option, _options(parser))}"
+        return f"Unexpected argument '{match[1]}'. Options look like --trainer.max_epochs 3."
+    return f"Unknown option {option}{nearest(option, _options(parser))}"
 
 
 def _unknown_class(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
@@ -76,40 +76,40 @@ def _unknown_class(match: re.Match[str], message: str, parser: LightningArgument
     name = given[0] if given else match.groupdict().get("name") or "(none)"
     missing = re.search(r"No module named '[^']+'", message)
     if missing is not None:
-        return f"{_place(message)}: cannot import the class: {missing[0]}"
+        return f"{_place(message)}: cannot import the class: {missing[0]}."
     return f"{_place(message)}: there is no class '{name}'{nearest(name.rpartition('.')[2], known)}"
 
 
 def _wrong_value(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     expected, value = match["expected"], match["value"]
     choices = re.findall(r"'([^']*)'", expected) if "Literal" in expected else []
-    hint = nearest(value, choices) if choices else f"; expected {_readable(expected)}"
+    hint = nearest(value, choices) if choices else f". Expected {_readable(expected)}."
     return f"{_place(message)}: '{value}' does not fit{hint}"
 
 
 def _wrong_union_value(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     expected = " or ".join(_readable(line) for line in re.findall(r"- (.+)", match[1]))
-    return f"{_place(message)}: '{match[2]}' does not fit; expected {expected}"
+    return f"{_place(message)}: '{match[2]}' does not fit. Expected {expected}."
 
 
 def _wrong_choice(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
-    return f"unknown command '{match[1]}'{nearest(match[1], [*re.findall(r'[a-z]+', match[2]), 'models'])}"
+    return f"Unknown command '{match[1]}'{nearest(match[1], [*re.findall(r'[a-z]+', match[2]), 'models'])}"
 
 
 def _missing(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     options = ", ".join("--" + name.strip().partition(".")[2] for name in match[1].split(","))
-    return f"{options} missing: give a config (-c configs/classification/digits.yaml, -c <run folder>/config.yaml)"
+    return f"{options} missing: give a config (-c configs/classification/digits.yaml, -c <run folder>/config.yaml)."
 
 
 def _missing_file(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     path = Path(os.path.relpath(match[1]))
     near = {other.name: other for other in (*Path("configs").rglob("*.yaml"), *path.parent.glob("*.yaml"))}
     close = difflib.get_close_matches(path.name, near, n=1, cutoff=0.6)
-    return f"there is no file {path}" + (f"; did you mean {near[close[0]]}?" if close else "")
+    return f"There is no file {path}." + (f" Did you mean {near[close[0]]}?" if close else "")
 
 
 def _no_command(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
-    return f"no command given; one of: {match[1].replace(',', ', ')}, models"
+    return f"No command given. One of: {match[1].replace(',', ', ')}, models."
 
 
 _CASES: tuple[tuple[str, Callable[[re.Match[str], str, LightningArgumentParser], str]], ...] = (
@@ -132,7 +132,7 @@ _CASES: tuple[tuple[str, Callable[[re.Match[str], str, LightningArgumentParser],
 
 def _place(message: str) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    return "--" + ".".join(dict.fromkeys([keys[0], keys[-1]])) if keys else "config"
+    return "--" + ".".join(dict.fromkeys([keys[0], keys[-1]])) if keys else "Config"
 
 
 def _readable(expected: str) -> str:
@@ -148,7 +148,7 @@ def _options(parser: LightningArgumentParser) -> list[str]:
 
 
 def _init_args(class_path: str) -> list[str]:
-    """The options of a class that has been imported already; an error message never imports anything."""
+    """Return the options of a class that has been imported already; an error message never imports anything."""
     module, _, name = class_path.rpartition(".")
     cls = getattr(sys.modules.get(module), name, None)
     if not isinstance(cls, type):

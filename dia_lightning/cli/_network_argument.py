@@ -1,6 +1,7 @@
-"""The network that `check` and `export` are about: one by name, or that of a checkpoint."""
+"""The network that ``check`` and ``export`` are about: one by name, or that of a checkpoint."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 
 from dia_lightning.attention import attach
 from dia_lightning.cli import _checkpoints
+from dia_lightning.cli._errors import PROGRAM
 from dia_lightning.models import get_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say which network."""
+    """Add the options that say which network."""
     parser.add_argument(
         "network", help="a name such as torchvision/resnet50, a checkpoint file, or 'last' or 'best' for a run's"
     )
@@ -23,16 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def network_and_images(options: argparse.Namespace, batch: int) -> tuple[nn.Module, Tensor]:
-    """The network that the options name, in evaluation mode, and random images [batch, C, H, W] for it."""
+    """Return the network that the options name, in evaluation mode, and random images ``[batch, C, H, W]`` for it.
+
+    Raises:
+        ValueError: if there is no such network or checkpoint.
+    """
     torch.manual_seed(0)
     name: str = options.network
     shape = [3, *[224 if "/" in name else 32] * 2]
     if name in ("last", "best") or Path(name).suffix == ".ckpt":
         from dia_lightning.tasks import ClassificationTask, load_task  # imports Lightning
 
-        task = load_task(_checkpoints.resolve(name, [Path(options.runs)]))
+        path = _checkpoints.resolve(name, [Path(options.runs)])
+        sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
+        task = load_task(path)
         if not isinstance(task, ClassificationTask):
-            raise ValueError(f"{name} holds a {type(task).__name__}, expected a ClassificationTask")
+            raise ValueError(f"{path} must hold a ClassificationTask, but holds a {type(task).__name__}.")
         network, shape = task.backbone, task.image_shape or shape
     else:
         network = attach(get_model(name), options.attention, share=options.share)

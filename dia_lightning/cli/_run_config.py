@@ -9,19 +9,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from dia_lightning.callbacks._run_folder import run_folder
+from dia_lightning.callbacks import run_folder
 
 _SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run's folder; never over another run's, never with a secret in it.
+    """Write ``config.yaml`` into the run's folder; never over another run's, never with a secret in it.
 
     Lightning's own callback stops the second run in a folder when no logger makes a folder per run.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called by Lightning before training, validation, test or prediction starts."""
+        """Write it, before training, validation, test or prediction starts."""
         if self.already_saved:
             return
         self.already_saved = True
@@ -42,7 +42,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def redact(value: Any, secret: bool = False) -> Any:
-    """The same config with every text below a key such as `api_key`, `token` or `password` replaced.
+    """Return the same config with every text below a key such as ``api_key``, ``token`` or ``password`` replaced.
 
     Example:
         >>> redact({"wandb": {"api_key": "abc", "project": "dia"}})
@@ -56,7 +56,7 @@ def redact(value: Any, secret: bool = False) -> Any:
 
 
 def _unused(path: Path) -> Path:
-    """The path itself, or the first of `config-v1.yaml`, `config-v2.yaml`, ... as Lightning names checkpoints."""
+    """Return the path itself, or the first of ``config-v1.yaml``, ``config-v2.yaml``, ... as Lightning does."""
     candidate, version = path, 0
     while candidate.exists():
         version += 1

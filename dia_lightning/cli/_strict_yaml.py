@@ -14,17 +14,17 @@ class StrictYAMLError(yaml.YAMLError):
 
 
 def load(text: str, path: str = "") -> Any:
-    """Reads YAML; refuses a key that is given twice and a value that is not a number.
+    """Read YAML; refuse a key that is given twice and a value that is not a number.
 
     Args:
-        text: A whole document or the value of one option.
-        path: The file it is from, for messages.
+        text: a whole document or the value of one option.
+        path: the file it is from, for messages.
 
     Returns:
         The values, as jsonargparse's YAML loader gives them.
 
     Raises:
-        yaml.YAMLError: On text that is not YAML, and as StrictYAMLError on duplicate keys and `.nan`.
+        yaml.YAMLError: if the text is not YAML; as :class:`StrictYAMLError` if it holds duplicate keys or ``.nan``.
 
     Example:
         >>> load("lr: 1e-1")
@@ -38,7 +38,7 @@ def load(text: str, path: str = "") -> Any:
 
 
 def install() -> str:
-    """Makes the loader known to jsonargparse; returns the name to give as `parser_mode`."""
+    """Make the loader known to jsonargparse; return the name to give as ``parser_mode``."""
     set_loader(MODE, load, exceptions=(yaml.YAMLError,))
     return MODE
 
@@ -53,7 +53,7 @@ def _refuse_duplicates(node: yaml.Node | None, place: str) -> None:
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise StrictYAMLError(
-                    f"{place}key '{key.value}' is given twice, in lines {lines[key.value]} and {line}: keep one"
+                    f"{place}{key.value} is given twice, in lines {lines[key.value]} and {line}. Keep one."
                 )
             lines[key.value] = line
             _refuse_duplicates(item, place)
@@ -61,7 +61,7 @@ def _refuse_duplicates(node: yaml.Node | None, place: str) -> None:
 
 def _refuse_nan(value: Any, name: str) -> None:
     if isinstance(value, float) and math.isnan(value):
-        raise StrictYAMLError(f"{name} is not a number (.nan): give a finite number")
+        raise StrictYAMLError(f"{name} must be a finite number, got .nan.")
     if isinstance(value, dict):
         for key, item in value.items():
             _refuse_nan(item, str(key))

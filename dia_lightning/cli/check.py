@@ -1,4 +1,4 @@
-"""The command `check`: what holds on a network with attention."""
+"""The command ``check``: what holds on a network with attention."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from dia_lightning.cli import _network_argument
 
 
 def run(args: Sequence[str]) -> None:
-    """Prints the table of `dia_lightning.attention.check`; exits with code 1 if anything does not hold.
+    """Print the table of :func:`dia_lightning.attention.check`; exit with code 1 if anything does not hold.
 
     Args:
-        args: Arguments of the command, without its name.
+        args: arguments of the command, without its name.
     """
     parser = argparse.ArgumentParser("dia-lightning check", description="Check what holds on a network with attention.")
     _network_argument.add_arguments(parser)

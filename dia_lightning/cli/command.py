@@ -26,13 +26,14 @@ class DIACLI(LightningCLI):
     """LightningCLI for the tasks and datamodules of this package (or subclasses of their bases).
 
     A value given on the command line counts before one from a config file, that before one in the checkpoint of
-    `--ckpt_path`, that before the default. Class paths that a checkpoint holds are never imported.
+    ``--ckpt_path``, that before the default. Class paths that a checkpoint holds are never imported.
 
     Args:
-        args: Arguments as in a shell, the command first.
+        args: arguments as in a shell, the command first.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        self._trained_classes: list[str] | None = None
         super().__init__(
             DIATask,
             DIADataModule,
@@ -46,30 +47,35 @@ class DIACLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Makes the parser of the program or of one command."""
+        """Make the parser of the program or of one command."""
         mode = _strict_yaml.install()
         return super().init_parser(prog=PROGRAM, parser_mode=mode, allow_abbrev=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what every command takes beside Lightning's own options."""
+        """Add what every command takes beside Lightning's own options."""
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint (fit only)."
         )
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.num_classes", self._count_classes, apply_on="instantiate")
+
+    def _count_classes(self, data: DIADataModule) -> int:
+        """Return the number of classes; where the data are not at hand, that of the checkpoint."""
+        data.trained_classes = self._trained_classes
+        return data.num_classes
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and keeps apart what the user gave from what is default."""
+        """Parse, and keep apart what the user gave from what is default."""
         self.config = parser.parse_args(args)
         given = parser.parse_args(args, defaults=False)
         self._given = _init_args(given[given.subcommand].get("model"))
         if self._given.get("num_classes") is not None:
             raise UserError(
-                f"model.num_classes={self._given['num_classes']}: the number of classes comes from the data; "
-                "leave it out of the command and the config"
+                f"--model.num_classes {self._given['num_classes']}: the number of classes comes from the data. "
+                "Leave it out of the command and the config."
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Replaces Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
+        """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
         config = self.config[self.config.subcommand]
         if config.get("ckpt_path") is None:
             if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
@@ -79,10 +85,13 @@ class DIACLI(LightningCLI):
         _say(f"checkpoint {config.ckpt_path}")
         # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
         if Path(config.ckpt_path).is_file():
-            self._take_hyper_parameters(config)
+            checkpoint = _checkpoints.read(config.ckpt_path)
+            self._trained_classes = _checkpoints.class_names(checkpoint)
+            self._take_hyper_parameters(config, checkpoint)
 
-    def _take_hyper_parameters(self, config: Namespace) -> None:
-        found = _checkpoints.hyper_parameters(_checkpoints.read(config.ckpt_path), config.model.class_path)
+    def _take_hyper_parameters(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
+        found = _checkpoints.hyper_parameters(checkpoint, config.model.class_path)
+        _checkpoints.check_fits(self._given, found, config.ckpt_path)
         init_args = config.model.init_args
         taken = {
             name: value
@@ -104,7 +113,7 @@ class DIACLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
-        """Fills in what depends on other options."""
+        """Fill in what depends on other options."""
         config = self.config[self.config.subcommand]
         if config.get("weights_only", False) is None:
             config.weights_only = True  # else an environment variable could let a checkpoint run code
@@ -113,7 +122,7 @@ class DIACLI(LightningCLI):
             config.trainer.callbacks = [item for item in callbacks if not _is_rate_monitor(item)] or None
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer; what these refuse is the user's to mend."""
+        """Build data, model and trainer; what these refuse is the user's to mend."""
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
@@ -127,7 +136,7 @@ class DIACLI(LightningCLI):
             raise cause from None
 
     def after_fit(self) -> None:
-        """Tests the best checkpoint if asked to."""
+        """Test the best checkpoint if asked to."""
         if not self.config.fit.test_after_fit:
             return
         best = [callback.best_model_path for callback in self._checkpoint_callbacks() if callback.monitor is not None]
@@ -157,10 +166,10 @@ class DIACLI(LightningCLI):
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command without Lightning's advertisements.
+    """Run one command without Lightning's advertisements.
 
     Args:
-        args: Arguments as in a shell, the command first.
+        args: arguments as in a shell, the command first.
     """
     adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     adverts.addFilter(_is_no_advert)
@@ -196,7 +205,7 @@ def _is_rate_monitor(callback: Namespace) -> bool:
 
 
 def _run_roots(trainer: Namespace) -> list[Path]:
-    """Folders below which this config's runs put their checkpoints."""
+    """Return the folders below which this config's runs put their checkpoints."""
     folders = [_init_args(callback).get("dirpath") for callback in _as_list(trainer.callbacks)]
     roots = [Path(folder) for folder in folders if folder is not None]
     for logger in _as_list(trainer.logger):

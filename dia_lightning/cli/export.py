@@ -1,4 +1,4 @@
-"""The command `export`: a network as a file that runs elsewhere."""
+"""The command ``export``: a network as a file that runs elsewhere."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from dia_lightning.models import export_network
 
 
 def run(args: Sequence[str]) -> None:
-    """Writes the file, compares outputs, and prints how to load it.
+    """Write the file, compare outputs, and print how to load it.
 
     Args:
-        args: Arguments of the command, without its name.
+        args: arguments of the command, without its name.
     """
     parser = argparse.ArgumentParser(
         "dia-lightning export", description="Write a network to a file that runs elsewhere."

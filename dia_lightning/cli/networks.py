@@ -1,4 +1,4 @@
-"""The command `models`: networks and attention units with what they cost, without the memory that they would take."""
+"""The command ``models``: networks and attention units with what they cost, without the memory that they would take."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dia_lightning.models import get_model, list_models, network_cost
 FORMULAS = {
     "cbam": "2*C*H + H + C + 100, H = C/16",
     "dia-lstm": "10*C*H + 2*H + 8*C, H = C/4",
-    "eca": "k, k = odd(log2(C)/2 + 1/2)",
+    "eca": "k, k = int(log2(C)/2 + 1/2), plus 1 if even",
     "se": "2*C*H + H + C, H = C/16",
     "sge": "2*min(C, 64)",
     "spa": "22*C*H + H + C, H = C/16",
@@ -24,10 +24,10 @@ FORMULAS = {
 
 
 def run(args: Sequence[str]) -> None:
-    """Prints the tables.
+    """Print the tables.
 
     Args:
-        args: Arguments of the command, without its name.
+        args: arguments of the command, without its name.
     """
     parser = argparse.ArgumentParser("dia-lightning models", description="List networks and attention units.")
     parser.add_argument("pattern", nargs="?", help="list names that match, such as 'torchvision/resnet*'")
@@ -45,11 +45,11 @@ def run(args: Sequence[str]) -> None:
 
 
 def parameters_of(name: str, attention: str | None = None) -> int:
-    """Number of parameters of a network, counted without allocating them.
+    """Return the number of parameters of a network, counted without allocating them.
 
     Args:
-        name: A name from `list_models`.
-        attention: A unit to share per stage, if any.
+        name: one of :func:`~dia_lightning.models.list_models`.
+        attention: a unit to share per stage, if any.
 
     Example:
         >>> parameters_of("resnet164"), parameters_of("resnet164", "dia-lstm")
@@ -75,7 +75,7 @@ def _print_all() -> None:
 def _print_matching(pattern: str) -> None:
     names = list_models(pattern)
     if not names:
-        raise ValueError(f"no network matches '{pattern}'; patterns look like 'cifar_*' or 'torchvision/resnet*'")
+        raise ValueError(f"No network matches '{pattern}'. Patterns look like 'cifar_*' or 'torchvision/resnet*'.")
     own, others = _split(names)
     if own:
         _print_own(own)

@@ -1,5 +1,6 @@
 """Data modules with one API. They know where pixels come from; everything else is in the base class."""
 
+from dia_lightning.datamodules._sampling import SampleError
 from dia_lightning.datamodules.base import DIADataModule
 from dia_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from dia_lightning.datamodules.digits import DigitsDataModule
@@ -18,5 +19,6 @@ __all__ = [
     "FileSource",
     "ImageFolderDataModule",
     "STL10DataModule",
+    "SampleError",
     "Source",
 ]

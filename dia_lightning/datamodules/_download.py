@@ -2,7 +2,6 @@
 
 import http.client
 import os
-import shutil
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets.utils import check_integrity, extract_archive
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 _TIMEOUT = 30  # seconds without a byte, after which the next place is tried
 
@@ -19,10 +19,10 @@ class Archive:
     """A file that a data set is delivered in.
 
     Args:
-        filename: Name under which it is kept in the data folder.
-        md5: Checksum; a file that does not have it is never used, so any mirror will do.
-        urls: Where to get it, tried in this order.
-        env: Environment variable with a URL to try before those; one that ends with ``/`` is a folder of archives.
+        filename: name under which it is kept in the data folder.
+        md5: checksum; a file that does not have it is never used, so any mirror will do.
+        urls: where to get it, tried in this order.
+        env: environment variable with a URL to try before those; one that ends with ``/`` is a folder of archives.
     """
 
     filename: str
@@ -40,8 +40,8 @@ class Archive:
     def missing(self, folder: Path, reason: str) -> FileNotFoundError:
         """Return the error for a data set that is not there: one line with all that is needed to put it there."""
         return FileNotFoundError(
-            f"{self.filename} is not whole and unpacked in {folder} ({reason}); put a copy there (md5 {self.md5}, from "
-            f"{self.urls[-1]}), or allow download=True, or set ${self.env} to a URL that has it (file:// works too)"
+            f"There is no whole, unpacked {self.filename} in {folder} ({reason}). Put a copy there (md5 {self.md5}, "
+            f"from {self.urls[-1]}), or allow download=True, or set ${self.env} to a URL that has it (file:// works)."
         )
 
 
@@ -54,7 +54,7 @@ def obtain(archive: Archive, folder: Path, *, download: bool) -> None:
     """Unpack an archive into the folder it lies in, after fetching it if it is not there.
 
     Raises:
-        FileNotFoundError: It is not there and cannot or must not be fetched.
+        FileNotFoundError: if it is not there and cannot or must not be fetched.
     """
     path = folder / archive.filename
     if not check_integrity(path, archive.md5):
@@ -70,7 +70,7 @@ def _fetch(archive: Archive, path: Path) -> None:
     failures = []
     try:
         for url in archive.candidates():
-            rank_zero_info(f"downloading {url} to {path.parent}")
+            rank_zero_info(f"Downloading {url} to {path.parent}")
             try:
                 _save(url, part)
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a URL
@@ -88,4 +88,9 @@ def _fetch(archive: Archive, path: Path) -> None:
 def _save(url: str, path: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "dia-lightning"})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, open(path, "wb") as file:
-        shutil.copyfileobj(response, file, 1 << 20)
+        size = int(response.headers.get("Content-Length") or 0)
+        # disable=None: no bar where stderr is a file
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            while part := response.read(1 << 20):
+                file.write(part)
+                bar.update(len(part))

@@ -21,25 +21,26 @@ def load_image(path: str | os.PathLike[str], *, channels: int = 3, background: i
     Only Pillow decodes: ``torchvision.io.decode_image`` can end the process on a damaged PNG.
 
     Args:
-        path: The file.
+        path: the file.
         channels: 1 for grey, 3 for RGB.
-        background: Grey level under transparent pixels, 0 (black) to 255 (white).
+        background: grey level under transparent pixels, 0 (black) to 255 (white).
 
     Returns:
         A fully read 8-bit image of mode ``L`` or ``RGB``.
 
     Raises:
-        ValueError: The file is empty, truncated, no image, too large, or of unknown value range. The message names it.
+        ValueError: if the file is empty, truncated, no image, too large, or of unknown value range; the message
+            names it.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True (another library set it), so damaged images would load half "
-            "black without an error; set it to False"
+            "black without an error. Set it to False."
         )
     try:
         return _read(path, "L" if channels == 1 else "RGB", background)
     except Exception as error:  # Pillow's readers raise many kinds, among them OSError, SyntaxError and struct.error
-        raise ValueError(f"{path} cannot be read as an image ({error}); replace or delete it") from error
+        raise ValueError(f"{path} cannot be read as an image ({error}). Replace or delete it.") from error
 
 
 def _read(path: str | os.PathLike[str], mode: str, background: int) -> Image.Image:
@@ -74,7 +75,7 @@ def list_images(folder: Path) -> list[str]:
     """Return every image file below a folder, sorted; dot files and dot folders are left out.
 
     Raises:
-        FileNotFoundError: A file is a symbolic link whose target is gone.
+        FileNotFoundError: if a file is a symbolic link whose target is gone.
     """
     found: list[str] = []
     with os.scandir(folder) as entries:
@@ -85,6 +86,6 @@ def list_images(folder: Path) -> list[str]:
                 found += list_images(Path(entry.path))
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                 if entry.is_symlink() and not os.path.exists(entry.path):
-                    raise FileNotFoundError(f"{entry.path} is a broken link to {os.readlink(entry.path)}; repair it")
+                    raise FileNotFoundError(f"{entry.path} is a broken link to {os.readlink(entry.path)}. Repair it.")
                 found.append(entry.path)
     return sorted(found)

@@ -43,6 +43,10 @@ def balanced_subset(labels: Positions, count: int, seed: int) -> Positions:
     return np.sort(np.concatenate(groups)[np.argsort(turns, kind="stable")[:count]])
 
 
+class SampleError(ValueError):
+    """A sample cannot be loaded, for example because its file is damaged. The message names the file."""
+
+
 class Samples(Dataset[tuple[Any, ...]]):
     """One split, ready for a loader.
 
@@ -64,7 +68,9 @@ class Samples(Dataset[tuple[Any, ...]]):
         try:
             image = self._transform(self._source.image(position))
         except Exception as error:
-            raise RuntimeError(f"sample {index} ({self._source.name(position)}) cannot be loaded: {error}") from error
+            raise SampleError(
+                f"Sample {index} ({self._source.name(position)}) cannot be loaded: {_sentence(error)}"
+            ) from error
         label = int(self._source.labels[position])
         if self._role == "train":
             return image, label
@@ -72,14 +78,20 @@ class Samples(Dataset[tuple[Any, ...]]):
 
     @property
     def labels(self) -> Positions:
-        """Class index of every sample ``[N]``."""
+        """Return the class index of every sample ``[N]``."""
         return self._source.labels[self._positions]
 
     def name(self, index: int) -> str:
         """Return the path of a sample, or ``"split/position"``."""
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is not in [0, {len(self)}); -1 marks a padding sample, which has no name")
+            raise IndexError(
+                f"index must be in [0, {len(self)}), got {index}; -1 marks a padding sample without a name."
+            )
         return self._source.name(self._positions[index])
+
+
+def _sentence(error: Exception) -> str:
+    return f"{str(error).rstrip('.') or type(error).__name__}."
 
 
 class PaddedSampler(DistributedSampler[Any]):
@@ -102,9 +114,9 @@ class MixingCollate:
     """Stack a training batch and mix it: mixup, cutmix, or one of both by chance.
 
     Args:
-        mixup: Alpha of mixup's Beta distribution; 0 turns it off.
-        cutmix: Alpha of cutmix's Beta distribution; 0 turns it off.
-        num_classes: Length of the soft labels.
+        mixup: alpha of mixup's Beta distribution; 0 turns it off.
+        cutmix: alpha of cutmix's Beta distribution; 0 turns it off.
+        num_classes: length of the soft labels.
     """
 
     def __init__(self, *, mixup: float, cutmix: float, num_classes: int) -> None:

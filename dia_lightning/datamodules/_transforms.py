@@ -23,11 +23,11 @@ def build_transform(
     Args:
         augment: ``"none"`` uses ``resize``; the others start with ``basic``. ``"auto"`` adds AutoAugment, ``"strong"``
             adds RandAugment and, on the tensor, RandomErasing of a quarter of the images.
-        resize: Steps that bring any image to the network's size without chance.
-        basic: The standard training recipe of the data set, from image to image of the network's size.
-        policy: Which AutoAugment policy.
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel, of pixels in [0, 1].
+        resize: steps that bring any image to the network's size without chance.
+        basic: the standard training recipe of the data set, from image to image of the network's size.
+        policy: which AutoAugment policy.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
 
     Returns:
         A transform from a PIL image to float32 ``[C, H, W]``.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from dia_lightning._hyperparameters import primitive
 from dia_lightning.datamodules._download import Archive, obtain
 from dia_lightning.datamodules._images import list_images
 from dia_lightning.datamodules._loading import (
@@ -22,6 +23,7 @@ from dia_lightning.datamodules._loading import (
     runs_on_cuda,
     silence_worker_advice,
 )
+from dia_lightning.datamodules._options import check_positive_or_zero, check_val_split, check_whole
 from dia_lightning.datamodules._sampling import (
     MixingCollate,
     PaddedSampler,
@@ -57,40 +59,43 @@ class DIADataModule(LightningDataModule, ABC):
 
     A subclass sets ``mean``, ``std`` and ``image_shape`` (C, H, W), and implements :attr:`class_names`,
     :meth:`load_split` and :meth:`basic_augmentation`; if it can be downloaded also :meth:`archives` and
-    :meth:`is_complete`.
+    :meth:`is_complete`. Where the classes are read from the data, ``trained_classes`` stands in for data that are not
+    there: the command line sets it to the class names of a checkpoint before the network is built.
 
     Args:
-        root: Folder of the data. None means ``$DIA_DATA``, and without that ``~/.cache/dia_lightning``.
-        batch_size: Training samples per step and process.
-        eval_batch_size: Samples per validation, test and prediction step and process. None means ``batch_size``.
-        num_workers: Loader processes per loader. None means up to 4, as far as the CPUs go round; 0 for tiny sets.
-        pin_memory: Copy batches to page-locked memory. None means if a CUDA device is used.
-        val_split: Part of the training set to validate on: a number of samples, or a fraction below 1. It is drawn per
+        root: folder of the data. ``None`` means ``$DIA_DATA``, and without that ``~/.cache/dia_lightning``.
+        batch_size: training samples per step and process.
+        eval_batch_size: samples per validation, test and prediction step and process. ``None`` means ``batch_size``.
+        num_workers: loader processes per loader. ``None`` means up to 4, as far as the CPUs go round; 0 for tiny sets.
+        pin_memory: copy batches to page-locked memory. ``None`` means if a CUDA device is used.
+        val_split: part of the training set to validate on: a number of samples, or a fraction below 1. It is drawn per
             class. 0 validates on the test set if the data set has no validation part of its own.
-        split_seed: Seed of every choice of samples (``val_split``, ``limit``).
-        augment: ``none``: images as they are. ``basic``: the standard recipe of the data set. ``auto``: basic, then
-            torchvision's AutoAugment policy that fits best. ``strong``: basic, then RandAugment and RandomErasing.
-        mixup: Alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
-        cutmix: Alpha of cutmix, 0 or more; 0 turns it off.
-        drop_last: Leave out the last, smaller training batch. Evaluation always sees every sample.
-        limit: Use only that many samples of every split, chosen evenly over the classes. For smoke runs.
-        download: Fetch the data if it is not in ``root``. Without it nothing ever connects to the network.
-        predict_folder: Predict the images in this folder and the folders in it, instead of the test set.
+        split_seed: seed of every choice of samples (``val_split``, ``limit``).
+        augment: ``"none"``: images as they are. ``"basic"``: the standard recipe of the data set. ``"auto"``: basic,
+            then torchvision's AutoAugment policy that fits best. ``"strong"``: basic, then RandAugment and
+            RandomErasing.
+        mixup: alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
+        cutmix: alpha of cutmix, 0 or more; 0 turns it off.
+        drop_last: leave out the last, smaller training batch. Evaluation always sees every sample.
+        limit: use only that many samples of every split, chosen evenly over the classes. For smoke runs.
+        download: fetch the data if it is not in ``root``. Without it nothing ever connects to the network.
+        predict_folder: predict the images in this folder and the folders in it, instead of the test set.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: if an option is of the wrong type or out of its range.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_shape: tuple[int, int, int]
     policy: ClassVar[v2.AutoAugmentPolicy] = v2.AutoAugmentPolicy.IMAGENET
+    trained_classes: list[str] | None = None
     needs_no_workers: ClassVar[bool] = False  # so small that loader processes cost more than they give
 
     def __init__(
         self,
         *,
-        root: str | None = None,
+        root: str | Path | None = None,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -103,21 +108,22 @@ class DIADataModule(LightningDataModule, ABC):
         drop_last: bool = True,
         limit: int | None = None,
         download: bool = True,
-        predict_folder: str | None = None,
+        predict_folder: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        _check_at_least("batch_size", batch_size, 1)
-        _check_at_least("eval_batch_size", eval_batch_size, 1)
-        _check_at_least("num_workers", num_workers, 0)
-        _check_at_least("limit", limit, 1)
-        _check_at_least("mixup", mixup, 0)
-        _check_at_least("cutmix", cutmix, 0)
-        _check_at_least("val_split", val_split, 0)
-        if val_split > 1 and val_split != int(val_split):
-            raise ValueError(f"val_split={val_split} is neither a fraction below 1 nor a whole number of samples")
+        for name, value in self.hparams.items():
+            self.hparams[name] = primitive(value)
+        check_whole("batch_size", batch_size, least=1)
+        check_whole("eval_batch_size", eval_batch_size, least=1, optional=True)
+        check_whole("num_workers", num_workers, least=0, optional=True)
+        check_whole("limit", limit, least=1, optional=True)
+        check_whole("split_seed", split_seed, least=0)
+        check_positive_or_zero("mixup", mixup)
+        check_positive_or_zero("cutmix", cutmix)
+        check_val_split(val_split)
         if augment not in get_args(Augment):
-            raise ValueError(f"augment={augment!r} is unknown; choose one of {', '.join(get_args(Augment))}")
+            raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}.")
         self.root = Path(root if root is not None else _default_root()).expanduser()
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -139,11 +145,15 @@ class DIADataModule(LightningDataModule, ABC):
     @property
     @abstractmethod
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of the labels."""
+        """Return the names of the classes, in the order of the labels."""
 
     @abstractmethod
     def load_split(self, split: Split) -> Source | None:
-        """Open one split; None for ``"val"`` says that the data set has no validation part of its own."""
+        """Open one split.
+
+        Returns:
+            The split; ``None`` for ``"val"`` or ``"test"`` if the data set has no such part of its own.
+        """
 
     @abstractmethod
     def basic_augmentation(self) -> Sequence[v2.Transform]:
@@ -160,7 +170,7 @@ class DIADataModule(LightningDataModule, ABC):
 
     @property
     def archive_folder(self) -> Path:
-        """Folder that the archives are kept and unpacked in."""
+        """Return the folder that the archives are kept and unpacked in."""
         return self.root
 
     def is_complete(self) -> bool:
@@ -171,14 +181,14 @@ class DIADataModule(LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Return the number of classes."""
         return len(self.class_names)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo the normalisation.
 
         Args:
-            images: ``[..., C, H, W]`` as in a batch.
+            images: those of a batch, ``[..., C, H, W]``.
 
         Returns:
             Pixels in [0, 1], same shape.
@@ -202,9 +212,17 @@ class DIADataModule(LightningDataModule, ABC):
             raise self._missing_data("the unpacked files are damaged")
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits of a stage (``fit``, ``validate``, ``test``, ``predict``, None for all), each only once."""
+        """Open the splits of a stage, each only once.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or ``None`` for all.
+
+        Raises:
+            ValueError: if the stage is unknown, or the training set is smaller than a batch.
+            FileNotFoundError: if there are no such data.
+        """
         if stage not in _STAGES:
-            raise ValueError(f"stage={stage!r} is unknown; choose fit, validate, test, predict or None")
+            raise ValueError(f"stage must be fit, validate, test, predict or None, got {stage!r}.")
         for name in _STAGES[stage]:
             self._dataset(name)
         if "train" in _STAGES[stage]:
@@ -270,8 +288,8 @@ class DIADataModule(LightningDataModule, ABC):
         per_process = -(-samples // replicas(self.trainer)[0])
         if self.drop_last and per_process < batch_size:
             raise ValueError(
-                f"{samples} training samples ({per_process} per process) are fewer than batch_size={batch_size}, so "
-                "drop_last=True leaves no step to train; lower batch_size, raise limit, or set drop_last=False"
+                f"batch_size={batch_size} is more than the {samples} training samples ({per_process} per process), so "
+                "drop_last=True leaves no step to train. Lower batch_size, raise limit, or set drop_last=False."
             )
 
     def _dataset(self, name: _Loaded) -> Samples:
@@ -294,7 +312,8 @@ class DIADataModule(LightningDataModule, ABC):
         if name == "predict" and self.predict_folder is not None:
             return _all(_images_in(Path(self.predict_folder).expanduser(), channels=self.image_shape[0]))
         if name in ("test", "predict"):
-            return _all(self._source("test"))
+            test = self._optional_source("test")
+            return self._drawn_as_test() if test is None else _all(test)
         if name == "val" and (own := self._optional_source("val")) is not None:
             return _all(own)
         if name == "val" and self.val_split == 0:
@@ -309,8 +328,8 @@ class DIADataModule(LightningDataModule, ABC):
         count = round(total * self.val_split) if self.val_split < 1 else int(self.val_split)
         if not 0 < count < total:
             raise ValueError(
-                f"val_split={self.val_split} takes {count} of {total} training samples; it must take at least 1 and "
-                "leave at least 1"
+                f"val_split={self.val_split} takes {count} of {total} training samples, but must take at least 1 and "
+                "leave at least 1."
             )
         return count
 
@@ -322,11 +341,28 @@ class DIADataModule(LightningDataModule, ABC):
         )
         return test
 
+    def _drawn_as_test(self) -> tuple[Source, Positions]:
+        if self.val_split == 0:
+            raise self._no_split("test")
+        rank_zero_warn(f"{self.root} has no test data, so the validation part drawn from the training set is tested on")
+        return self._select("val")
+
+    def _val_as_test(self) -> tuple[Source, Positions]:
+        if self._optional_source("val") is None and self.val_split == 0:
+            raise FileNotFoundError(
+                f"{self.root} has no test and no val split. Add one of them, or set val_split to draw one from train."
+            )
+        rank_zero_warn(f"{self.root} has no test split, so the validation images are tested on.")
+        return self._select("val")
+
     def _source(self, split: Split) -> Source:
         source = self._optional_source(split)
         if source is None:
-            raise FileNotFoundError(f"{type(self).__name__} has no {split} split in {self.root}")
+            raise self._no_split(split)
         return source
+
+    def _no_split(self, split: Split) -> FileNotFoundError:
+        return FileNotFoundError(f"{type(self).__name__} has no {split} data in {self.root}.")
 
     def _optional_source(self, split: Split) -> Source | None:
         if split not in self._sources:
@@ -343,17 +379,12 @@ def _all(source: Source) -> tuple[Source, Positions]:
 
 def _images_in(folder: Path, *, channels: int) -> Source:
     if not folder.is_dir():
-        raise FileNotFoundError(f"predict_folder={folder} is not a folder")
+        raise FileNotFoundError(f"predict_folder={folder} is not a folder.")
     paths = list_images(folder)
     if not paths:
-        raise FileNotFoundError(f"predict_folder={folder} has no image in it or below it")
+        raise FileNotFoundError(f"predict_folder={folder} has no image in it or below it.")
     return FileSource(paths, channels=channels)
 
 
 def _default_root() -> str:
     return os.environ.get("DIA_DATA") or "~/.cache/dia_lightning"
-
-
-def _check_at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and not least <= value < float("inf"):
-        raise ValueError(f"{name}={value} must be {least} or more")

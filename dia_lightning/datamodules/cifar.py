@@ -41,7 +41,7 @@ class _CIFAR(DIADataModule):
         return [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
 
     def archives(self) -> Sequence[Archive]:
-        """The archive of torchvision, from mirrors first: the original host has been very slow since June 2026."""
+        """Return the archive, from mirrors first: the original host has been very slow since June 2026."""
         source = self.dataset
         return [Archive(source.filename, source.tgz_md5, (*self.mirrors, source.url), self.env)]
 
@@ -71,7 +71,7 @@ class CIFAR10DataModule(_CIFAR):
 
     @property
     def class_names(self) -> list[str]:
-        """The names in the data set's own order."""
+        """Return the names in the data set's own order."""
         return ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -93,7 +93,7 @@ class CIFAR100DataModule(_CIFAR):
 
     @property
     def class_names(self) -> list[str]:
-        """The fine names in the data set's own order."""
+        """Return the fine names in the data set's own order."""
         return list(_CIFAR100_NAMES)
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
+from dia_lightning.datamodules._options import check_whole
 from dia_lightning.datamodules._sampling import stratified_split
 from dia_lightning.datamodules.base import DIADataModule, Split
 from dia_lightning.datamodules.sources import ArraySource, Source
@@ -23,11 +24,11 @@ class DigitsDataModule(DIADataModule):
     small shifts and rotations, without flips.
 
     Args:
-        image_size: Height and width in pixels that the digits are enlarged to, 8 or more.
+        image_size: height and width in pixels that the digits are enlarged to, 8 or more.
         channels: 1 for grey, 3 for networks that expect RGB.
-        val_split: Samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
+        val_split: samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
             test set.
-        **common: See :class:`DIADataModule`.
+        **common: as :class:`DIADataModule` takes them.
 
     Example:
         >>> data = DigitsDataModule(batch_size=16)
@@ -44,17 +45,16 @@ class DigitsDataModule(DIADataModule):
 
     def __init__(self, *, image_size: int = 32, channels: int = 3, val_split: int | float = 250, **common: Any) -> None:
         super().__init__(val_split=val_split, **common)
-        if image_size < 8:
-            raise ValueError(f"image_size={image_size} must be 8 or more, the size of the digits")
+        check_whole("image_size", image_size, least=8)
         if channels not in (1, 3):
-            raise ValueError(f"channels={channels} must be 1 (grey) or 3 (RGB)")
-        self.image_shape = (channels, image_size, image_size)
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}.")
+        self.image_shape = (int(channels), int(image_size), int(image_size))
         self.mean = (0.3055,) * channels
         self.std = (0.3235,) * channels
 
     @property
     def class_names(self) -> list[str]:
-        """The digits."""
+        """Return the digits."""
         return [str(digit) for digit in range(10)]
 
     def load_split(self, split: Split) -> Source | None:

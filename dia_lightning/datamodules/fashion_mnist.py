@@ -25,9 +25,9 @@ class FashionMNISTDataModule(DIADataModule):
     in which the four archives are looked for first.
 
     Args:
-        val_split: Samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
+        val_split: samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
             test set.
-        **common: See :class:`DIADataModule`.
+        **common: as :class:`DIADataModule` takes them.
 
     Source: https://github.com/zalandoresearch/fashion-mnist
     """
@@ -42,7 +42,7 @@ class FashionMNISTDataModule(DIADataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The names in the data set's own order."""
+        """Return the names in the data set's own order."""
         return list(datasets.FashionMNIST.classes)
 
     def load_split(self, split: Split) -> Source | None:
@@ -62,7 +62,7 @@ class FashionMNISTDataModule(DIADataModule):
         return [v2.RandomCrop(28, padding=4), v2.RandomHorizontalFlip()]
 
     def archives(self) -> Sequence[Archive]:
-        """The four archives."""
+        """Return the four archives."""
         return [
             Archive(name, md5, tuple(place + name for place in _PLACES), "DIA_FASHION_MNIST_URL")
             for name, md5 in datasets.FashionMNIST.resources
@@ -70,7 +70,7 @@ class FashionMNISTDataModule(DIADataModule):
 
     @property
     def archive_folder(self) -> Path:
-        """The folder that torchvision uses."""
+        """Return the folder that torchvision uses."""
         return self.root / "FashionMNIST" / "raw"
 
     def is_complete(self) -> bool:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchvision.transforms import v2
 
 from dia_lightning.datamodules._images import list_images
+from dia_lightning.datamodules._options import check_whole
 from dia_lightning.datamodules.base import DIADataModule, Split
 from dia_lightning.datamodules.sources import FileSource, Source
 
@@ -17,14 +18,15 @@ class ImageFolderDataModule(DIADataModule):
 
     The classes are the folders in ``train``, sorted; ``val`` and ``test`` must have the same. Without ``val`` the split
     is drawn from ``train`` by ``val_split`` (or ``test`` is used, if that is 0); without ``test``, as in ImageNet,
-    ``val`` is tested on. Names that start with a dot are ignored. The basic recipe is ImageNet's: a random part of the
-    image, brought to ``image_size``, and a flip; evaluation takes the middle.
+    the validation part is tested on. Without ``train`` the classes are those of the checkpoint that is used. Names that
+    start with a dot are ignored. The basic recipe is ImageNet's: a random part of the image, brought to ``image_size``,
+    and a flip; evaluation takes the middle.
 
     Args:
-        image_size: Height and width in pixels that the network sees.
-        resize_size: Shorter side in pixels from which evaluation cuts the middle. None means 8/7 of ``image_size``,
-            which is ImageNet's 256 for 224.
-        **common: See :class:`DIADataModule`.
+        image_size: height and width in pixels that the network sees.
+        resize_size: shorter side in pixels from which evaluation cuts the middle. ``None`` means 8/7 of
+            ``image_size``, which is ImageNet's 256 for 224.
+        **common: as :class:`DIADataModule` takes them.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -32,17 +34,19 @@ class ImageFolderDataModule(DIADataModule):
 
     def __init__(self, *, image_size: int = 224, resize_size: int | None = None, **common: Any) -> None:
         super().__init__(**common)
-        if image_size < 1:
-            raise ValueError(f"image_size={image_size} must be 1 or more")
+        check_whole("image_size", image_size, least=1)
+        check_whole("resize_size", resize_size, least=1, optional=True)
         self.resize_size = round(image_size * 8 / 7) if resize_size is None else resize_size
         if self.resize_size < image_size:
-            raise ValueError(f"resize_size={resize_size} must not be less than image_size={image_size}")
-        self.image_shape = (3, image_size, image_size)
+            raise ValueError(f"resize_size must not be less than image_size={image_size}, got {resize_size}.")
+        self.image_shape = (3, int(image_size), int(image_size))
         self._class_names: list[str] | None = None
 
     @property
     def class_names(self) -> list[str]:
-        """The folders in ``root/train``, sorted; read once, or taken from the checkpoint that is resumed."""
+        """Return the folders in ``root/train``, sorted; without ``root/train`` the classes of the checkpoint."""
+        if self.trained_classes is not None and not (self.root / "train").is_dir():
+            return self.trained_classes
         if self._class_names is None:
             self._class_names = self._classes_in("train")
         return self._class_names
@@ -52,14 +56,19 @@ class ImageFolderDataModule(DIADataModule):
         if split == "val" and not (self.root / "val").is_dir():
             return None
         if split == "val" and self.val_split > 0:
-            raise ValueError(f"{self.root / 'val'} exists, so val_split={self.val_split} must be 0; or move the folder")
+            raise ValueError(
+                f"val_split must be 0 beside {self.root / 'val'}, got {self.val_split}. Or move the folder."
+            )
         if split == "test" and not (self.root / "test").is_dir():
-            split = self._val_as_test()
+            if not (self.root / "val").is_dir():
+                return None
+            rank_zero_warn(f"{self.root} has no test/ folder, so val/ is tested on")
+            split = "val"
         self._check_classes(split)
         files = [list_images(self.root / split / name) for name in self.class_names]
         empty = [name for name, paths in zip(self.class_names, files, strict=True) if not paths]
         if empty:
-            raise FileNotFoundError(f"no image in class folder(s) {', '.join(empty)} of {self.root / split}")
+            raise FileNotFoundError(f"No image in class folder(s) {', '.join(empty)} of {self.root / split}.")
         labels = [label for label, paths in enumerate(files) for _ in paths]
         return FileSource([path for paths in files for path in paths], labels, channels=3)
 
@@ -79,37 +88,36 @@ class ImageFolderDataModule(DIADataModule):
         """Take over the class mapping of a checkpoint.
 
         Raises:
-            ValueError: ``root/train`` has other classes.
+            ValueError: if ``root/train`` has other classes.
         """
-        names = state_dict["class_names"]
-        if (self.root / "train").is_dir() and self.class_names != names:
+        self.trained_classes = names = list(state_dict["class_names"])
+        if self.class_names != names:
             different = sorted(set(names) ^ set(self.class_names))
-            raise ValueError(f"{self.root / 'train'} has other classes than the checkpoint: {', '.join(different)}")
-        self._class_names = names
+            raise ValueError(f"{self.root / 'train'} has other classes than the checkpoint: {', '.join(different)}.")
 
-    def _val_as_test(self) -> Split:
-        if not (self.root / "val").is_dir():
-            raise FileNotFoundError(f"{self.root} has neither test/CLASS/IMAGE nor val/CLASS/IMAGE; add one of them")
-        rank_zero_warn(f"{self.root} has no test/ folder, so val/ is tested on")
-        return "val"
+    def _no_split(self, split: Split) -> FileNotFoundError:
+        return FileNotFoundError(
+            f"{self.root} has neither test/CLASS/IMAGE nor val/CLASS/IMAGE. Add one, or set val_split=0.1, say, to "
+            "validate and test on a part of train/."
+        )
 
     def _classes_in(self, split: str) -> list[str]:
         folder: Path = self.root / split
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder} is not a folder; expected {split}/CLASS/IMAGE in root={self.root}; it cannot be downloaded "
-                "(root is the argument, else $DIA_DATA, else ~/.cache/dia_lightning)"
+                f"{folder} is not a folder: expected {split}/CLASS/IMAGE in root={self.root}. It cannot be downloaded "
+                "(root is the argument, else $DIA_DATA, else ~/.cache/dia_lightning)."
             )
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if not names:
-            raise FileNotFoundError(f"{folder} has no class folders; expected {split}/CLASS/IMAGE")
+            raise FileNotFoundError(f"{folder} has no class folders: expected {split}/CLASS/IMAGE.")
         return names
 
     def _check_classes(self, split: str) -> None:
         found = self._classes_in(split)
         unknown = sorted(set(found) - set(self.class_names))
         if unknown:
-            raise ValueError(f"{self.root / split} has class(es) that train/ does not have: {', '.join(unknown)}")
+            raise ValueError(f"{self.root / split} has class(es) that training did not have: {', '.join(unknown)}.")
         missing = sorted(set(self.class_names) - set(found))
         if missing:
-            raise ValueError(f"{self.root / split} lacks class(es) that train/ has: {', '.join(missing)}")
+            raise ValueError(f"{self.root / split} lacks class(es) that training had: {', '.join(missing)}.")

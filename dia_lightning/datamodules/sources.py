@@ -26,9 +26,9 @@ class ArraySource:
     """Images in memory.
 
     Args:
-        images: 8-bit pixels ``[N, H, W]`` or ``[N, H, W, 3]``.
-        labels: One class index per image.
-        split: First part of the names, such as ``"test"``.
+        images: their 8-bit pixels, ``[N, H, W]`` or ``[N, H, W, 3]``.
+        labels: one class index per image.
+        split: first part of the names, such as ``"test"``.
         channels: 1 gives grey images, 3 gives RGB images, whatever the array holds.
     """
 
@@ -54,8 +54,8 @@ class FileSource:
     """Image files.
 
     Args:
-        paths: The files.
-        labels: One class index per file; None where there are no labels (all are 0 then).
+        paths: the files.
+        labels: one class index per file; ``None`` where there are no labels (all are 0 then).
         channels: 1 gives grey images, 3 gives RGB images, whatever the files hold.
     """
 

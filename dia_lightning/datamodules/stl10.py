@@ -24,9 +24,9 @@ class STL10DataModule(DIADataModule):
     The basic recipe is a crop after padding by 12 pixels and a flip. ``$DIA_STL10_URL`` is tried before the original.
 
     Args:
-        val_split: Samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
+        val_split: samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
             test set.
-        **common: See :class:`DIADataModule`.
+        **common: as :class:`DIADataModule` takes them.
 
     Source: https://cs.stanford.edu/~acoates/stl10/
     """
@@ -40,7 +40,7 @@ class STL10DataModule(DIADataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The names in the data set's own order."""
+        """Return the names in the data set's own order."""
         return ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 
     def load_split(self, split: Split) -> Source | None:
@@ -57,7 +57,7 @@ class STL10DataModule(DIADataModule):
         return [v2.RandomCrop(96, padding=12), v2.RandomHorizontalFlip()]
 
     def archives(self) -> Sequence[Archive]:
-        """The archive of torchvision."""
+        """Return the archive of torchvision."""
         return [Archive(_Labelled.filename, _Labelled.tgz_md5, (_Labelled.url,), "DIA_STL10_URL")]
 
     def is_complete(self) -> bool:

@@ -46,7 +46,7 @@ def test_the_network_of_a_checkpoint_is_exported(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("export", "nowhere.ckpt", "n.onnx"), "nowhere.ckpt: no such file"),
+        (("export", "nowhere.ckpt", "n.onnx"), "nowhere.ckpt: there is no such file"),
         (("export", "resnet164", "n.h5"), "must be one of .onnx, .pt2, .safetensors"),
         (("check", "resnet146"), "did you mean resnet164"),
         (("check", "torchvision/vgg11"), "No residual block is known in VGG"),

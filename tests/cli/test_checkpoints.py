@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from dia_lightning.cli._checkpoints import check_fits
 from tests.cli.conftest import Run
 
 Fails = Callable[..., str]
@@ -156,6 +157,52 @@ def test_a_run_that_does_not_exist_is_not_silently_started_anew(fails: Fails, na
     assert not Path("runs").exists()
 
 
+def test_last_is_the_newest_checkpoint_where_none_is_called_last(
+    run: Run, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "checkpoints" / "last.ckpt").unlink()
+    best = run_folder / "checkpoints" / "best-e000.ckpt"
+    shutil.copy(best, best.with_name("older.ckpt"))
+    os.utime(best.with_name("older.ckpt"), ns=(0, 0))
+    run("test", "-c", "tiny.yaml", "--ckpt_path", "last")
+    assert "checkpoint runs/tiny/version_0/checkpoints/best-e000.ckpt\n" in capsys.readouterr().err
+    run("check", "last")
+    assert "checkpoint runs/tiny/version_0/checkpoints/best-e000.ckpt\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "kept"),
+    [
+        (["--model.attention", "null"], "--model.attention None", "'dia-lstm'"),
+        (["--model.attention", "se"], "--model.attention 'se'", "'dia-lstm'"),
+        (["--model.attention_args.reduction", "2"], "--model.attention_args {'reduction': 2}", "None"),
+        (["--model.backbone", "cifar_wrn"], "--model.backbone 'cifar_wrn'", "'cifar_resnet'"),
+        (["--model.backbone_args.depth", "20"], "--model.backbone_args {'depth': 20}", "{'depth': 11}"),
+        (["--model.share", "block"], "--model.share 'block'", "'stage'"),
+        (["--model.identity", "true"], "--model.identity True", "False"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_another_network_than_the_checkpoints_is_one_line(
+    fails: Fails, run_folder: Path, command: str, options: list[str], given: str, kept: str
+) -> None:
+    message = fails(command, "-c", "tiny.yaml", "--ckpt_path", "last", *options)
+    assert message.startswith(f"{given} makes another network than that of the checkpoint, which has {kept}. Leave it")
+    assert "--model.init_from runs/tiny/version_0/checkpoints/last.ckpt instead of --ckpt_path" in message
+
+
+def test_options_that_do_not_change_the_network_are_no_contradiction(run: Run, workplace: Path) -> None:
+    run("fit", "-c", "tiny.yaml", "--model.attention", "null")
+    run("test", "-c", "tiny.yaml", "--model.attention", "null", "--model.share", "block", "--ckpt_path", "last")
+    run("test", "-c", "tiny.yaml", "--model.attention", "null", "--model.attention_args", "{}", "--ckpt_path", "last")
+
+
+def test_a_unit_that_was_an_object_is_not_compared_with_its_name() -> None:
+    check_fits({"attention": "mine"}, {"attention": "object:Mine"}, "x.ckpt")
+    with pytest.raises(ValueError, match="another network"):
+        check_fits({"attention": "mine"}, {"attention": "se"}, "x.ckpt")
+
+
 def test_best_needs_a_monitored_checkpoint(fails: Fails, run_folder: Path) -> None:
     for path in run_folder.rglob("best*.ckpt"):
         path.unlink()
@@ -164,7 +211,7 @@ def test_best_needs_a_monitored_checkpoint(fails: Fails, run_folder: Path) -> No
 
 def test_a_missing_file_is_one_line(fails: Fails) -> None:
     assert fails("test", "-c", "tiny.yaml", "--ckpt_path", "nowhere.ckpt").startswith(
-        "--ckpt_path nowhere.ckpt: no such file"
+        "--ckpt_path nowhere.ckpt: there is no such file"
     )
 
 
@@ -177,7 +224,7 @@ def test_urls_are_refused(fails: Fails, url: str) -> None:
 def test_a_damaged_file_is_one_line(fails: Fails, content: bytes) -> None:
     Path("bad.ckpt").write_bytes(content)
     assert fails("validate", "-c", "tiny.yaml", "--ckpt_path", "bad.ckpt").startswith(
-        "bad.ckpt is no readable checkpoint"
+        "The checkpoint bad.ckpt cannot be read"
     )
 
 
@@ -187,7 +234,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_whatever_the_environment_says(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path = run_folder / "checkpoints" / "last.ckpt"
     torch.save({**load(path), "code": Path("x")}, path)
-    assert "is no readable checkpoint" in fails("validate", "-c", "tiny.yaml", "--ckpt_path", str(path))
+    assert "cannot be read" in fails("validate", "-c", "tiny.yaml", "--ckpt_path", str(path))
 
 
 def test_measuring_untrained_weights_is_not_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

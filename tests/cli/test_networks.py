@@ -1,12 +1,13 @@
 """The command `models`."""
 
+import math
 import re
 from collections.abc import Callable
 
 import pytest
 from torch import nn
 
-from dia_lightning.attention import list_attention
+from dia_lightning.attention import _registry, list_attention
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.cli.networks import FORMULAS, parameters_of
 from dia_lightning.models import get_model
@@ -82,4 +83,14 @@ def test_a_units_formula_gives_its_size(name: str, width: int) -> None:
 
 
 def test_every_unit_has_a_formula() -> None:
-    assert set(FORMULAS) <= set(list_attention())
+    classes = {name for name, builder in _registry._BUILDERS.items() if isinstance(builder, type)}
+    built_in = {name for name in classes if _registry._BUILDERS[name].__module__.startswith("dia_lightning.")}
+    assert set(FORMULAS) == built_in
+
+
+@pytest.mark.parametrize("width", [1, 16, 48, 64, 128, 256, 2048])
+def test_the_formula_of_eca_gives_its_size(width: int) -> None:
+    formula, _, rule = FORMULAS["eca"].removeprefix("k, k = ").partition(", ")
+    assert rule == "plus 1 if even"
+    kernel_size = eval(formula, {"C": width, "log2": math.log2})
+    assert kernel_size + (kernel_size % 2 == 0) == count(attention_builder("eca", {})(width))

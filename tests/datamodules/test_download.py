@@ -1,4 +1,6 @@
 import hashlib
+import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -43,6 +45,19 @@ def test_mirrors_are_tried_in_order_after_the_users_own(
     monkeypatch.setenv("DIA_TEST_URL", "http://own")
     obtain(_archive(good, "http://a", "http://b", "http://c", "http://d"), tmp_path / "root", download=True)
     assert tried == ["http://own", "http://a", "http://b", "http://c"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_only(
+    tmp_path: Path, good: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    _download._save(good.as_uri(), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == good.read_bytes()
+    assert ("100%" in screen.getvalue()) == terminal
+    assert terminal or screen.getvalue() == ""
 
 
 def test_users_own_folder_is_completed_by_the_file_name(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_files_deeper_in_a_class_folder_belong_to_the_class(tmp_path: Path) -> N
 def test_class_missing_from_an_evaluation_split_is_named(tmp_path: Path, split: str) -> None:
     write_image_folder(tmp_path)
     shutil.rmtree(tmp_path / split / "bee")
-    with pytest.raises(ValueError, match=rf"{split} lacks class.* bee$"):
+    with pytest.raises(ValueError, match=rf"{split} lacks class.* bee\.$"):
         _data(tmp_path).setup()
 
 
@@ -79,7 +79,7 @@ def test_class_missing_from_an_evaluation_split_is_named(tmp_path: Path, split: 
 def test_class_unknown_to_train_is_named(tmp_path: Path, split: str) -> None:
     write_image_folder(tmp_path)
     (tmp_path / split / "dog").mkdir()
-    with pytest.raises(ValueError, match=rf"{split} has class.* that train/ does not have: dog"):
+    with pytest.raises(ValueError, match=rf"{split} has class.* that training did not have: dog"):
         _data(tmp_path).setup()
 
 
@@ -87,7 +87,7 @@ def test_empty_class_folder_is_named(tmp_path: Path) -> None:
     write_image_folder(tmp_path)
     (tmp_path / "train" / "dog").mkdir()
     (tmp_path / "train" / "dog" / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match=r"no image in class folder\(s\) dog"):
+    with pytest.raises(FileNotFoundError, match=r"No image in class folder\(s\) dog"):
         _data(tmp_path, predict_folder=str(tmp_path)).setup("fit")
 
 
@@ -99,7 +99,7 @@ def test_broken_link_is_found_at_setup(tmp_path: Path) -> None:
 
 
 def test_missing_train_folder_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"train is not a folder; expected train/CLASS/IMAGE.*\$DIA_DATA"):
+    with pytest.raises(FileNotFoundError, match=r"train is not a folder: expected train/CLASS/IMAGE.*\$DIA_DATA"):
         _ = _data(tmp_path).num_classes
     (tmp_path / "train").mkdir()
     with pytest.raises(FileNotFoundError, match="has no class folders"):
@@ -116,7 +116,7 @@ def test_validation_comes_out_of_train_where_there_is_no_folder_for_it(tmp_path:
 
 def test_split_beside_a_validation_folder_is_refused(tmp_path: Path) -> None:
     write_image_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"val exists, so val_split=0\.1 must be 0"):
+    with pytest.raises(ValueError, match=r"val_split must be 0 beside .*val, got 0\.1"):
         _data(tmp_path, val_split=0.1).setup("fit")
 
 
@@ -128,10 +128,24 @@ def test_validation_folder_is_tested_on_where_there_is_no_test_folder(tmp_path: 
     assert len(samples_of(data.test_dataloader())) == 12
 
 
-def test_nothing_to_evaluate_on_is_explained(tmp_path: Path) -> None:
+def test_drawn_validation_part_is_tested_on_where_there_are_only_training_images(tmp_path: Path) -> None:
     write_image_folder(tmp_path, splits=("train",))
-    with pytest.raises(FileNotFoundError, match="neither test/CLASS/IMAGE nor val/CLASS/IMAGE"):
-        _data(tmp_path).setup("fit")
+    data = _data(tmp_path, val_split=0.25)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="the validation part drawn from the training set is tested on"):
+        data.setup("test")
+    data.setup("predict")
+    validated, tested = samples_of(data.val_dataloader()), samples_of(data.test_dataloader())
+    assert len(tested) == 3
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(validated, tested, strict=True))
+    assert data.sample_name(0).startswith(str(tmp_path / "train" / "ant"))
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_nothing_to_evaluate_on_is_explained(tmp_path: Path, stage: str) -> None:
+    write_image_folder(tmp_path, splits=("train",))
+    with pytest.raises(FileNotFoundError, match=r"neither test/CLASS/IMAGE nor val/CLASS/IMAGE.*set val_split"):
+        _data(tmp_path).setup(stage)
 
 
 def test_checkpoint_keeps_the_class_mapping(tmp_path: Path) -> None:
@@ -146,6 +160,25 @@ def test_checkpoint_keeps_the_class_mapping(tmp_path: Path) -> None:
         _data(tmp_path).load_state_dict(state)
 
 
+def test_evaluation_does_without_training_images_once_the_classes_are_known(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, splits=("test",))
+    data = _data(tmp_path)
+    data.trained_classes = ["ant", "bee", "cat"]
+    data.setup("test")
+    assert [label for _, label, _ in samples_of(data.test_dataloader())] == [0] * 4 + [1] * 4 + [2] * 4
+    other = _data(tmp_path)
+    other.trained_classes = ["ant", "cat"]
+    with pytest.raises(ValueError, match=r"test has class.* that training did not have: bee"):
+        other.setup("test")
+
+
+def test_training_images_count_before_the_classes_of_a_checkpoint(tmp_path: Path) -> None:
+    write_image_folder(tmp_path)
+    data = _data(tmp_path)
+    data.trained_classes = ["dog", "eel"]
+    assert data.class_names == ["ant", "bee", "cat"]
+
+
 def test_folder_can_be_predicted_without_training_images(tmp_path: Path) -> None:
     Image.fromarray(pixels(30, 20)).save(tmp_path / "x.png")
     data = _data(tmp_path / "nowhere", predict_folder=str(tmp_path))
@@ -155,7 +188,9 @@ def test_folder_can_be_predicted_without_training_images(tmp_path: Path) -> None
     assert index.tolist() == [0]
 
 
-@pytest.mark.parametrize(("options", "message"), [({"image_size": 0}, "image_size=0"), ({"resize_size": 8}, "size=8")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"image_size": 0}, "image_size must"), ({"resize_size": 8}, "got 8")]
+)
 def test_impossible_size_is_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _data(tmp_path, **options)

@@ -10,6 +10,7 @@ from dia_lightning.datamodules._sampling import (
     MixingCollate,
     PaddedSampler,
     Role,
+    SampleError,
     Samples,
     balanced_subset,
     stratified_split,
@@ -89,8 +90,11 @@ def test_role_decides_what_a_sample_is_made_of(role: Role, parts: int) -> None:
 def test_broken_sample_names_itself_and_its_index() -> None:
     source = ArraySource(pixels(3, 4, 4), [0, 1, 2], split="test", channels=1)
     dataset = Samples(source, np.array([2, 0]), transform=v2.Normalize([0.0], [1.0]), role="eval")
-    with pytest.raises(RuntimeError, match=r"sample 0 \(test/2\) cannot be loaded"):
+    with pytest.raises(SampleError, match=r"^Sample 0 \(test/2\) cannot be loaded: .*\.$") as info:
         dataset[0]
+    again = pickle.loads(pickle.dumps(info.value))
+    assert type(again) is SampleError
+    assert str(again) == str(info.value)
 
 
 def test_padding_has_no_name() -> None:
