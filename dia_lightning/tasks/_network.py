@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.attention import attach
 from dia_lightning.models import get_model
-from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.tasks._weights import load_weights
 
 # The command line knows networks by name only: from the types of objects its help would list every module of torch.
