@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 from lightning.pytorch import Trainer
@@ -18,22 +19,22 @@ from dia_lightning.callbacks._run_folder import run_folder
 def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | None) -> Path | None:
     """Write a picture to the run folder and send it to every logger that takes pictures.
 
-    The file is `<run folder>/pictures/<name>/step=<global step>.png`, whatever loggers there are. Loggers with a
-    `log_image` method (Weights & Biases) and loggers whose experiment has `add_image` (TensorBoard) get it too.
-    A full disk or a lost logger gives a warning, because no picture is worth a training run.
+    The file is ``<run folder>/pictures/<name>/step=<global step>.png``, whatever loggers there are. Loggers with a
+    ``log_image`` method (Weights & Biases) and loggers whose experiment has ``add_image`` (TensorBoard) get it too.
+    A full disk or a lost logger gives a warning, the latter once, because no picture is worth a training run.
 
     Call it on every rank, because the ranks agree on the run folder; only rank zero's picture is used.
 
     Args:
-        trainer: The running trainer.
-        name: Tag of the picture, words divided by `/`, for example `val/predictions`.
-        picture: An image, or a figure that was made without pyplot; None (on rank zero) writes nothing.
+        trainer: the running trainer.
+        name: tag of the picture, words divided by ``/``, for example ``val/predictions``.
+        picture: an image, or a figure that was made without pyplot; ``None`` (on rank zero) writes nothing.
 
     Returns:
-        The path of the file on rank zero; None on other ranks and when nothing was written.
+        The path of the file on rank zero; ``None`` on other ranks and when nothing was written.
 
     Raises:
-        ValueError: If `name` is not made of letters, digits, `_`, `-` and single `/`.
+        ValueError: if ``name`` is not made of letters, digits, ``_``, ``-`` and single ``/``.
 
     Example:
         >>> import tempfile
@@ -45,9 +46,7 @@ def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | Non
         'pictures/val/black/step=000000.png'
     """
     if re.fullmatch(r"[\w-]+(/[\w-]+)*", name) is None:
-        raise ValueError(
-            f"picture name {name!r} is not usable, use words divided by '/', for example 'val/predictions'"
-        )
+        raise ValueError(f"name {name!r} names no picture. Use words divided by '/', for example 'val/predictions'.")
     folder = run_folder(trainer)
     if not trainer.is_global_zero or picture is None:
         return None
@@ -58,14 +57,26 @@ def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | Non
     try:
         _write_png(image, path)
     except OSError as error:
-        rank_zero_warn(f"Picture {name} was not written: {error}")
+        rank_zero_warn(f"Picture {name} was not written: {error}.")
         written = False
     for logger in trainer.loggers:
         try:
             _send(logger, name, image, step)
-        except OSError as error:
-            rank_zero_warn(f"Picture {name} did not reach {type(logger).__name__}: {error}")
+        except Exception as error:  # loggers raise classes of their own, such as CommError of Weights & Biases
+            _warn_once(logger, name, error)
     return path if written else None
+
+
+_lost: WeakSet[Logger] = WeakSet()  # loggers that a warning was about
+
+
+def _warn_once(logger: Logger, name: str, error: Exception) -> None:
+    if logger not in _lost:
+        _lost.add(logger)
+        rank_zero_warn(
+            f"Picture {name} did not reach {type(logger).__name__}: {type(error).__name__}: {error}. "
+            "Pictures are also files in the run folder; later ones that do not reach this logger are not warned about."
+        )
 
 
 def _render(figure: Figure) -> Image.Image:

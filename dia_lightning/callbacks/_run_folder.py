@@ -9,18 +9,19 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of this run. Call it on every rank: the ranks agree on rank zero's answer.
 
-    It is the log folder of the first logger (`.../version_3`), the folder that Lightning's `ModelCheckpoint` uses when
-    that logger keeps no folder per run (`<save_dir>/<project>/<run id>` for Weights & Biases), or the trainer's
-    `default_root_dir` without a logger.
+    It is the log folder of the first logger (``.../version_3``), the folder that Lightning's ``ModelCheckpoint`` uses
+    when that logger keeps no folder per run (``<save_dir>/<project>/<run id>`` for Weights & Biases), or the trainer's
+    ``default_root_dir`` without a logger.
 
     Args:
-        trainer: The trainer, in or after `setup`.
+        trainer: the trainer, in or after ``setup``.
 
     Returns:
         The folder, which may not exist yet.
 
     Example:
         >>> from lightning.pytorch import Trainer
+        >>> from dia_lightning.callbacks import run_folder
         >>> trainer = Trainer(logger=False, default_root_dir="runs", accelerator="cpu", enable_progress_bar=False)
         >>> run_folder(trainer).name
         'runs'

@@ -21,16 +21,16 @@ BARS = 30
 
 
 class ConfusionMatrix(Callback):
-    """Draw the confusion matrix and the accuracy per class at the end of `test`.
+    """Draw the confusion matrix and the accuracy per class at the end of ``test``.
 
-    The counts come from the task's `confusion`, a torchmetrics `MulticlassConfusionMatrix` that the task updates in
+    The counts come from the task's ``confusion``, a torchmetrics ``MulticlassConfusionMatrix`` that the task updates in
     its test step; rows are true classes, columns predicted ones. Colours show the share of the true class, on a
     square-root scale that keeps rare mistakes visible. Up to 20 classes the cells name the share and the count, up to
-    100 classes every row and column has its name. The pictures are `test/confusion_matrix` and `test/class_accuracy`;
-    the latter shows the 30 worst classes when there are more.
+    100 classes every row and column has its name. The pictures are ``test/confusion_matrix`` and
+    ``test/class_accuracy``; the latter shows the 30 worst classes when there are more.
 
     Raises:
-        ValueError: If the task has no metric named `confusion`.
+        ValueError: if the task has no metric named ``confusion``.
 
     Example:
         >>> callback = ConfusionMatrix()
@@ -42,8 +42,8 @@ class ConfusionMatrix(Callback):
         """Check that the task counts confusions."""
         if not isinstance(getattr(pl_module, "confusion", None), Metric):
             raise ValueError(
-                f"{type(pl_module).__name__} has no metric named 'confusion'; set self.confusion to a torchmetrics "
-                "MulticlassConfusionMatrix and update it in test_step, or leave the ConfusionMatrix callback out"
+                f"{type(pl_module).__name__} has no metric named 'confusion'. Set self.confusion to a torchmetrics "
+                "MulticlassConfusionMatrix and update it in test_step, or leave the ConfusionMatrix callback out."
             )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,33 +14,34 @@ class EMA(WeightAveraging):
     r"""Keep an exponential moving average of the weights, and validate, test, predict and save with it.
 
     After every optimizer step the average moves by :math:`a \leftarrow d_n a + (1 - d_n) w`, where n counts the
-    steps that went in before; the first one is copied. With `warmup` the decay is
+    steps that went in before; the first one is copied. With ``warmup`` the decay is
     :math:`d_n = \min(d, (1 + n) / (10 + n))`, so that the random weights of the start are soon forgotten.
 
     Running statistics of batch norms are averaged with the same decay as the weights, because they have to describe
     the activations of the averaged network and not those of the latest weights; counters are copied.
 
-    Training itself is not changed: the trained weights come back after every validation. When `fit` ends, the model
-    holds the average. In checkpoints `state_dict` is the average, so that test and predict use it, and
-    `current_model_state` the trained weights, so that a resumed run goes on as if it had not stopped.
+    Training itself is not changed: the trained weights come back after every validation. When ``fit`` ends, the model
+    holds the average. In checkpoints ``state_dict`` is the average, so that test and predict use it, and
+    ``current_model_state`` the trained weights, so that a resumed run goes on as if it had not stopped.
 
-    Other than Lightning's `EMAWeightAveraging`, this callback leaves the trained weights alone until the first update,
-    lets `test` and `validate` after `fit` use the checkpoint they are given, puts the trained weights back when
-    an exception ends a validation, and keeps the average on the model's device. With `precision="bf16-true"` a
-    decay near 1 is lost to rounding: use `bf16-mixed`.
+    Other than Lightning's ``EMAWeightAveraging``, this callback leaves the trained weights alone until the first
+    update, lets ``test`` and ``validate`` after ``fit`` use the checkpoint they are given, puts the trained weights
+    back when an exception ends a validation, and keeps the average on the model's device. With
+    ``precision="bf16-true"`` a decay near 1 is lost to rounding: use ``bf16-mixed``.
 
     Args:
-        decay: Share d of the old average that is kept at each step, in [0, 1).
-        warmup: Start with a smaller decay that grows to `decay`.
-        start_step: Number of optimizer steps that are left out at the beginning.
-        device: Where the average is kept, for example "cpu" to save accelerator memory; None is the model's device.
+        decay: share d of the old average that is kept at each step, in [0, 1).
+        warmup: whether to start with a smaller decay that grows to ``decay``.
+        start_step: number of optimizer steps that are left out at the beginning.
+        device: where the average is kept, for example ``"cpu"`` to save accelerator memory; ``None`` is the
+            model's device.
 
     Raises:
-        ValueError: If `decay` is not in [0, 1) or `start_step` is negative.
+        ValueError: if ``decay`` is not in [0, 1) or ``start_step`` is negative.
 
     Source:
         Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up is that of
-        TensorFlow's `ExponentialMovingAverage`.
+        TensorFlow's ``ExponentialMovingAverage``.
 
     Example:
         >>> ema = EMA(decay=0.999)
@@ -52,10 +53,10 @@ class EMA(WeightAveraging):
         self, *, decay: float = 0.999, warmup: bool = True, start_step: int = 0, device: str | None = None
     ) -> None:
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}; 0.999 suits most runs")
+            raise ValueError(f"decay must be in [0, 1), got {decay}. 0.999 suits most runs.")
         if start_step < 0:
             raise ValueError(
-                f"start_step must be 0 or more optimizer steps, got {start_step}; use 0 to average at once"
+                f"start_step must be 0 or more optimizer steps, got {start_step}. Use 0 to average at once."
             )
         super().__init__(device=device, use_buffers=True, multi_avg_fn=self._move_average)
         self.decay = decay
@@ -64,7 +65,7 @@ class EMA(WeightAveraging):
         self._swapped = False
 
     def decay_at(self, updates: int) -> float:
-        """Return the decay that is used after `updates` updates."""
+        """Return the decay that is used after ``updates`` updates."""
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
     @property
@@ -73,11 +74,11 @@ class EMA(WeightAveraging):
         return 0 if self._average_model is None else int(self._average_model.n_averaged)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Update after every optimizer step from `start_step` on."""
+        """Update after every optimizer step from ``start_step`` on."""
         return step_idx is not None and step_idx >= self.start_step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the model when `fit` begins."""
+        """Copy the model when ``fit`` begins."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self._average_model is not None:
             # on the accelerator, the reading of the counter would wait for the running step
@@ -86,12 +87,12 @@ class EMA(WeightAveraging):
             self._swapped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the average to the model's device: in `setup` the model is still on the CPU."""
+        """Bring the average to the model's device: in ``setup`` the model is still on the CPU."""
         if self._device is None and self._average_model is not None:
             self._average_model.module.to(pl_module.device)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate with the average (`validate` by itself takes the weights that it is given)."""
+        """Validate with the average (``validate`` by itself takes the weights that it is given)."""
         if trainer.state.fn == TrainerFn.FITTING and self.updates > 0:
             self._swap_models(pl_module)
             self._swapped = True
@@ -126,7 +127,7 @@ class EMA(WeightAveraging):
             checkpoint["state_dict"] = trained
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with the average of a checkpoint; only `fit` does."""
+        """Go on with the average of a checkpoint; only ``fit`` does."""
         # test and validate after fit would otherwise get the trained weights in place of the average
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -20,60 +20,40 @@ class PredictionGrid(Callback):
 
     In validation the images are spread evenly over the set and are the same each time, so that the pictures of a run
     can be compared. In test up to half of them are the most confident mistakes. The picture is named
-    `val/predictions` or `test/predictions`. In a distributed run it shows samples of rank zero.
+    ``val/predictions`` or ``test/predictions``. In a distributed run it shows samples of rank zero.
 
-    The task's steps must return `{"index": [B], "probabilities": [B, K]}`, and batches begin with images and labels.
-    Images are shown through the datamodule's `denormalize` where it has one, else each is stretched to [0, 1].
+    The task's steps must return ``{"index": [B], "probabilities": [B, K]}``, and batches begin with images and labels.
+    Images are shown through the datamodule's ``denormalize`` where it has one, else each is stretched to [0, 1].
 
     Args:
-        num_images: Number of images in the picture, 1 to 100.
-        every_n_epochs: Draw after every n-th training epoch only.
+        num_images: number of images in the picture, 1 to 100.
+        every_n_epochs: draw after every n-th training epoch only.
 
     Raises:
-        ValueError: If an argument is out of range, or a step returns something else.
+        ValueError: if an argument is out of range, or a step returns something else.
 
     Example:
         >>> grid = PredictionGrid(num_images=9, every_n_epochs=10)
         >>> PredictionGrid(num_images=0)
         Traceback (most recent call last):
         ...
-        ValueError: num_images must be from 1 to 100, got 0; 16 gives a readable picture
+        ValueError: num_images must be from 1 to 100, got 0. 16 gives a readable picture.
     """
 
     def __init__(self, *, num_images: int = 16, every_n_epochs: int = 1) -> None:
         if not 1 <= num_images <= 100:
-            raise ValueError(f"num_images must be from 1 to 100, got {num_images}; 16 gives a readable picture")
+            raise ValueError(f"num_images must be from 1 to 100, got {num_images}. 16 gives a readable picture.")
         if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be 1 or more, got {every_n_epochs}; use 1 to draw after every epoch")
+            raise ValueError(
+                f"every_n_epochs must be 1 or more, got {every_n_epochs}. Use 1 to draw after every epoch."
+            )
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs
         self._spread: list[Prediction] = []
         self._mistakes: list[Prediction] = []
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the images of the epoch before."""
-        self._forget()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep some images of the batch."""
-        if dataloader_idx == 0 and trainer.is_global_zero and self._draws_now(trainer):
-            self._collect_spread(trainer, outputs, batch, (batch_idx + 1) / trainer.num_val_batches[0])
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the images of this epoch."""
-        if self._draws_now(trainer):
-            self._log(trainer, pl_module, "val")
-
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the images of the test before."""
+        """Forget the images of the epoch before."""
         self._forget()
 
     def on_test_batch_end(
@@ -85,14 +65,25 @@ class PredictionGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep some images of the batch and its most confident mistakes."""
-        if dataloader_idx == 0 and trainer.is_global_zero:
-            self._collect_spread(trainer, outputs, batch, (batch_idx + 1) / trainer.num_test_batches[0])
-            self._collect_mistakes(trainer, outputs, batch)
+        """Keep some images of the batch and, in test, its most confident mistakes."""
+        if dataloader_idx > 0 or not trainer.is_global_zero or not self._draws_now(trainer):
+            return
+        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        missing = self._missing((batch_idx + 1) / batches[0])
+        if missing > 0 or trainer.testing:  # reading waits for the device
+            predictions = read_step_outputs(outputs)
+            self._spread += _select(trainer, batch, predictions, _evenly(len(predictions.rows), missing))
+            if trainer.testing:
+                self._collect_mistakes(trainer, batch, predictions)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the images of this test."""
-        self._log(trainer, pl_module, "test")
+        """Draw the images of this epoch."""
+        if self._draws_now(trainer):
+            self._log(trainer, pl_module, "test" if trainer.testing else "val")
+
+    on_validation_epoch_start = on_test_epoch_start
+    on_validation_batch_end = on_test_batch_end
+    on_validation_epoch_end = on_test_epoch_end
 
     def _draws_now(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking:
@@ -102,19 +93,15 @@ class PredictionGrid(Callback):
     def _forget(self) -> None:
         self._spread, self._mistakes = [], []
 
-    def _collect_spread(self, trainer: Trainer, outputs: Any, batch: Any, progress: float) -> None:
-        """Keep images so that the share of them that is there follows the share of batches that is done."""
+    def _missing(self, progress: float) -> int:
+        """Return how many images to take, so that the share that is there follows the share of batches that is done."""
         # an iterable dataset has no length and so no progress: its first images have to do
         target = self.num_images if progress == 0.0 else math.ceil(self.num_images * min(progress, 1.0))
-        missing = target - len(self._spread)
-        if missing > 0:
-            predictions = read_step_outputs(outputs)
-            self._spread += _select(trainer, batch, predictions, _evenly(len(predictions.rows), missing))
+        return max(0, target - len(self._spread))
 
-    def _collect_mistakes(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
+    def _collect_mistakes(self, trainer: Trainer, batch: Any, predictions: StepOutputs) -> None:
         """Keep the most confident mistakes so far."""
         room = self.num_images // 2
-        predictions = read_step_outputs(outputs)
         confidence, predicted = predictions.probabilities.max(dim=1)
         wrong = torch.nonzero(predicted != batch[1].cpu()[predictions.rows]).flatten()
         worst = wrong[confidence[wrong].argsort(descending=True)[:room]]
@@ -140,7 +127,7 @@ class PredictionGrid(Callback):
 
 
 def _evenly(length: int, count: int) -> Tensor:
-    """Return up to `count` different positions spread over `range(length)`."""
+    """Return up to ``count`` different positions spread over ``range(length)``."""
     count = min(length, count)
     return torch.arange(count) * length // max(count, 1)
 
@@ -168,7 +155,7 @@ def _select(trainer: Trainer, batch: Any, predictions: StepOutputs, chosen: Tens
 
 
 def _showable(trainer: Trainer, images: Tensor) -> Tensor:
-    """Return images [N, C, H, W] with values in [0, 1]."""
+    """Return images ``[N, C, H, W]`` with values in [0, 1]."""
     denormalize = getattr(getattr(trainer, "datamodule", None), "denormalize", None)
     if denormalize is None:
         low = images.amin((1, 2, 3), keepdim=True)

@@ -18,27 +18,29 @@ PROBABILITIES_UP_TO = 100  # classes
 
 
 class PredictionWriter(Callback):
-    """Write the predictions of `test` and `predict` to a CSV file in the run folder.
+    """Write the predictions of ``test`` and ``predict`` to a CSV file in the run folder.
 
-    Columns: `sample` (the datamodule's `sample_name`, else `test/<index>`), `true` (class name, test only), `label`
-    (predicted class name), `confidence`, and one column `p(<class>)` per class. Rows are sorted by the sample's index.
-    Padding samples (index -1) are left out, and a sample that several ranks have seen is written once.
+    Columns: ``sample`` (the datamodule's ``sample_name``, else ``test/<index>``), ``true`` (class name, test only),
+    ``label`` (predicted class name), ``confidence``, and one column ``p(<class>)`` per class. Rows are sorted by the
+    sample's index. Padding samples (index -1) are left out, and a sample that several ranks have seen is written once;
+    samples of one rank with the same index are all written, with a warning.
 
     Each rank writes its rows batch by batch to a part file beside the final one; rank zero merges the parts when all
     ranks are done. An interrupted run leaves its parts. No file is ever overwritten: as with checkpoints, the
-    second file in a folder is called `predictions-v1.csv`. A distributed run over several machines needs a shared disk.
+    second file in a folder is called ``predictions-v1.csv``. A run over several machines needs a shared disk.
 
-    The steps must return `{"index": [B], "probabilities": [B, K]}`; in test the second part of a batch are the labels.
+    The steps must return ``{"index": [B], "probabilities": [B, K]}``; in test the second part of a batch are the
+    labels.
 
     Args:
-        filename: Name of the file in the run folder, ending in `.csv`.
-        probabilities: Whether to write the columns `p(<class>)`; None writes them for up to 100 classes.
+        filename: name of the file in the run folder, ending in ``.csv``.
+        probabilities: whether to write the columns ``p(<class>)``; ``None`` writes them for up to 100 classes.
 
     Attributes:
-        path: The file of the last run, on every rank; None before.
+        path: the file of the last run, on every rank; ``None`` before.
 
     Raises:
-        ValueError: If `filename` is no plain name of a CSV file, or a step returns something else.
+        ValueError: if ``filename`` is no plain name of a CSV file, or a step returns something else.
 
     Example:
         >>> PredictionWriter(probabilities=False).path is None
@@ -46,13 +48,13 @@ class PredictionWriter(Callback):
         >>> PredictionWriter(filename="results/all.csv")
         Traceback (most recent call last):
         ...
-        ValueError: filename must be a plain name that ends in '.csv', got 'results/all.csv'; use 'predictions.csv'
+        ValueError: filename must be a plain name that ends in '.csv', got 'results/all.csv'. Use 'predictions.csv'.
     """
 
     def __init__(self, *, filename: str = "predictions.csv", probabilities: bool | None = None) -> None:
         if Path(filename).name != filename or not filename.endswith(".csv") or filename == ".csv":
             raise ValueError(
-                f"filename must be a plain name that ends in '.csv', got {filename!r}; use 'predictions.csv'"
+                f"filename must be a plain name that ends in '.csv', got {filename!r}. Use 'predictions.csv'."
             )
         self.filename = filename
         self.probabilities = probabilities
@@ -63,11 +65,7 @@ class PredictionWriter(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part."""
-        self._open(trainer, trainer.num_test_batches)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open this rank's part."""
-        self._open(trainer, trainer.num_predict_batches)
+        self._open(trainer, trainer.num_test_batches if trainer.testing else trainer.num_predict_batches)
 
     def on_test_batch_end(
         self,
@@ -78,40 +76,26 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the rows of a batch with their true classes."""
-        self._write(trainer, pl_module, outputs, batch[1].tolist())
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the rows of a batch."""
-        self._write(trainer, pl_module, outputs, None)
+        """Write the rows of a batch, in test with their true classes."""
+        self._write(trainer, pl_module, outputs, batch[1].tolist() if trainer.testing else None)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the parts."""
         self._finish(trainer)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the parts."""
-        self._finish(trainer)
+    on_predict_start = on_test_start
+    on_predict_batch_end = on_test_batch_end
+    on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what has been written."""
         if self._file is not None:
             self._close()
-            rank_zero_warn(f"The predictions are not complete; those before the error are in {_part(self._target, 0)}")
+            rank_zero_warn(f"The predictions are not complete; those before the error are in {_part(self._target, 0)}.")
 
     def _open(self, trainer: Trainer, batches: list[int | float]) -> None:
         if len(batches) > 1:
-            raise ValueError(
-                f"PredictionWriter writes the samples of one dataloader, got {len(batches)}; run them one after another"
-            )
+            raise ValueError(f"PredictionWriter takes one dataloader, got {len(batches)}. Run them one after another.")
         self._close()  # of a run whose exception never reached this callback
         self._names = None
         folder = run_folder(trainer)
@@ -163,8 +147,8 @@ class PredictionWriter(Callback):
             missing = [str(part) for part in parts if not part.exists()]
             if missing:
                 rank_zero_warn(
-                    f"{self._target} lacks the predictions of {', '.join(missing)}, which are not on this machine; "
-                    "keep the run folder on a disk that all machines share"
+                    f"{self._target} lacks the predictions of {', '.join(missing)}, which are not on this machine. "
+                    "Keep the run folder on a disk that all machines share."
                 )
             _merge([part for part in parts if part.exists()], self._target)
 
@@ -193,20 +177,30 @@ def _rows(part: Path) -> Iterator[list[str]]:
 
 
 def _merge(parts: list[Path], target: Path) -> None:
-    """Write the rows of all parts to `target`, sorted by index and without it, and remove the parts."""
+    """Write the rows of all parts to ``target``, sorted by index and without it, and remove the parts."""
     header: list[str] = []
-    samples: dict[int, list[str]] = {}
+    samples: dict[int, list[list[str]]] = {}
     for part in parts:
+        seen_here: dict[int, list[list[str]]] = {}
         for row in _rows(part):
             if row[0] == "index":
                 header = row[1:]
             else:
-                samples.setdefault(int(row[0]), row[1:])
+                seen_here.setdefault(int(row[0]), []).append(row[1:])
+        for index, rows in seen_here.items():
+            samples.setdefault(index, rows)  # ranks repeat samples of one another to fill up their batches
+    repeated = [index for index, rows in samples.items() if len(rows) > 1]
+    if repeated:
+        rank_zero_warn(
+            f"{target} has several rows for {len(repeated)} of {len(samples)} indices, for example {min(repeated)}. "
+            "Let the dataloader give each sample an index of its own."
+        )
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     with unfinished.open("w", **_TEXT) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(samples[index] for index in sorted(samples))
+        for index in sorted(samples):
+            writer.writerows(samples[index])
     os.replace(unfinished, target)
     for part in parts:
         part.unlink()

@@ -12,7 +12,7 @@ from dia_lightning.callbacks.prediction_writer import PredictionWriter
 class RunSummary(Callback):
     """Print where the run folder, the checkpoints, the pictures and the predictions are.
 
-    They are printed once, on rank zero, when `fit`, `test` or `predict` has ended; only what exists is named. The
+    They are printed once, on rank zero, when ``fit``, ``test`` or ``predict`` has ended; only what exists is named. The
     place among the callbacks does not matter.
 
     Example:

@@ -101,10 +101,12 @@ def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) ->
     for name in known:
         # no arguments may be written as null or as {}
         if given[name] != found[name] and not (given[name] in ({}, None) and found[name] in ({}, None)):
+            config = Path(path).parent.parent / "config.yaml"
+            own = f"use the config of its run, -c {config}" if config.is_file() else "leave it out"
             raise ValueError(
                 f"--model.{name} {given[name]!r} makes another network than that of the checkpoint, which has "
-                f"{found[name]!r}. Leave it out, or take weights only, with --model.init_from {path} instead of "
-                "--ckpt_path."
+                f"{found[name]!r}. To go on with the checkpoint {own}; or take weights only, with "
+                f"--model.init_from {path} instead of --ckpt_path."
             )
 
 

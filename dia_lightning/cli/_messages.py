@@ -77,6 +77,9 @@ def _unknown_class(match: re.Match[str], message: str, parser: LightningArgument
     missing = re.search(r"No module named '[^']+'", message)
     if missing is not None:
         return f"{_place(message)}: cannot import the class: {missing[0]}."
+    choices = re.search(r"Expected a typing\.Literal\[([^\]]+)\]\s+- Expected a dot import path", message)
+    if choices is not None:
+        return f"{_place(message)}: '{name}' is neither of {choices[1]}, nor the path of a class."
     return f"{_place(message)}: there is no class '{name}'{nearest(name.rpartition('.')[2], known)}"
 
 

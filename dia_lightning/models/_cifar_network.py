@@ -9,17 +9,17 @@ from torch import nn
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution without bias."""
+    """Return a 1x1 convolution without bias."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """3x3 convolution without bias that keeps the size at stride 1."""
+    """Return a 3x3 convolution without bias that keeps the size at stride 1."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
 
 
 def projection(in_channels: int, out_channels: int, stride: int, *, norm: bool) -> nn.Sequential | None:
-    """Shortcut of a block: a 1x1 convolution, with or without norm, where the shape changes; elsewhere none."""
+    """Return the shortcut of a block: a 1x1 convolution, with or without norm, if the shape changes, else ``None``."""
     if stride == 1 and in_channels == out_channels:
         return None
     convolution = conv1x1(in_channels, out_channels, stride)
@@ -27,23 +27,27 @@ def projection(in_channels: int, out_channels: int, stride: int, *, norm: bool) 
 
 
 def require_positive(**options: int) -> None:
-    """Refuses sizes below one, by name."""
+    """Refuse sizes below one, by name.
+
+    Raises:
+        ValueError: if a size is below one.
+    """
     for name, value in options.items():
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def blocks_per_stage(network: str, depth: int, *, layers_per_block: int, other_layers: int) -> int:
-    """Solves depth = 3 * layers_per_block * n + other_layers for n.
+    """Solve ``depth = 3 * layers_per_block * n + other_layers`` for n.
 
     Args:
-        network: What to call the network in the error.
-        depth: Number of weighted layers on the longest path, as in the network's name.
-        layers_per_block: Convolutions in the residual branch of a block.
-        other_layers: Layers outside of the blocks that the family counts.
+        network: what to call the network in the error.
+        depth: number of weighted layers on the longest path, as in the network's name.
+        layers_per_block: convolutions in the residual branch of a block.
+        other_layers: layers outside of the blocks that the family counts.
 
     Raises:
-        ValueError: No whole number n >= 1 fits; names the formula and the two nearest depths.
+        ValueError: if no whole number n >= 1 fits; with the formula and the two nearest depths.
     """
     step = 3 * layers_per_block
     blocks = (depth - other_layers) // step
@@ -51,8 +55,8 @@ def blocks_per_stage(network: str, depth: int, *, layers_per_block: int, other_l
         return blocks
     lower = step * max(1, blocks) + other_layers
     raise ValueError(
-        f"{network} has depth {step}n+{other_layers} with n >= 1, got depth={depth}; "
-        f"the nearest possible depths are {lower} and {lower + step}"
+        f"{network} has depth {step}n+{other_layers} with n >= 1, got depth={depth}. "
+        f"The nearest possible depths are {lower} and {lower + step}."
     )
 
 
@@ -67,13 +71,13 @@ class CifarNetwork(nn.Module):
     The last pooling takes the whole map, so that images of any size from 8x8 fit; at 32x32 that is the authors' 8x8.
 
     Args:
-        block: Makes a block from (input channels, output channels, stride).
-        blocks: Blocks per stage.
-        stem_channels: Output channels of the stem.
-        stage_channels: Output channels of the three stages.
-        num_classes: Number of classes.
-        in_channels: Channels of the images.
-        preactivation: The blocks begin with norm and ReLU, so the network's own norm comes after the stages instead of
+        block: makes a block from ``(input channels, output channels, stride)``.
+        blocks: blocks per stage.
+        stem_channels: output channels of the stem.
+        stage_channels: output channels of the three stages.
+        num_classes: number of classes.
+        in_channels: channels of the images.
+        preactivation: the blocks begin with norm and ReLU, so the network's own norm comes after the stages instead of
             after the stem.
     """
 
@@ -108,7 +112,7 @@ class CifarNetwork(nn.Module):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps images [B, in_channels, H, W] to logits [B, num_classes]."""
+        """Map images ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``."""
         features = self.conv1(images)
         if not self.preactivation:
             features = self.relu(self.bn1(features))
@@ -140,10 +144,10 @@ def classic_network(
     in_channels: int,
     preactivation: bool,
 ) -> CifarNetwork:
-    """Builds a network with the widths of He et al.: 16, 32 and 64 channels, four times that with bottlenecks."""
+    """Build a network with the widths of He et al.: 16, 32 and 64 channels, four times that with bottlenecks."""
     require_positive(widen_factor=widen_factor)
     if block not in ("basic", "bottleneck"):
-        raise ValueError(f"block must be 'bottleneck' or 'basic', got {block!r}")
+        raise ValueError(f"block must be 'bottleneck' or 'basic', got {block!r}.")
     is_basic = block == "basic"
     name = f"{family} with {block} blocks"
     return CifarNetwork(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dia_lightning.attention import attach
+from dia_lightning.models._example import require_images
 
 #: The arms that are compared: name, attention, how it is shared.
 ARMS: tuple[tuple[str, str | None, Literal["stage", "block"]], ...] = (
@@ -54,7 +55,8 @@ def network_cost(
         One entry per arm, plain first.
 
     Raises:
-        ValueError: if attention cannot be attached to the network.
+        ValueError: if attention cannot be attached to the network, ``images`` are no batch of images, or ``repeats``
+            is negative.
 
     Example:
         >>> import torch
@@ -63,6 +65,9 @@ def network_cost(
         >>> plain.parameters, dia.parameters
         (1727284, 1946132)
     """
+    require_images(images)
+    if repeats < 0:
+        raise ValueError(f"repeats must be 0 or more, got {repeats}. 0 measures no time.")
     networks = [_arm(build, attention, share, attention_args) for _, attention, share in ARMS]
     counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     flops = [_flops(network, images.shape) for network in networks]

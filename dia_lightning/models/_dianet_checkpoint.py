@@ -19,12 +19,12 @@ class _Layout:
     """How one of the authors' files names things, and the arithmetic of its family.
 
     Args:
-        stage: What the names of the stages begin with.
-        norm: The network's own norm.
-        step: Layers that one more block per stage adds to the depth.
-        other_layers: Layers of the depth that are in no block.
-        width: Channels of the first stage at widen_factor 1.
-        renamed: Other names that differ from this package's, inside of the blocks and outside.
+        stage: what the names of the stages begin with.
+        norm: the network's own norm.
+        step: layers that one more block per stage adds to the depth.
+        other_layers: layers of the depth that are in no block.
+        width: channels of the first stage at widen_factor 1.
+        renamed: other names that differ from this package's, inside of the blocks and outside.
     """
 
     stage: str
@@ -36,7 +36,7 @@ class _Layout:
 
     @property
     def markers(self) -> tuple[str, str]:
-        """Keys that together occur in no other family."""
+        """Return keys that together occur in no other family."""
         return f"{self.norm}.weight", f"{self.stage}1.lstm.w_ih.0.seq.0.weight"
 
 
@@ -84,22 +84,22 @@ _FIRST_CELL = {
 
 
 def load_dianet_checkpoint(path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any]) -> nn.Module:
-    """Builds a network with DIA-LSTM from a checkpoint of the authors' code and loads its weights.
+    """Build a network with DIA-LSTM from a checkpoint of the authors' code and load its weights.
 
     Family, depth, width, cardinality, classes, input channels, reduction and number of stacked cells are read from the
     names and shapes. Dropout of wide networks is not in a checkpoint: it is 0 here, which changes training only.
 
     Args:
-        path_or_state_dict: A checkpoint file, the dictionary in one (`epoch`, `state_dict`, ...), or a bare state
-            dict; keys may begin with `module.`, as `nn.DataParallel` writes them.
+        path_or_state_dict: a checkpoint file, the dictionary in one (``epoch``, ``state_dict``, ...), or a bare state
+            dict; keys may begin with ``module.``, as ``nn.DataParallel`` writes them.
 
     Returns:
         The network on the CPU, in training mode, with the outputs of the authors' code. float64 weights stay float64,
         all others become float32.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file holds no weights, or they are none of the four families'.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds no weights, or they are none of the four families'.
 
     Source:
         gbup-group/DIANet, models/cifar/dia_{resnet,preresnet,wrn,resnext}.py.
@@ -118,13 +118,13 @@ def load_dianet_checkpoint(path_or_state_dict: str | os.PathLike[str] | Mapping[
         model.load_state_dict(renamed)
     except RuntimeError as error:
         options = ", ".join(f"{name}={value}" for name, value in sizes.items())
-        problem = str(error).splitlines()[-1].strip()  # after a headline, torch has a line per problem
-        raise ValueError(f"the checkpoint looks like {family}({options}), but does not fit: {problem}") from error
+        problem = str(error).splitlines()[-1].strip(" \t.")  # after a headline, torch has a line per problem
+        raise ValueError(f"The checkpoint looks like {family}({options}), but does not fit: {problem}.") from error
     return model
 
 
 def _state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Reads the weights and drops what surrounds them, `module.` included."""
+    """Read the weights and drop what surrounds them, ``module.`` included."""
     content = source if isinstance(source, Mapping) else _read(source)
     weights = content.get("state_dict", content)
     named_tensors = isinstance(weights, Mapping) and all(
@@ -132,22 +132,22 @@ def _state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     )
     if not named_tensors or not weights:
         found = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
-        raise ValueError(f"expected a state dict of tensors, or a dict with one under 'state_dict'; found {found}")
+        raise ValueError(f"Expected a state dict of tensors, or a dict with one under 'state_dict'; found {found}.")
     return {key.removeprefix("module."): weight for key, weight in weights.items()}
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint file at {os.fspath(path)!r}")
+        raise FileNotFoundError(f"There is no checkpoint file at {os.fspath(path)!r}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{os.fspath(path)!r} is damaged or holds more than weights and numbers ({type(error).__name__}); if you "
-            f"trust it, pass torch.load(path, weights_only=False)['state_dict'] instead of the path"
+            f"{os.fspath(path)!r} is damaged or holds more than weights and numbers ({type(error).__name__}). If you "
+            f"trust it, pass torch.load(path, weights_only=False)['state_dict'] instead of the path."
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{os.fspath(path)!r} holds a {type(content).__name__}, expected a checkpoint or state dict")
+        raise ValueError(f"{os.fspath(path)!r} holds a {type(content).__name__}, expected a checkpoint or state dict.")
     return content
 
 
@@ -157,12 +157,12 @@ def _family(state: dict[str, Tensor]) -> str:
             return family
     wanted = "; ".join(f"{' and '.join(layout.markers)} ({family})" for family, layout in _LAYOUTS.items())
     raise ValueError(
-        f"not a checkpoint of the DIANet code: looked for {wanted}; found {', '.join(list(state)[:5])}, ..."
+        f"Not a checkpoint of the DIANet code: looked for {wanted}; found {', '.join(list(state)[:5])}, ..."
     )
 
 
 def _rename(key: str, layout: _Layout) -> str:
-    """Translates an authors' key into the key of the attached network."""
+    """Translate an authors' key into the key of the attached network."""
     path, _, tensor = key.rpartition(".")
     in_stage = re.fullmatch(rf"{layout.stage}(\d+)\.(ModuleList\.(\d+)|lstm)\.(.+)", path)
     if in_stage is None:
@@ -181,11 +181,11 @@ def _rename_cell(name: str) -> str:
 
 
 def _sizes(renamed: dict[str, Tensor], family: str) -> dict[str, int]:
-    """Arguments of the builder, from names and shapes."""
+    """Return the arguments of the builder, from names and shapes."""
     layout = _LAYOUTS[family]
     stages = [_count(renamed, rf"layer{stage}\.(\d+)\.conv1\.weight") for stage in (1, 2, 3)]
     if len(set(stages)) > 1:
-        raise ValueError(f"the stages of a {family} are equally deep, but the checkpoint has {stages} blocks")
+        raise ValueError(f"The stages of a {family} are equally deep, but the checkpoint has {stages} blocks.")
     sizes = {
         "depth": layout.step * stages[0] + layout.other_layers,
         "widen_factor": _shape(renamed, "layer1.0.dia.input_reduce.weight")[1] // layout.width,
@@ -200,21 +200,21 @@ def _sizes(renamed: dict[str, Tensor], family: str) -> dict[str, int]:
 
 def _shape(renamed: dict[str, Tensor], key: str) -> torch.Size:
     if key not in renamed:
-        raise ValueError(f"the checkpoint is incomplete: no weight in it belongs to {key}")
+        raise ValueError(f"The checkpoint is incomplete: no weight in it belongs to {key}.")
     return renamed[key].shape
 
 
 def _count(renamed: dict[str, Tensor], pattern: str) -> int:
-    """Number of different indices that the pattern's group finds."""
+    """Return the number of different indices that the pattern's group finds."""
     matches = (re.match(pattern, key) for key in renamed)
     return len({match[1] for match in matches if match is not None})
 
 
 def _reduction(renamed: dict[str, Tensor]) -> int:
-    """The ratio that gives the hidden width of every stage; its floor division alone does not tell it."""
+    """Find the ratio that gives the hidden width of every stage; its floor division alone does not tell it."""
     shapes = [_shape(renamed, f"layer{stage}.0.dia.input_reduce.weight") for stage in (1, 2, 3)]
     for reduction in range(1, max(channels for _, channels in shapes) + 1):
         if all(hidden == max(1, channels // reduction) for hidden, channels in shapes):
             return reduction
     pairs = ", ".join(f"{channels} to {hidden}" for hidden, channels in shapes)
-    raise ValueError(f"no single reduction gives the LSTM widths of the three stages: {pairs}")
+    raise ValueError(f"No single reduction gives the LSTM widths of the three stages: {pairs}.")

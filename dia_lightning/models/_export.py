@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dia_lightning.models._example import require_images
+
 _SNIPPETS = {
     ".onnx": (
         "import onnxruntime\n"
@@ -47,7 +49,7 @@ def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Expo
     """Write a network to a file, load the file, and compare outputs.
 
     Args:
-        network: the network, with or without attention. It is exported in evaluation mode; its own mode stays.
+        network: the network, with or without attention. It is exported in evaluation mode; its own modes stay.
         images: example input ``[B, C, H, W]``; the batch size of the file is free.
         path: where to; the ending chooses the format: ``.onnx``, ``.pt2`` (torch.export) or ``.safetensors`` (weights
             only).
@@ -56,7 +58,8 @@ def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Expo
         What was written, and how well it agrees.
 
     Raises:
-        ValueError: if the ending is unknown.
+        ValueError: if the ending is unknown, ``images`` are no batch of images, or the network does not return one
+            tensor.
         ImportError: if a package that the format needs is missing.
 
     Example:
@@ -76,15 +79,19 @@ def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Expo
     }
     if path.suffix not in writers:
         raise ValueError(f"The ending of {str(path)!r} must be one of {', '.join(writers)}.")
-    training = network.training
+    require_images(images)
+    modes = {module: module.training for module in network.modules()}  # a frozen norm has its own
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         network.eval()
         with torch.no_grad():
             expected = network(images)
+            if not isinstance(expected, Tensor):
+                raise ValueError(f"The network must return one tensor, got {type(expected).__name__}. Wrap it.")
             found = writers[path.suffix](network, images, path)
     finally:
-        network.train(training)
+        for module, training in modes.items():
+            module.training = training
     difference = (expected - found).abs().max().item()
     return Exported(path, difference, _SNIPPETS[path.suffix].format(path=str(path), shape=["B", *images.shape[1:]]))
 
@@ -93,7 +100,7 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> Tensor:
     _require("onnx", "onnxscript", "onnxruntime", extra="export")
     import onnxruntime
 
-    program: Any = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=_free_batch(), verbose=False)
+    program: Any = torch.onnx.export(network, (_two(images),), dynamo=True, dynamic_shapes=_free_batch(), verbose=False)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
@@ -101,23 +108,29 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> Tensor:
 
 
 def _write_program(network: nn.Module, images: Tensor, path: Path) -> Tensor:
-    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=_free_batch()), path)
+    program = torch.export.export(network, (_two(images),), dynamic_shapes=_free_batch())
+    torch.export.save(program, path)
     output: Tensor = torch.export.load(path).module()(images)
     return output
 
 
 def _write_weights(network: nn.Module, images: Tensor, path: Path) -> Tensor:
     _require("safetensors", extra="export")
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_model, save_model
 
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, path)
+    save_model(network, str(path))  # a weight that two layers share is written once
     loaded = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.zero_()  # so that a weight that is not in the file shows
-    loaded.load_state_dict(load_file(path))
+    load_model(loaded, path)
     output: Tensor = loaded(images)
     return output
+
+
+def _two(images: Tensor) -> Tensor:
+    """Return a batch of two, because torch takes a batch size of one in the example for a constant."""
+    return torch.cat([images, images])[:2]
 
 
 def _free_batch() -> tuple[dict[int, Any]]:
@@ -127,4 +140,4 @@ def _free_batch() -> tuple[dict[int, Any]]:
 def _require(*packages: str, extra: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ImportError(f"This format needs {', '.join(missing)}: pip install 'dia-lightning[{extra}]'")
+        raise ImportError(f"This format needs {', '.join(missing)}: pip install 'dia-lightning[{extra}]'.")

@@ -13,17 +13,21 @@ class Library(Protocol):
     """Another library's networks."""
 
     def names(self) -> list[str]:
-        """Sorted names; empty where the library is not installed."""
+        """Return the sorted names; none where the library is not installed."""
 
     def has(self, name: str) -> bool:
-        """Whether `build` knows the name."""
+        """Tell whether ``build`` knows the name."""
 
     def build(self, name: str, args: dict[str, Any]) -> nn.Module:
-        """Builds the network."""
+        """Build the network."""
+
+
+#: Heads that turn the output into a tuple in training; the networks here come without them unless asked for.
+_AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 
 
 class Torchvision:
-    """Networks of `torchvision.models`, without weights by default."""
+    """Networks of ``torchvision.models``, without weights by default."""
 
     def names(self) -> list[str]:
         models = _torchvision_models()
@@ -35,7 +39,7 @@ class Torchvision:
     def build(self, name: str, args: dict[str, Any]) -> nn.Module:
         models = _torchvision_models()
         options = {"weights": None, **args}
-        if name in ("googlenet", "inception_v3"):  # their auxiliary heads turn the output into a tuple in training
+        if name in _AUXILIARY_HEADS:
             options.setdefault("aux_logits", False)
         if options["weights"] is None:
             return _call(f"torchvision/{name}", models.get_model, name, options)
@@ -45,11 +49,22 @@ class Torchvision:
         if isinstance(options["weights"], str):
             short = options["weights"].removeprefix(f"{known.__name__}.")
             if short not in known.__members__:
-                raise ValueError(f"torchvision/{name} has no weights {short!r}, it has: {', '.join(known.__members__)}")
+                members = ", ".join(known.__members__)
+                raise ValueError(f"torchvision/{name} has no weights {short!r}, it has: {members}.")
             options["weights"] = known[short]
+        if name in _AUXILIARY_HEADS and not options["aux_logits"]:
+            del options["aux_logits"]  # weights are loaded with these heads, and torchvision refuses False
         model = _call(f"torchvision/{name}", models.get_model, name, options)
+        heads = [model]
+        for auxiliary in _AUXILIARY_HEADS.get(name, ()):
+            if "aux_logits" in options:
+                heads.append(model.get_submodule(auxiliary))
+            else:
+                model.register_module(auxiliary, None)
+                model.aux_logits = False  # type: ignore[assignment]
         if num_classes is not None and num_classes != len(options["weights"].meta["categories"]):
-            replace_head(model, num_classes)
+            for head in heads:
+                replace_head(head, num_classes)
         return model
 
 
@@ -65,7 +80,7 @@ class Timm:
 
     def has(self, name: str) -> bool:
         if find_spec("timm") is None:
-            raise ImportError(f"timm/{name} needs timm, install it by: pip install 'dia-lightning[timm]'")
+            raise ImportError(f"timm/{name} needs timm: pip install 'dia-lightning[timm]'.")
         import timm
 
         return ":" in name or timm.is_model(name)  # hf-hub:NAME and local-dir:PATH are resolved by timm itself
@@ -89,7 +104,7 @@ LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
 
 
 def replace_head(model: nn.Module, num_classes: int) -> None:
-    """Replaces the classifier, which is the last linear layer or convolution, by a fresh one of the same input."""
+    """Replace the classifier, which is the last linear layer or convolution, by a fresh one of the same input."""
     path, head = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     bias = head.bias is not None
     fresh = (
@@ -107,11 +122,11 @@ def _call(full_name: str, build: Callable[..., nn.Module], name: str, args: dict
         if "unexpected keyword argument" not in str(error):
             raise
         accepted = ", ".join(_options(build, name))
-        raise TypeError(f"{full_name}: {error}; besides its library's own options it takes: {accepted}") from error
+        raise ValueError(f"{full_name}: {error}; besides its library's own options it takes: {accepted}.") from error
 
 
 def _options(build: Callable[..., nn.Module], name: str) -> list[str]:
-    """What a network takes; builders are open for any keyword, so it shows only in the class that they build."""
+    """Return what a network takes; builders are open for any keyword, so it shows only in the class that they build."""
     try:
         with torch.device("meta"):
             model = build(name)

@@ -15,32 +15,33 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(name: str) -> Callable[[Builder], Builder]:
-    """Puts a function that builds a network into the registry.
+    """Register a function that builds a network under a name for ``get_model``.
 
     Args:
-        name: Name for `get_model`, without a slash: `torchvision/` and `timm/` are prefixes.
+        name: what users write, without a slash: ``torchvision/`` and ``timm/`` are prefixes.
 
     Returns:
         A decorator that returns the function unchanged. The function should take keyword arguments with defaults,
-        `num_classes` among them.
+        ``num_classes`` among them.
 
     Raises:
-        ValueError: The name is taken, or has a slash.
+        ValueError: if the name is taken, or has a slash.
 
     Example:
+        >>> from dia_lightning.models import CifarNetwork, get_model, register_model
         >>> @register_model("tiny")
-        ... def tiny(*, num_classes: int = 10) -> nn.Module:
-        ...     pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        ...     return nn.Sequential(pooled, nn.Linear(8, num_classes))
-        >>> get_model("tiny", num_classes=3)[1].out_features
+        ... def tiny(*, num_classes: int = 10) -> CifarNetwork:
+        ...     from dia_lightning.models import cifar_resnet
+        ...     return cifar_resnet(depth=11, num_classes=num_classes)
+        >>> get_model("tiny", num_classes=3).fc.out_features
         3
     """
     if "/" in name:
-        raise ValueError(f"model name {name!r} must not have a slash: prefixes are reserved for other libraries")
+        raise ValueError(f"Model name {name!r} must not have a slash: prefixes are reserved for other libraries.")
 
     def register(builder: Builder) -> Builder:
         if name in _BUILDERS:
-            raise ValueError(f"a model named {name!r} is already registered, choose another name")
+            raise ValueError(f"A model named {name!r} is already registered. Choose another name.")
         _BUILDERS[name] = builder
         return builder
 
@@ -48,23 +49,23 @@ def register_model(name: str) -> Callable[[Builder], Builder]:
 
 
 def get_model(name: str, *, num_classes: int | None = None, **args: Any) -> nn.Module:
-    """Builds a network by name.
+    """Build a network by name.
 
     Args:
-        name: A name from `list_models`: one of this package, `torchvision/NAME` or `timm/NAME`.
-        num_classes: Number of classes; without it, the builder's own default (100 for the networks of this package,
+        name: a name from ``list_models``: one of this package, ``torchvision/NAME`` or ``timm/NAME``.
+        num_classes: number of classes; without it, the builder's own default (100 for the networks of this package,
             1000 for the libraries).
-        args: What the builder takes, for example `depth`. Networks of torchvision start without weights unless
-            `weights="DEFAULT"` (or another name of theirs) asks for them, those of timm unless `pretrained=True`; with
-            weights and another `num_classes`, the classifier is replaced by a fresh one.
+        **args: what the builder takes, for example ``depth``. Networks of torchvision start without weights unless
+            ``weights="DEFAULT"`` (or another name of theirs) asks for them, those of timm unless ``pretrained=True``;
+            with weights and another ``num_classes``, the classifier is replaced by a fresh one.
 
     Returns:
         The network, on the CPU and in training mode.
 
     Raises:
-        ValueError: The name is unknown; the message has the nearest names.
-        TypeError: The builder does not take one of the arguments; the message lists those that it takes.
-        ImportError: The name begins with `timm/` and timm is not installed.
+        ValueError: if the name is unknown (the message has the nearest names), or the builder does not take one of the
+            arguments (the message lists those that it takes).
+        ImportError: if the name begins with ``timm/`` and timm is not installed.
 
     Example:
         >>> network = get_model("cifar_resnet", depth=11, num_classes=10)
@@ -85,15 +86,15 @@ def get_model(name: str, *, num_classes: int | None = None, **args: Any) -> nn.M
     takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     for argument in args:
         if argument not in accepted and not takes_anything:
-            raise TypeError(f"{name} does not take {argument!r}, it takes: {', '.join(accepted)}")
+            raise ValueError(f"{name} does not take {argument!r}, it takes: {', '.join(accepted)}.")
     return _BUILDERS[name](**args)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that `get_model` builds: this package's first, then torchvision's, then timm's where timm is installed.
+    """Return the names that ``get_model`` builds: this package's, then torchvision's and, where installed, timm's.
 
     Args:
-        pattern: Shell-style filter, for example `"cifar_*"` or `"timm/vit_*"`.
+        pattern: shell-style filter, for example ``"cifar_*"`` or ``"timm/vit_*"``.
 
     Returns:
         The sorted names of each library.
@@ -117,12 +118,12 @@ def _unknown(name: str) -> str:
     prefix, slash, rest = name.rpartition("/")
     if slash and prefix not in LIBRARIES:
         prefixes = " or ".join(f"{library}/NAME" for library in LIBRARIES)
-        return f"unknown model {name!r}: other libraries are reached by {prefixes}"
+        return f"Unknown model {name!r}: other libraries are reached by {prefixes}."
     # a bare name may be meant for torchvision, whose own registry has no prefix
     library = prefix or "torchvision"
     known = {other: f"{library}/{other}" for other in LIBRARIES[library].names()}
     if not slash:
         known |= {other: other for other in _BUILDERS}
     near = [known[match] for match in get_close_matches(rest, known)]
-    hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has all names"
-    return f"unknown model {name!r}: {hint}"
+    hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has all names."
+    return f"Unknown model {name!r}: {hint}"

@@ -10,12 +10,12 @@ from dia_lightning.models._registry import register_model
 
 
 class BasicBlock(nn.Module):
-    """Twice norm, ReLU, 3x3 convolution, and a shortcut of the raw input; the branch ends with `conv2`.
+    """Twice norm, ReLU, 3x3 convolution, and a shortcut of the raw input; the branch ends with ``conv2``.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the first convolution and of the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -28,7 +28,7 @@ class BasicBlock(nn.Module):
         self.downsample = projection(in_channels, out_channels, stride, norm=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        """Map ``[B, in_channels, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         branch = self.conv1(self.relu(self.bn1(features)))
         branch = self.conv2(self.relu(self.bn2(branch)))
@@ -37,14 +37,14 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three times norm, ReLU, convolution (1x1, 3x3, 1x1), and a raw shortcut; the branch ends with `conv3`.
+    """Three times norm, ReLU, convolution (1x1, 3x3, 1x1), and a raw shortcut; the branch ends with ``conv3``.
 
     The authors of DIANet project the raw input in the first block of a stage; He et al. project the activated one.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output, a multiple of 4.
-        stride: Stride of the 3x3 convolution and of the shortcut.
+        in_channels: channels of the input.
+        out_channels: channels of the output, a multiple of 4.
+        stride: stride of the 3x3 convolution and of the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -60,7 +60,7 @@ class Bottleneck(nn.Module):
         self.downsample = projection(in_channels, out_channels, stride, norm=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        """Map ``[B, in_channels, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         branch = self.conv1(self.relu(self.bn1(features)))
         branch = self.conv2(self.relu(self.bn2(branch)))
@@ -78,20 +78,22 @@ def cifar_preresnet(
     num_classes: int = 100,
     in_channels: int = 3,
 ) -> CifarNetwork:
-    """Pre-activation ResNet for small images with stages of 16, 32 and 64 channels (four times that with bottlenecks).
+    """Build a pre-activation ResNet for small images with stages of 16, 32 and 64 channels.
+
+    With bottlenecks the stages have four times as many.
 
     Args:
-        depth: Number of layers, 9n+2 with bottlenecks and 6n+2 with basic blocks (n blocks per stage).
-        block: Kind of residual block.
-        widen_factor: Multiplies the width of all stages.
-        num_classes: Number of classes.
-        in_channels: Channels of the images.
+        depth: number of layers, 9n+2 with bottlenecks and 6n+2 with basic blocks (n blocks per stage).
+        block: kind of residual block.
+        widen_factor: multiplies the width of all stages.
+        num_classes: number of classes.
+        in_channels: channels of the images.
 
     Returns:
-        A network from images [B, in_channels, H, W], H and W at least 8, to logits [B, num_classes].
+        A network from images ``[B, in_channels, H, W]``, H and W at least 8, to logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: Impossible depth, unknown block, or a size below 1.
+        ValueError: if the depth is impossible, the block unknown, or a size below 1.
 
     Source:
         He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016; shortcuts and initialisation as in
@@ -117,5 +119,5 @@ def cifar_preresnet(
 
 @register_model("preresnet164")
 def preresnet164(*, num_classes: int = 100, in_channels: int = 3) -> CifarNetwork:
-    """PreResNet164 of the paper: `cifar_preresnet` with 18 bottlenecks per stage."""
+    """Build the PreResNet164 of the paper: ``cifar_preresnet`` with 18 bottlenecks per stage."""
     return cifar_preresnet(depth=164, num_classes=num_classes, in_channels=in_channels)

@@ -10,12 +10,12 @@ from dia_lightning.models._registry import register_model
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the branch ends with `bn2`.
+    """Two 3x3 convolutions and a shortcut; the branch ends with ``bn2``.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the first convolution and of the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -28,7 +28,7 @@ class BasicBlock(nn.Module):
         self.downsample = projection(in_channels, out_channels, stride, norm=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        """Map ``[B, in_channels, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         branch = self.relu(self.bn1(self.conv1(features)))
         branch = self.bn2(self.conv2(branch))
@@ -37,20 +37,30 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3, 1x1 with a quarter of the output's width inside; the branch ends with `bn3`.
+    """Convolutions 1x1, 3x3, 1x1 and a shortcut; the branch ends with ``bn3``.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output, a multiple of 4.
-        stride: Stride of the 3x3 convolution and of the shortcut.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the 3x3 convolution and of the shortcut.
+        inner_channels: channels of the 3x3 convolution; by default a quarter of the output's.
+        groups: groups of the 3x3 convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        inner_channels: int | None = None,
+        groups: int = 1,
+    ) -> None:
         super().__init__()
-        inner = out_channels // 4
+        inner = out_channels // 4 if inner_channels is None else inner_channels
         self.conv1 = conv1x1(in_channels, inner)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = conv3x3(inner, inner, stride)
+        self.conv2 = conv3x3(inner, inner, stride, groups)
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = conv1x1(inner, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -58,7 +68,7 @@ class Bottleneck(nn.Module):
         self.downsample = projection(in_channels, out_channels, stride, norm=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        """Map ``[B, in_channels, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         branch = self.relu(self.bn1(self.conv1(features)))
         branch = self.relu(self.bn2(self.conv2(branch)))
@@ -76,20 +86,20 @@ def cifar_resnet(
     num_classes: int = 100,
     in_channels: int = 3,
 ) -> CifarNetwork:
-    """ResNet for small images with stages of 16, 32 and 64 channels (four times that with bottlenecks).
+    """Build a ResNet for small images with stages of 16, 32 and 64 channels (four times that with bottlenecks).
 
     Args:
-        depth: Number of layers, 9n+2 with bottlenecks and 6n+2 with basic blocks (n blocks per stage).
-        block: Kind of residual block.
-        widen_factor: Multiplies the width of all stages.
-        num_classes: Number of classes.
-        in_channels: Channels of the images.
+        depth: number of layers, 9n+2 with bottlenecks and 6n+2 with basic blocks (n blocks per stage).
+        block: kind of residual block.
+        widen_factor: multiplies the width of all stages.
+        num_classes: number of classes.
+        in_channels: channels of the images.
 
     Returns:
-        A network from images [B, in_channels, H, W], H and W at least 8, to logits [B, num_classes].
+        A network from images ``[B, in_channels, H, W]``, H and W at least 8, to logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: Impossible depth, unknown block, or a size below 1.
+        ValueError: if the depth is impossible, the block unknown, or a size below 1.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2; initialisation as in
@@ -115,5 +125,5 @@ def cifar_resnet(
 
 @register_model("resnet164")
 def resnet164(*, num_classes: int = 100, in_channels: int = 3) -> CifarNetwork:
-    """ResNet164 of the paper: `cifar_resnet` with 18 bottlenecks per stage."""
+    """Build the ResNet164 of the paper: ``cifar_resnet`` with 18 bottlenecks per stage."""
     return cifar_resnet(depth=164, num_classes=num_classes, in_channels=in_channels)

@@ -2,53 +2,29 @@
 
 import math
 
-import torch
 from torch import nn
 
-from dia_lightning.models._cifar_network import (
-    CifarNetwork,
-    blocks_per_stage,
-    conv1x1,
-    conv3x3,
-    projection,
-    require_positive,
-)
+from dia_lightning.models._cifar_network import CifarNetwork, blocks_per_stage, require_positive
 from dia_lightning.models._registry import register_model
+from dia_lightning.models.cifar_resnet import Bottleneck as ResNetBottleneck
 
 
-class Bottleneck(nn.Module):
-    """Convolutions 1x1, grouped 3x3, 1x1 (form C of the paper) and a shortcut; the branch ends with `bn3`.
+class Bottleneck(ResNetBottleneck):
+    """Convolutions 1x1, grouped 3x3, 1x1 (form C of the paper) and a shortcut; the branch ends with ``bn3``.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the 3x3 convolution and of the shortcut.
-        cardinality: Groups of the 3x3 convolution.
-        group_width: Channels of each group.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the 3x3 convolution and of the shortcut.
+        cardinality: groups of the 3x3 convolution.
+        group_width: channels of each group.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int = 1, *, cardinality: int, group_width: int
     ) -> None:
-        super().__init__()
         inner = cardinality * group_width
-        self.conv1 = conv1x1(in_channels, inner)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = conv3x3(inner, inner, stride, groups=cardinality)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = conv1x1(inner, out_channels)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = projection(in_channels, out_channels, stride, norm=True)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
-        shortcut = features if self.downsample is None else self.downsample(features)
-        branch = self.relu(self.bn1(self.conv1(features)))
-        branch = self.relu(self.bn2(self.conv2(branch)))
-        branch = self.bn3(self.conv3(branch))
-        output: torch.Tensor = self.relu(branch + shortcut)
-        return output
+        super().__init__(in_channels, out_channels, stride, inner_channels=inner, groups=cardinality)
 
 
 @register_model("cifar_resnext")
@@ -61,27 +37,28 @@ def cifar_resnext(
     num_classes: int = 100,
     in_channels: int = 3,
 ) -> CifarNetwork:
-    """ResNeXt for small images with stages of 32, 64 and 128 channels, widened.
+    """Build a ResNeXt for small images with stages of 32, 64 and 128 channels, widened.
 
     Args:
-        depth: Number of layers, 9n+2 (n blocks per stage).
-        cardinality: Groups of the 3x3 convolutions.
-        base_width: Channels per group in the first stage; doubles with each stage.
-        widen_factor: Multiplies the width of all stages.
-        num_classes: Number of classes.
-        in_channels: Channels of the images.
+        depth: number of layers, 9n+2 (n blocks per stage).
+        cardinality: groups of the 3x3 convolutions.
+        base_width: channels per group in the first stage; doubles with each stage.
+        widen_factor: multiplies the width of all stages.
+        num_classes: number of classes.
+        in_channels: channels of the images.
 
     Returns:
-        A network from images [B, in_channels, H, W], H and W at least 8, to logits [B, num_classes].
+        A network from images ``[B, in_channels, H, W]``, H and W at least 8, to logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: Impossible depth, or a size below 1.
+        ValueError: if the depth is impossible, or a size below 1.
 
     Source:
         Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017; widths, stem and
         initialisation as in gbup-group/DIANet, models/cifar/dia_resnext.py.
 
     Example:
+        >>> import torch
         >>> network = cifar_resnext(depth=11, cardinality=2, base_width=8, num_classes=10)
         >>> network(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -109,5 +86,5 @@ def cifar_resnext(
 
 @register_model("resnext101_8x32")
 def resnext101_8x32(*, num_classes: int = 100, in_channels: int = 3) -> CifarNetwork:
-    """ResNeXt101-8x32 of the paper: `cifar_resnext` with 11 blocks per stage and 8 groups of 32 channels."""
+    """Build the ResNeXt101-8x32 of the paper: ``cifar_resnext`` with 11 blocks per stage, 8 groups of 32 channels."""
     return cifar_resnext(depth=101, cardinality=8, base_width=32, num_classes=num_classes, in_channels=in_channels)

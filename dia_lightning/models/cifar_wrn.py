@@ -5,40 +5,29 @@ from functools import partial
 import torch
 from torch import nn
 
-from dia_lightning.models._cifar_network import (
-    CifarNetwork,
-    blocks_per_stage,
-    conv3x3,
-    projection,
-    require_positive,
-)
+from dia_lightning.models._cifar_network import CifarNetwork, blocks_per_stage, require_positive
 from dia_lightning.models._registry import register_model
+from dia_lightning.models.cifar_preresnet import BasicBlock as PreactivationBlock
 
 
-class BasicBlock(nn.Module):
-    """Twice norm, ReLU, 3x3 convolution with dropout between them; the branch ends with `conv2`.
+class BasicBlock(PreactivationBlock):
+    """Twice norm, ReLU, 3x3 convolution with dropout between them; the branch ends with ``conv2``.
 
     Where the shape changes, the shortcut is a projection of the activated input; elsewhere it is the raw input.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        dropout: Probability that a value between the convolutions is zeroed, in [0, 1].
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the first convolution and of the shortcut.
+        dropout: probability that a value between the convolutions is zeroed, in [0, 1].
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = conv3x3(in_channels, out_channels, stride)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        super().__init__(in_channels, out_channels, stride)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = conv3x3(out_channels, out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = projection(in_channels, out_channels, stride, norm=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
+        """Map ``[B, in_channels, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
         activated = self.relu(self.bn1(features))
         shortcut = features if self.downsample is None else self.downsample(activated)
         branch = self.relu(self.bn2(self.conv1(activated)))
@@ -56,20 +45,22 @@ def cifar_wrn(
     num_classes: int = 100,
     in_channels: int = 3,
 ) -> CifarNetwork:
-    """Wide residual network for small images: pre-activation basic blocks, stages of 16, 32 and 64 channels, widened.
+    """Build a wide residual network for small images.
+
+    It has pre-activation basic blocks in stages of 16, 32 and 64 channels, widened.
 
     Args:
-        depth: Number of layers, 6n+4 (n blocks per stage).
-        widen_factor: Multiplies the width of all stages.
-        dropout: Probability of dropout inside the blocks, in [0, 1]; the authors of DIANet train with 0.3.
-        num_classes: Number of classes.
-        in_channels: Channels of the images.
+        depth: number of layers, 6n+4 (n blocks per stage).
+        widen_factor: multiplies the width of all stages.
+        dropout: probability of dropout inside the blocks, in [0, 1]; the authors of DIANet train with 0.3.
+        num_classes: number of classes.
+        in_channels: channels of the images.
 
     Returns:
-        A network from images [B, in_channels, H, W], H and W at least 8, to logits [B, num_classes].
+        A network from images ``[B, in_channels, H, W]``, H and W at least 8, to logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: Impossible depth, dropout outside [0, 1], or a size below 1.
+        ValueError: if the depth is impossible, ``dropout`` outside [0, 1], or a size below 1.
 
     Source:
         Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016; initialisation as in gbup-group/DIANet,
@@ -96,5 +87,5 @@ def cifar_wrn(
 
 @register_model("wrn52_4")
 def wrn52_4(*, dropout: float = 0.3, num_classes: int = 100, in_channels: int = 3) -> CifarNetwork:
-    """WRN52-4 of the paper: `cifar_wrn` with 8 blocks per stage, four times as wide, and the authors' dropout."""
+    """Build the WRN52-4 of the paper: ``cifar_wrn`` with 8 blocks per stage, four times as wide, with dropout."""
     return cifar_wrn(depth=52, widen_factor=4, dropout=dropout, num_classes=num_classes, in_channels=in_channels)

@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,15 +66,33 @@ def test_a_logger_after_the_first_gets_the_picture_too(tmp_path: Path) -> None:
     assert (image.step, image.width, image.height) == (6, 7, 5)
 
 
+class CommError(Exception):
+    """Like the error of Weights & Biases of this name, which derives from Exception alone."""
+
+
 class LoggerThatLostItsServer(CSVLogger):
     def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
-        raise ConnectionResetError("the service is gone")
+        raise CommError("the service is gone")
 
 
-def test_a_lost_logger_warns_and_the_file_is_still_written(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"val/red did not reach LoggerThatLostItsServer: the service is gone"):
-        path = fit_with_red_picture(tmp_path, LoggerThatLostItsServer(tmp_path))
+LOST = r"val/red did not reach LoggerThatLostItsServer: CommError: the service is gone\."
+
+
+def test_a_lost_logger_warns_and_file_and_other_loggers_still_get_the_picture(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path, name="board")
+    with pytest.warns(UserWarning, match=LOST):
+        path = fit_with_red_picture(tmp_path, [LoggerThatLostItsServer(tmp_path), board])
     assert path.is_file()
+    assert EventAccumulator(board.log_dir).Reload().Tags()["images"] == ["val/red"]
+
+
+def test_each_lost_logger_warns_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")  # Python alone would show equal warnings once
+    loggers = [LoggerThatLostItsServer(tmp_path, name=name) for name in "ab"]
+    trainer = tiny_trainer(tmp_path, logger=loggers)
+    for _ in range(3):
+        log_picture(trainer, "val/red", RED)
+    assert sum(re.search(LOST, str(warning.message)) is not None for warning in recwarn) == 2
 
 
 def test_a_folder_that_cannot_be_written_warns_and_training_goes_on(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dia_lightning.callbacks import PredictionGrid, prediction_grid
 from dia_lightning.callbacks._class_names import short_label
 from dia_lightning.callbacks._draw_grid import RIGHT, WRONG, Prediction, draw_grid
 from dia_lightning.callbacks._pictures import _render
+from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
 from tests.callbacks.tiny_classifier import NAMES, TinyData, TinyTask, tiny_trainer
 
 
@@ -80,6 +82,23 @@ def test_only_every_nth_epoch_is_drawn_and_sanity_checking_is_not(tmp_path: Path
     assert [call[2].split(",")[0] for call in drawn] == ["val: epoch 1", "val: epoch 3"]
 
 
+@pytest.mark.parametrize(("stage", "reads"), [("validate", 2), ("test", 6)])
+def test_no_batch_is_read_from_the_device_twice_or_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, reads: int
+) -> None:
+    calls = []
+
+    def read(outputs: Any) -> StepOutputs:
+        calls.append(outputs["index"].tolist())
+        return read_step_outputs(outputs)
+
+    monkeypatch.setattr(prediction_grid, "read_step_outputs", read)
+    trainer = tiny_trainer(tmp_path, PredictionGrid(num_images=2))
+    getattr(trainer, stage)(TinyTask(), datamodule=TinyData(), verbose=False)
+    assert len(calls) == reads
+    assert len({index[0] for index in calls}) == reads
+
+
 def test_images_are_denormalised_and_labelled(tmp_path: Path, drawn: Drawn) -> None:
     data = TinyData()
     tiny_trainer(tmp_path, PredictionGrid(num_images=24)).validate(Oracle(wrong=(3,)), datamodule=data, verbose=False)
@@ -142,7 +161,7 @@ class Forgetful(TinyTask):
 
 def test_a_step_without_probabilities_is_refused(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, PredictionGrid())
-    with pytest.raises(ValueError, match=r"the step must return .* but returned \['loss'\]"):
+    with pytest.raises(ValueError, match=r"The step must return .* but returned \['loss'\]"):
         trainer.validate(Forgetful(), datamodule=TinyData(), verbose=False)
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from dia_lightning.callbacks import PredictionWriter
+from dia_lightning.callbacks.prediction_writer import _merge
 from tests.callbacks.tiny_classifier import NAMES, TinyData, TinyTask, tiny_trainer
 
 
@@ -156,11 +157,28 @@ def test_rows_are_on_disk_after_every_batch(tmp_path: Path) -> None:
     assert seen == [0, 5, 9]
 
 
-def test_samples_in_any_order_are_sorted_and_written_once(tmp_path: Path) -> None:
-    data = TinyData(samples=6)
-    data.index = torch.tensor([3, 1, 4, 1, 0, 2])
+def test_samples_in_any_order_are_sorted(tmp_path: Path) -> None:
+    data = TinyData(samples=5)
+    data.index = torch.tensor([3, 1, 4, 0, 2])
     rows = predict(tmp_path, PredictionWriter(), data)
     assert [row[0] for row in rows[1:]] == [f"test/{i}" for i in range(5)]
+
+
+def test_samples_of_one_index_are_all_written_with_a_warning(tmp_path: Path) -> None:
+    data = TinyData(samples=6)
+    data.index = torch.tensor([1, 0, 2, 1, 2, 1])
+    with pytest.warns(UserWarning, match=r"predictions\.csv has several rows for 2 of 3 indices, for example 1\. Let"):
+        rows = predict(tmp_path, PredictionWriter(), data)
+    assert [row[0] for row in rows[1:]] == ["test/0", *["test/1"] * 3, *["test/2"] * 2]
+
+
+def test_a_sample_of_several_ranks_is_written_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    parts = [tmp_path / "all.part0.csv", tmp_path / "all.part1.csv"]
+    parts[0].write_text("index,sample\n2,c\n0,a\n")
+    parts[1].write_text("index,sample\n1,b\n0,again\n")
+    _merge(parts, tmp_path / "all.csv")
+    assert (tmp_path / "all.csv").read_text() == "sample\na\nb\nc\n"
+    assert not list(recwarn)
 
 
 class TaskForSeveralLoaders(Scripted):

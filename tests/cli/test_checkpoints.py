@@ -187,7 +187,7 @@ def test_another_network_than_the_checkpoints_is_one_line(
     fails: Fails, run_folder: Path, command: str, options: list[str], given: str, kept: str
 ) -> None:
     message = fails(command, "-c", "tiny.yaml", "--ckpt_path", "last", *options)
-    assert message.startswith(f"{given} makes another network than that of the checkpoint, which has {kept}. Leave it")
+    assert message.startswith(f"{given} makes another network than that of the checkpoint, which has {kept}. To go on")
     assert "--model.init_from runs/tiny/version_0/checkpoints/last.ckpt instead of --ckpt_path" in message
 
 

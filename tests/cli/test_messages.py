@@ -34,6 +34,7 @@ Fails = Callable[..., str]
         (["--model.backbone", "cifar_resnat"], "Unknown model 'cifar_resnat': did you mean cifar_resnet"),
         (["--model.backbone_args.depth", "12"], "depth"),
         (["--model.backbone_args.deph", "11"], "cifar_resnet does not take 'deph', it takes: depth"),
+        (["--model.optimizer", "adma"], "'adma' is neither of 'sgd', 'adamw', nor the path of a class"),
         (["--model.attention", "dia-lstn"], "Unknown attention 'dia-lstn'. Did you mean 'dia-lstm'"),
         (["--model.init_from", "nowhere.pt"], "There is no file 'nowhere.pt'"),
         (

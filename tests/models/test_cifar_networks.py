@@ -13,7 +13,11 @@ from pytorchcv.models.wrn_cifar import CIFARWRN
 from torch import Tensor, nn
 
 from dia_lightning.attention import attach
+from dia_lightning.attention._site_table import BLOCK_RULES
+from dia_lightning.attention._sites import _rule
 from dia_lightning.models import cifar_preresnet, cifar_resnet, cifar_resnext, cifar_wrn, get_model
+from dia_lightning.models.cifar_resnext import Bottleneck as ResNeXtBlock
+from dia_lightning.models.cifar_wrn import BasicBlock as WideBlock
 
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "resnet bottleneck": lambda **options: cifar_resnet(depth=20, num_classes=5, **options),
@@ -48,13 +52,13 @@ def test_parameters_of_the_papers_networks(name: str, plain: int, with_dia: int)
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (cifar_resnet, {"depth": 100}, r"depth 9n\+2 with n >= 1, got depth=100; .* 92 and 101"),
-        (cifar_resnet, {"depth": 166, "block": "basic"}, r"depth 6n\+2 with n >= 1, got depth=166; .* 164 and 170"),
-        (cifar_resnet, {"depth": 50, "block": "bottleneck"}, r"got depth=50; .* 47 and 56"),
-        (cifar_preresnet, {"depth": 1}, r"got depth=1; .* 11 and 20"),
-        (cifar_wrn, {"depth": 28 + 1}, r"depth 6n\+4 with n >= 1, got depth=29; .* 28 and 34"),
-        (cifar_wrn, {"depth": 4}, r"got depth=4; .* 10 and 16"),
-        (cifar_resnext, {"depth": 50}, r"depth 9n\+2 with n >= 1, got depth=50; .* 47 and 56"),
+        (cifar_resnet, {"depth": 100}, r"depth 9n\+2 with n >= 1, got depth=100\. .* 92 and 101"),
+        (cifar_resnet, {"depth": 166, "block": "basic"}, r"depth 6n\+2 with n >= 1, got depth=166\. .* 164 and 170"),
+        (cifar_resnet, {"depth": 50, "block": "bottleneck"}, r"got depth=50\. .* 47 and 56"),
+        (cifar_preresnet, {"depth": 1}, r"got depth=1\. .* 11 and 20"),
+        (cifar_wrn, {"depth": 28 + 1}, r"depth 6n\+4 with n >= 1, got depth=29\. .* 28 and 34"),
+        (cifar_wrn, {"depth": 4}, r"got depth=4\. .* 10 and 16"),
+        (cifar_resnext, {"depth": 50}, r"depth 9n\+2 with n >= 1, got depth=50\. .* 47 and 56"),
         (cifar_resnet, {"block": "Bottleneck"}, "block must be 'bottleneck' or 'basic', got 'Bottleneck'"),
         (cifar_resnet, {"widen_factor": 0}, "widen_factor must be at least 1, got 0"),
         (cifar_resnext, {"cardinality": -1}, "cardinality must be at least 1, got -1"),
@@ -184,6 +188,13 @@ def project_raw_input(model: nn.Module) -> nn.Module:
         if hasattr(module, "resize_identity"):
             module.forward = MethodType(forward, module)
     return model
+
+
+def test_blocks_of_each_family_have_a_rule_of_their_own() -> None:
+    for name, block in (("cifar_resnext", ResNeXtBlock), ("cifar_wrn", WideBlock)):
+        rule = _rule(block, BLOCK_RULES)
+        assert rule is BLOCK_RULES[f"dia_lightning.models.{name}.{block.__name__}"]
+        assert rule is not _rule(block.__base__ or block, BLOCK_RULES)
 
 
 REFERENCES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {

@@ -39,6 +39,19 @@ def test_latency_is_relative_to_the_plain_network() -> None:
     assert all(cost.latency is not None and cost.latency > 0 for cost in costs)
 
 
+@pytest.mark.parametrize(
+    ("shape", "repeats", "message"),
+    [
+        ((1, 3, 16, 16), -1, "repeats must be 0 or more, got -1"),
+        ((3, 16, 16), 0, r"images must be \[B, C, H, W\] with at least one image, got \[3, 16, 16\]"),
+        ((0, 3, 16, 16), 0, r"images must be .* got \[0, 3, 16, 16\]"),
+    ],
+)
+def test_impossible_arguments_are_refused(shape: tuple[int, ...], repeats: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        network_cost(lambda: get_model("cifar_resnet", depth=11), torch.empty(shape), repeats=repeats)
+
+
 def test_a_network_without_residual_blocks_is_named() -> None:
     with pytest.raises(ValueError, match="No residual block is known in AlexNet"):
         network_cost(lambda: get_model("torchvision/alexnet"), torch.empty(1, 3, 224, 224), repeats=0)

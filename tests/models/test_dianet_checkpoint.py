@@ -135,7 +135,7 @@ def test_half_precision_weights_become_float32() -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at '.*nothing\.pth'"):
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint file at '.*nothing\.pth'"):
         load_dianet_checkpoint(tmp_path / "nothing.pth")
 
 
@@ -156,7 +156,7 @@ def test_file_with_code_is_not_run(tmp_path: Path) -> None:
 
 def test_file_without_weights_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "log.pth")
-    with pytest.raises(ValueError, match=r"expected a state dict of tensors.*found epoch, loss"):
+    with pytest.raises(ValueError, match=r"Expected a state dict of tensors.*found epoch, loss"):
         load_dianet_checkpoint(tmp_path / "log.pth")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list, expected"):
@@ -181,7 +181,7 @@ def test_unknown_layout_names_what_was_looked_for() -> None:
 def test_incomplete_checkpoint_is_refused(lost: str, named: str) -> None:
     state = authors_state("resnet11")
     del state[lost]
-    with pytest.raises(ValueError, match=rf"the checkpoint .*{named}"):
+    with pytest.raises(ValueError, match=rf"The checkpoint .*{named}\"?\.$"):
         load_dianet_checkpoint(state)
 
 
@@ -194,7 +194,7 @@ def test_unequal_stages_are_refused() -> None:
 def test_unequal_reductions_are_refused() -> None:
     state = authors_state("resnet11")
     state["layer2.lstm.w_ih.0.seq.0.weight"] = torch.zeros(50, 128)
-    with pytest.raises(ValueError, match=r"no single reduction.*64 to 16, 128 to 50, 256 to 64"):
+    with pytest.raises(ValueError, match=r"No single reduction.*64 to 16, 128 to 50, 256 to 64"):
         load_dianet_checkpoint(state)
 
 

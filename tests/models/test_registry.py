@@ -3,12 +3,14 @@
 import builtins
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from dia_lightning.models import _libraries, _registry, get_model, list_models, register_model
 
@@ -90,16 +92,16 @@ def test_name_with_slash_is_refused(registry: dict[str, Any]) -> None:
     ],
 )
 def test_typo_names_the_nearest_entries(typo: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown model '{typo}': .*{meant}"):
+    with pytest.raises(ValueError, match=f"Unknown model '{typo}': .*{meant}"):
         get_model(typo)
 
 
 def test_wrong_keyword_lists_the_accepted_ones() -> None:
-    with pytest.raises(TypeError, match=r"cifar_wrn does not take 'width', it takes: depth, widen_factor, dropout, "):
+    with pytest.raises(ValueError, match=r"cifar_wrn does not take 'width', it takes: depth, widen_factor, dropout, "):
         get_model("cifar_wrn", width=4)
-    with pytest.raises(TypeError, match=r"torchvision/resnet18: .*'width'.*: num_classes, zero_init_residual"):
+    with pytest.raises(ValueError, match=r"torchvision/resnet18: .*'width'.*: num_classes, zero_init_residual"):
         get_model("torchvision/resnet18", width=4)
-    with pytest.raises(TypeError, match=r"torchvision/regnet_y_400mf: .*'width'.*: num_classes, stem_width"):
+    with pytest.raises(ValueError, match=r"torchvision/regnet_y_400mf: .*'width'.*: num_classes, stem_width"):
         get_model("torchvision/regnet_y_400mf", width=4)
 
 
@@ -162,6 +164,43 @@ def test_weights_of_torchvision_come_with_any_number_of_classes(
     assert num_classes == 7 or torch.equal(network.get_parameter("fc.bias"), stored_weights["fc.bias"])
 
 
+def store_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """Lay a network's weights where torchvision looks before it downloads, and return them."""
+    build = getattr(torchvision.models, name)
+    options = {} if name == "resnet18" else {"init_weights": False, "aux_logits": True}
+    network = build(weights=None, **options)
+    state: dict[str, Tensor] = network.state_dict()
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    checkpoints = folder / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.save(state, checkpoints / url.rpartition("/")[2])
+    return state
+
+
+AUXILIARY = {"resnet18": [], "googlenet": ["aux1", "aux2"], "inception_v3": ["AuxLogits"]}
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_stored_weights_of_torchvision_are_loaded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    stored = store_weights(tmp_path, name)
+    kept = {key: weight for key, weight in stored.items() if key.partition(".")[0] not in AUXILIARY[name]}
+    loaded = get_model(f"torchvision/{name}", weights="DEFAULT")
+    torch.testing.assert_close(dict(loaded.state_dict()), kept, rtol=0, atol=0)
+
+    network = get_model(f"torchvision/{name}", weights="DEFAULT", num_classes=7).train()
+    assert network.to("meta")(torch.empty(2, 3, 299, 299, device="meta")).shape == (2, 7)
+    assert network.state_dict().keys() == kept.keys()
+    assert network.state_dict()["fc.weight"].shape == (7, stored["fc.weight"].shape[1])
+
+    if AUXILIARY[name]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, that its auxiliary heads are not trained
+            network = get_model(f"torchvision/{name}", weights="DEFAULT", num_classes=7, aux_logits=True).train()
+        outputs = network.to("meta")(torch.empty(2, 3, 299, 299, device="meta"))
+        assert {tuple(output.shape) for output in outputs} == {(2, 7)}
+
+
 def test_unknown_weights_name_the_known_ones() -> None:
     with pytest.raises(ValueError, match="resnet50 has no weights 'V3', it has: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"):
         get_model("torchvision/resnet50", weights="V3")
@@ -180,11 +219,11 @@ class TestTimm:
         assert {"timm/resnet50", "timm/vit_tiny_patch16_224"} <= set(list_models())
 
     def test_typo_names_the_nearest_entries(self) -> None:
-        with pytest.raises(ValueError, match=r"unknown model 'timm/resnt18': did you mean .*timm/resnet18\b"):
+        with pytest.raises(ValueError, match=r"Unknown model 'timm/resnt18': did you mean .*timm/resnet18\b"):
             get_model("timm/resnt18")
 
     def test_wrong_keyword_lists_the_accepted_ones(self) -> None:
-        with pytest.raises(TypeError, match=r"timm/resnet18: .*'width'.*in_chans"):
+        with pytest.raises(ValueError, match=r"timm/resnet18: .*'width'.*in_chans"):
             get_model("timm/resnet18", width=4)
 
 
@@ -204,9 +243,7 @@ def without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_timm")
 def test_without_timm_its_networks_say_what_to_install() -> None:
     assert not list_models("timm/*")
-    with pytest.raises(
-        ImportError, match=r"timm/resnet18 needs timm, install it by: pip install 'dia-lightning\[timm\]'"
-    ):
+    with pytest.raises(ImportError, match=r"timm/resnet18 needs timm: pip install 'dia-lightning\[timm\]'"):
         get_model("timm/resnet18")
 
 
