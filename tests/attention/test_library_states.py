@@ -83,10 +83,9 @@ def test_s8_a_forward_of_the_network_inside_its_own_forward(case: tuple[nn.Modul
     assert torch.equal(inner[0], output(network, changed(inputs, lambda tensor: -tensor)))
 
 
+@pytest.mark.parametrize("case", NAMES[:2], indirect=True)  # diffusers' own networks do not run as replicas
 def test_s9_a_replica_uses_its_own_attention(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
-    if hasattr(network, "config"):
-        pytest.skip("networks of diffusers do not run as replicas, with or without attention")
     memo: dict[int, nn.Module] = {}
 
     def replicate(module: nn.Module) -> nn.Module:
