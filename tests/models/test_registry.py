@@ -106,7 +106,7 @@ def test_wrong_keyword_lists_the_accepted_ones() -> None:
 
 
 def test_type_error_of_a_builder_is_not_covered_up() -> None:
-    with pytest.raises(TypeError, match=r"ten|str"):
+    with pytest.raises(TypeError, match=r"empty|str"):  # of torch, whose words differ between versions
         get_model("torchvision/resnet18", num_classes="ten")  # type: ignore[arg-type]
 
 
