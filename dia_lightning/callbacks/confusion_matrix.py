@@ -116,7 +116,7 @@ def draw_class_accuracy(counts: NDArray[np.int64], names: Sequence[str]) -> Figu
         ax.text(1.03, row, f"{accuracy[number]:.1%} of {totals[number]}", va="center", fontsize=8)
     mean = float(accuracy[present].mean())
     ax.axvline(mean, color="black", linewidth=1, linestyle="--")
-    ax.set_title(f"{which} (dashed: mean of all, {mean:.2%})", fontsize=11)
+    ax.set_title(f"{which} (dashed: mean of the classes, {mean:.2%})", fontsize=11)
     ax.set_yticks(range(len(shown)), [short_label(names[int(i)], 30) for i in shown], fontsize=9)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.set_xlim(0.0, 1.25)

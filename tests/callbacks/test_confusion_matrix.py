@@ -83,7 +83,7 @@ def test_accuracy_is_drawn_for_every_class_that_has_samples() -> None:
     figure = draw_class_accuracy(np.array([[8, 2, 0], [0, 0, 0], [1, 0, 3]]), ["cat", "dog", "owl"])
     assert tick_labels_of(figure, "y") == ["cat", "owl"]
     assert texts_of(figure) == ["80.0% of 10", "75.0% of 4"]
-    assert figure.axes[0].get_title() == "accuracy per class (dashed: mean of all, 77.50%)"
+    assert figure.axes[0].get_title() == "accuracy per class (dashed: mean of the classes, 77.50%)"
     assert_labels_do_not_overlap(figure)
 
 
