@@ -25,8 +25,7 @@ from .networks import (
     pair,
     total,
 )
-
-Pair = tuple[TinyNet, TinyNet]
+from .running import Pair
 
 
 @pytest.fixture(autouse=True)

@@ -126,5 +126,4 @@ def test_both_mixings_are_used_when_both_are_on() -> None:
     collate = MixingCollate(mixup=1.0, cutmix=1.0, num_classes=2)
     samples = [(torch.zeros(1, 8, 8), 0), (torch.ones(1, 8, 8), 1)]
     blended = [bool(((images > 0) & (images < 1)).any()) for images, _ in (collate(samples) for _ in range(20))]
-    assert True in blended  # mixup
-    assert False in blended  # cutmix
+    assert set(blended) == {True, False}  # mixup blends, cutmix does not

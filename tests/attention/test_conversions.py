@@ -1,0 +1,254 @@
+"""Networks that others take apart, convert, transform or trace (S16, S17, S20, S21, S24, S27)."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.nn.utils import fuse_conv_bn_eval
+from torchvision.models import resnet18
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock
+
+from dia_lightning.attention import attach
+
+from .networks import (
+    TinyNet,
+    Weights,
+    images,
+    outstanding,
+    pair,
+    randomised,
+    threaded,
+    unit_weights,
+)
+from .running import Pair, assert_gradients
+
+# S16, S17: networks that others take apart or convert
+
+
+def own_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".dia." in name)
+
+
+def test_s16_an_intermediate_layer_getter_keeps_and_trains_every_unit(
+    resnet18_pair: tuple[nn.Module, nn.Module],
+) -> None:
+    plain, attached = resnet18_pair
+    getter = IntermediateLayerGetter(attached, {"layer2": "a", "layer4": "b"})
+    assert own_parameters(getter) == own_parameters(attached) > 0
+    outputs = getter(images(2, 64))
+    expected = threaded(plain, unit_weights(attached), images(2, 64))
+    logits = cast(Any, attached).fc(outputs["b"].mean((2, 3)))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in getter.parameters())
+
+
+def test_s16_a_feature_pyramid_keeps_and_trains_every_unit() -> None:
+    attached = attach(resnet18(), "dia-lstm")
+    returned = {f"layer{k}": str(k) for k in (1, 2, 3, 4)}
+    pyramid = BackboneWithFPN(attached, returned, [64, 128, 256, 512], 16)
+    assert own_parameters(pyramid) == own_parameters(attached) > 0
+    sum(level.square().mean() for level in pyramid(images(2, 64, dtype=torch.float32)).values()).backward()
+    assert all(parameter.grad is not None for parameter in pyramid.body.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["dia-lstm", "srm", "cbam"])
+def test_s17_conversion_to_synchronised_norms_keeps_the_attention(name: str, training: bool) -> None:
+    _, attached = pair(TinyNet().double().train(training), name)
+    expected = copy.deepcopy(attached)(images(4))
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(attached))  # type: ignore[no-untyped-call]
+    assert not any(type(module) is nn.BatchNorm2d for module in converted.modules())
+    torch.testing.assert_close(converted(images(4)), expected, rtol=0, atol=1e-12)
+    assert converted.state_dict().keys() == attached.state_dict().keys()
+
+
+def test_s17_timms_norm_conversions_keep_the_attention(tiny: Pair) -> None:
+    layers = pytest.importorskip("timm.layers")
+    freeze = pytest.importorskip("timm.utils.model").freeze_batch_norm_2d
+    expected = tiny[1](images())
+    frozen = freeze(copy.deepcopy(tiny[1]))
+    torch.testing.assert_close(frozen(images()), expected, rtol=0, atol=1e-10)
+    converted = layers.convert_sync_batchnorm(copy.deepcopy(tiny[1]))
+    torch.testing.assert_close(converted(images()), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_s17_a_norm_replaced_after_attaching_is_noticed_and_leaves_nothing_behind(tiny: Pair, index: int) -> None:
+    attached = tiny[1]
+    attached.stage1[index].bn2 = nn.BatchNorm2d(8).double()
+    with pytest.raises(RuntimeError, match=r"0 of 1 sites .* replaced after attach\(\)\? Call detach\(\) first"):
+        attached(images())
+    assert outstanding(attached) == 0
+
+
+def test_s17_fusing_a_site_into_its_convolution_is_refused(tiny: Pair) -> None:
+    block = tiny[1].stage1[1]
+    block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
+    with pytest.raises(RuntimeError, match="0 of 1 sites with attention ran"):
+        tiny[1](images())
+
+
+def test_s17_fusing_other_norms_is_exact(tiny: Pair) -> None:
+    expected = tiny[1](images())
+    for block in tiny[1].stage3:
+        block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
+    torch.testing.assert_close(tiny[1](images()), expected, rtol=0, atol=1e-12)
+
+
+# S20, S21, S24: function transforms, inference mode, low precision
+
+
+def test_s20_functional_call_with_named_parameters_is_exact(tiny: Pair) -> None:
+    attached = tiny[1]
+    other = randomised(copy.deepcopy(attached), seed=5)
+    weights = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    assert torch.equal(functional_call(attached, weights, (images(),)), other(images()))
+
+
+def test_s20_functional_call_with_a_state_dict_is_exact_or_refused(tiny: Pair) -> None:
+    attached = tiny[1]
+    before = attached(images())
+    other = randomised(copy.deepcopy(attached), seed=5)
+    try:
+        output = functional_call(attached, dict(other.state_dict()), (images(),))
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+        output = other(images())
+    torch.testing.assert_close(output, other(images()), rtol=0, atol=1e-12)
+    assert torch.equal(attached(images()), before)
+
+
+def test_s20_vmap_over_the_weights_of_an_ensemble_is_exact(tiny: Pair) -> None:
+    members = [randomised(copy.deepcopy(tiny[1]), seed=seed) for seed in range(3)]
+    parameters, buffers = stack_module_state(members)
+    batch = images()
+
+    def run(parameters: Weights, buffers: Weights) -> Tensor:
+        output: Tensor = functional_call(tiny[1], (parameters, buffers), (batch,))
+        return output
+
+    outputs = vmap(run)(parameters, buffers)
+    expected = torch.stack([member(batch) for member in members])
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-12)
+    assert outstanding(tiny[1]) == 0
+
+
+def test_s20_gradients_per_sample_are_exact(tiny: Pair) -> None:
+    attached = tiny[1]
+    parameters = {name: parameter.detach() for name, parameter in attached.named_parameters()}
+
+    def loss(parameters: Weights, image: Tensor) -> Tensor:
+        output: Tensor = functional_call(attached, parameters, (image[None],)).square().sum()
+        return output
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))(parameters, images(3))
+    for sample in range(3):
+        attached.zero_grad()
+        attached(images(3)[sample : sample + 1]).square().sum().backward()
+        for name, parameter in attached.named_parameters():
+            torch.testing.assert_close(per_sample[name][sample], parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_s20_a_directional_derivative_equals_finite_differences(tiny: Pair) -> None:
+    direction = images(seed=3)
+    slope = jvp(tiny[1], (images(),), (direction,))[1]
+    step = 1e-6
+    expected = (tiny[1](images() + step * direction) - tiny[1](images() - step * direction)) / (2 * step)
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_s20_second_derivatives_equal_those_of_the_network_threaded_by_hand(tiny: Pair) -> None:
+    plain, attached = tiny
+    units = unit_weights(attached)
+    found = []
+    for run in (attached, lambda batch: threaded(plain, units, batch)):
+        batch = images().requires_grad_()
+        (first,) = torch.autograd.grad(run(batch).square().sum(), batch, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), batch)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_s21_training_after_a_forward_without_autograd_is_exact(tiny: Pair, mode: Callable[[], Any]) -> None:
+    with mode():
+        tiny[1](images(seed=1))
+        tiny[1].stage3[0](tiny[1].stage2(tiny[1].stage1(tiny[1].stem(images(seed=2)))))  # abandoned in mid-stage
+    assert_gradients(tiny, tiny[1](images()).square().sum(), images())
+
+
+def test_s21_frozen_early_blocks_may_run_without_autograd(tiny: Pair) -> None:
+    attached = tiny[1]
+    with torch.no_grad():
+        features = attached.stage1[0](attached.stem(images()))
+    output = attached.stage1[2](attached.stage1[1](features))
+    output.sum().backward()
+    assert attached.stage1[1].conv1.weight.grad is not None
+
+
+def test_s24_bfloat16_autocast_drifts_little_over_18_blocks() -> None:
+    model = nn.Sequential(*(BasicBlock(8, 8) for _ in range(18))).double().eval()
+    attached = attach(model, "dia-lstm")
+    value = torch.randn(4, 8, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        exact = attached(value)
+        attached.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = attached(value.float())
+    assert ((rounded.double() - exact).norm() / exact.norm()).item() <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["dia-lstm", "se", "eca", "cbam", "sge", "srm", "spa"])
+def test_s24_channels_last_features_stay_channels_last_through_the_network(name: str) -> None:
+    attached = attach(TinyNet(), name).to(memory_format=torch.channels_last)
+    seen = []
+    for block in (attached.stage1[0], attached.stage3[3]):
+        block.bn2.register_forward_hook(lambda *event: seen.append(event[2]))
+        block.register_forward_hook(lambda *event: seen.append(event[2]))
+    attached(images(dtype=torch.float32).contiguous(memory_format=torch.channels_last))
+    assert len(seen) == 4
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in seen)
+
+
+# S27: symbolic tracing
+
+
+def test_s27_symbolic_tracing_through_attached_blocks_is_refused_with_the_fix(tiny: Pair) -> None:
+    with pytest.raises(RuntimeError, match=r"torch.fx cannot trace .*leaf_modules"):
+        torch.fx.symbolic_trace(tiny[1])
+    with pytest.raises(RuntimeError, match=r"leaf_modules"):
+        create_feature_extractor(tiny[1], ["stage3"])
+
+
+@pytest.mark.parametrize("leaf", [BasicBlock, None], ids=["plain class", "attached class"])
+def test_s27_symbolic_tracing_with_blocks_as_leaves_is_exact(tiny: Pair, leaf: type | None) -> None:
+    attached = tiny[1]
+    leaves = [leaf or type(attached.stage1[0])]
+    extractor = create_feature_extractor(attached, ["head"], tracer_kwargs={"leaf_modules": leaves})
+    output = extractor(images())["head"]
+    assert own_parameters(extractor) == own_parameters(attached) > 0
+    assert_gradients(tiny, output.square().sum(), images())
+
+
+def test_jit_tracing_is_exact(tiny: Pair) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(tiny[1], (images(),))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(images(5, seed=1)), tiny[1](images(5, seed=1)), rtol=0, atol=1e-12)
+
+
+def test_distributed_checkpointing_reads_and_writes_the_weights(tiny: Pair) -> None:
+    attached = tiny[1]
+    weights = get_model_state_dict(attached)
+    assert weights.keys() == attached.state_dict().keys()
+    other = randomised(copy.deepcopy(attached), seed=5)
+    set_model_state_dict(other, weights)
+    assert torch.equal(other(images()), attached(images()))
