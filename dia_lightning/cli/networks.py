@@ -9,7 +9,7 @@ from torch import nn
 
 from dia_lightning.attention import attach, list_attention
 from dia_lightning.attention._registry import attention_builder
-from dia_lightning.models import get_model, list_models, network_cost
+from dia_lightning.models import build_on_meta, get_model, list_models, network_cost
 
 # H is the width of the bottleneck at the unit's default reduction. A test compares these with the units.
 FORMULAS = {
@@ -103,9 +103,8 @@ def _print_costs(names: Sequence[str], image_size: int | None, reduction: int | 
 
 
 def _on_meta(name: str, attention: str | None) -> nn.Module:
-    with torch.device("meta"):
-        network = get_model(name)
-        return network if attention is None else attach(network, attention)
+    network = build_on_meta(partial(get_model, name))
+    return network if attention is None else attach(network, attention)
 
 
 def _unit_size(name: str, channels: int) -> int:

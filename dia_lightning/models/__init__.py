@@ -4,6 +4,7 @@ from dia_lightning.models._cifar_network import CifarNetwork
 from dia_lightning.models._cost import Cost, network_cost
 from dia_lightning.models._dianet_checkpoint import load_dianet_checkpoint
 from dia_lightning.models._export import Exported, export_network
+from dia_lightning.models._meta import build_on_meta
 from dia_lightning.models._registry import get_model, list_models, register_model
 from dia_lightning.models.cifar_preresnet import cifar_preresnet, preresnet164
 from dia_lightning.models.cifar_resnet import cifar_resnet, resnet164
@@ -14,6 +15,7 @@ __all__ = [
     "CifarNetwork",
     "Cost",
     "Exported",
+    "build_on_meta",
     "cifar_preresnet",
     "cifar_resnet",
     "cifar_resnext",

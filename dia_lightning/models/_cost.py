@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dia_lightning.attention import attach
 from dia_lightning.models._example import require_images
+from dia_lightning.models._meta import build_on_meta
 
 #: The arms that are compared: name, attention, how it is shared.
 ARMS: tuple[tuple[str, str | None, Literal["stage", "block"]], ...] = (
@@ -82,11 +83,7 @@ def network_cost(
 def _arm(
     build: Callable[[], nn.Module], attention: str | None, share: Literal["stage", "block"], arguments: dict[str, Any]
 ) -> nn.Module:
-    try:
-        with torch.device("meta"):  # sizes need no memory
-            network = build()
-    except (NotImplementedError, RuntimeError):  # some builders compute with tensors
-        network = build().to("meta")
+    network = build_on_meta(build)
     if attention is not None:
         attach(network, attention, share=share, **(arguments if attention == "dia-lstm" else {}))
     return network.eval()

@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-import torch
 from torch import nn
+
+from dia_lightning.models._meta import build_on_meta
 
 
 class Library(Protocol):
@@ -127,10 +129,6 @@ def _call(full_name: str, build: Callable[..., nn.Module], name: str, args: dict
 
 def _options(build: Callable[..., nn.Module], name: str) -> list[str]:
     """Return what a network takes; builders are open for any keyword, so it shows only in the class that they build."""
-    try:
-        with torch.device("meta"):
-            model = build(name)
-    except NotImplementedError:  # some builders compute sizes with tensors
-        model = build(name)
+    model = build_on_meta(partial(build, name))
     parameters = inspect.signature(type(model).__init__).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
