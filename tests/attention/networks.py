@@ -203,3 +203,27 @@ def outstanding(model: nn.Module) -> int:
     chains = {id(chain): chain for module in model.modules() if (chain := getattr(module, "chain", None)) is not None}
     assert chains
     return sum(len(chain.handovers) + len(chain.frames) for chain in chains.values())
+
+
+def plain_keys(model: nn.Module) -> list[str]:
+    own = re.compile(r"\.(dia|branch_norm|unit_norm)\.")
+    return [key for key in model.state_dict() if not own.search(key)]
+
+
+def snapshot(model: nn.Module) -> tuple[list[tuple[str, type]], list[str]]:
+    """What a network is made of: the type of every module, and its keys."""
+    return [(name, type(module)) for name, module in model.named_modules()], list(model.state_dict())
+
+
+def assert_equals_threaded(
+    plain: nn.Module, attached: nn.Module, batch: Tensor, mask: list[int] | None = None, share: str = "stage"
+) -> None:
+    units = unit_weights(attached, share)
+    expected = threaded(plain, units, batch, mask)
+    output = attached(batch)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    output.square().sum().backward()
+    if share == "stage":
+        assert (
+            largest_difference(gradients(attached), threaded_gradients(plain, units, expected.square().sum())) <= 1e-12
+        )
