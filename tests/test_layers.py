@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 BELOW = {
     "attention": set(),
     "models": {"attention", "_torchvision_guard"},
-    "datamodules": {"_hyperparameters", "_torchvision_guard"},
-    "callbacks": {"datamodules", "models", "attention"},
-    "tasks": {"_hyperparameters", "models", "attention"},
+    "datamodules": {"_coco_tools", "_hyperparameters", "_torchvision_guard"},
+    "callbacks": {"_coco_tools", "datamodules", "models", "attention"},
+    "tasks": {"_coco_tools", "_hyperparameters", "models", "attention"},
     "cli": {"tasks", "callbacks", "datamodules", "models", "attention", "_torchvision_guard"},
 }
 # ... and which of the other packages it must do without.

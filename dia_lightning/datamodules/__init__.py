@@ -3,6 +3,7 @@
 from dia_lightning.datamodules._sampling import SampleError
 from dia_lightning.datamodules.base import DIADataModule
 from dia_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
+from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.digits import DigitsDataModule
 from dia_lightning.datamodules.fashion_mnist import FashionMNISTDataModule
 from dia_lightning.datamodules.image_folder import ImageFolderDataModule
@@ -13,6 +14,7 @@ __all__ = [
     "ArraySource",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "ClassificationDataModule",
     "DIADataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",

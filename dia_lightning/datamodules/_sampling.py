@@ -1,5 +1,6 @@
 """Which samples are seen: seeded splits, datasets that carry the index, and padding for distributed evaluation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -47,31 +48,33 @@ class SampleError(ValueError):
     """A sample cannot be loaded, for example because its file is damaged. The message names the file."""
 
 
-class Samples(Dataset[tuple[Any, ...]]):
+class Samples(Dataset[tuple[Any, ...]], ABC):
     """One split, ready for a loader.
 
     A sample is ``(image, label)`` for the role ``"train"``, ``(image, label, index)`` for ``"eval"`` and
     ``(image, index)`` for ``"predict"``. Index -1 is the last sample, marked as padding.
     """
 
-    def __init__(self, source: Source, positions: Positions, *, transform: v2.Transform, role: Role) -> None:
+    def __init__(self, source: Source, positions: Positions, *, role: Role) -> None:
         self._source = source
         self._positions = positions
-        self._transform = transform
         self._role = role
+
+    @abstractmethod
+    def load(self, position: int) -> tuple[Any, Any]:
+        """Return the transformed image and the label of a position of the source."""
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        position = self._positions[index]
+        position = int(self._positions[index])
         try:
-            image = self._transform(self._source.image(position))
+            image, label = self.load(position)
         except Exception as error:
             raise SampleError(
                 f"Sample {index} ({self._source.name(position)}) cannot be loaded: {_sentence(error)}"
             ) from error
-        label = int(self._source.labels[position])
         if self._role == "train":
             return image, label
         return (image, label, index) if self._role == "eval" else (image, index)
@@ -88,6 +91,18 @@ class Samples(Dataset[tuple[Any, ...]]):
                 f"index must be in [0, {len(self)}), got {index}; -1 marks a padding sample without a name."
             )
         return self._source.name(self._positions[index])
+
+
+class ClassificationSamples(Samples):
+    """Images ``[C, H, W]`` and class indices."""
+
+    def __init__(self, source: Source, positions: Positions, *, transform: v2.Transform, role: Role) -> None:
+        super().__init__(source, positions, role=role)
+        self._transform = transform
+
+    def load(self, position: int) -> tuple[Tensor, int]:
+        """Return the transformed image and its class."""
+        return self._transform(self._source.image(position)), int(self._source.labels[position])
 
 
 def _sentence(error: Exception) -> str:

@@ -2,16 +2,14 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from dia_lightning._hyperparameters import primitive
 from dia_lightning.datamodules._download import Archive, obtain
@@ -23,9 +21,8 @@ from dia_lightning.datamodules._loading import (
     runs_on_cuda,
     silence_worker_advice,
 )
-from dia_lightning.datamodules._options import check_positive_or_zero, check_val_split, check_whole
+from dia_lightning.datamodules._options import check_val_split, check_whole
 from dia_lightning.datamodules._sampling import (
-    MixingCollate,
     PaddedSampler,
     Positions,
     Role,
@@ -33,7 +30,6 @@ from dia_lightning.datamodules._sampling import (
     balanced_subset,
     stratified_split,
 )
-from dia_lightning.datamodules._transforms import Augment, build_transform
 from dia_lightning.datamodules.sources import FileSource, Source
 
 Split = Literal["train", "val", "test"]
@@ -50,17 +46,17 @@ _ROLES: dict[_Loaded, Role] = {"train": "train", "val": "eval", "test": "eval", 
 
 
 class DIADataModule(LightningDataModule, ABC):
-    """Base of all data modules: options, splits, transforms and loaders; a subclass only says where pixels come from.
+    """Base of all data modules: options, splits and loaders, for any kind of label.
 
-    Training batches are ``(images [B, C, H, W] float32, labels [B] int64)``, the labels soft ``[B, K]`` float32 under
-    mixup or cutmix; validation and test batches ``(images, labels, index [B] int64)``; prediction batches
-    ``(images, index)``. ``index`` is the position in the split, or -1 for a sample that only fills up the last batches
-    of a distributed run and must not be counted.
+    Training batches are ``(images, labels)``, validation and test batches ``(images, labels, index [B] int64)``, and
+    prediction batches ``(images, index)``. ``index`` is the position in the split, or -1 for a sample that only fills
+    up the last batches of a distributed run and must not be counted.
 
-    A subclass sets ``mean``, ``std`` and ``image_shape`` (C, H, W), and implements :attr:`class_names`,
-    :meth:`load_split` and :meth:`basic_augmentation`; if it can be downloaded also :meth:`archives` and
-    :meth:`is_complete`. Where the classes are read from the data, ``trained_classes`` stands in for data that are not
-    there: the command line sets it to the class names of a checkpoint before the network is built.
+    There is a base class per kind of label, :class:`ClassificationDataModule` and :class:`DetectionDataModule`, which
+    implements :meth:`make_samples`. Below it, a data set implements :attr:`class_names` and :meth:`load_split`; if it
+    can be downloaded also :meth:`archives` and :meth:`is_complete`. Where the classes are read from the data,
+    ``trained_classes`` stands in for data that are not there: the command line sets it to the class names of a
+    checkpoint before the network is built.
 
     Args:
         root: folder of the data. ``None`` means ``$DIA_DATA``, and without that ``~/.cache/dia_lightning``.
@@ -71,11 +67,6 @@ class DIADataModule(LightningDataModule, ABC):
         val_split: part of the training set to validate on: a number of samples, or a fraction below 1. It is drawn per
             class. 0 validates on the test set if the data set has no validation part of its own.
         split_seed: seed of every choice of samples (``val_split``, ``limit``).
-        augment: ``"none"``: images as they are. ``"basic"``: the standard recipe of the data set. ``"auto"``: basic,
-            then torchvision's AutoAugment policy that fits best. ``"strong"``: basic, then RandAugment and
-            RandomErasing.
-        mixup: alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
-        cutmix: alpha of cutmix, 0 or more; 0 turns it off.
         drop_last: leave out the last, smaller training batch. Evaluation always sees every sample.
         limit: use only that many samples of every split, chosen evenly over the classes. For smoke runs.
         download: fetch the data if it is not in ``root``. Without it nothing ever connects to the network.
@@ -85,10 +76,6 @@ class DIADataModule(LightningDataModule, ABC):
         ValueError: if an option is of the wrong type or out of its range.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_shape: tuple[int, int, int]
-    policy: ClassVar[v2.AutoAugmentPolicy] = v2.AutoAugmentPolicy.IMAGENET
     trained_classes: list[str] | None = None
     needs_no_workers: ClassVar[bool] = False  # so small that loader processes cost more than they give
 
@@ -102,9 +89,6 @@ class DIADataModule(LightningDataModule, ABC):
         pin_memory: bool | None = None,
         val_split: int | float = 0,
         split_seed: int = 42,
-        augment: Augment = "basic",
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
         drop_last: bool = True,
         limit: int | None = None,
         download: bool = True,
@@ -119,20 +103,13 @@ class DIADataModule(LightningDataModule, ABC):
         check_whole("num_workers", num_workers, least=0, optional=True)
         check_whole("limit", limit, least=1, optional=True)
         check_whole("split_seed", split_seed, least=0)
-        check_positive_or_zero("mixup", mixup)
-        check_positive_or_zero("cutmix", cutmix)
         check_val_split(val_split)
-        if augment not in get_args(Augment):
-            raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}.")
         self.root = Path(root if root is not None else _default_root()).expanduser()
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.val_split = val_split
         self.split_seed = split_seed
-        self.augment = augment
-        self.mixup = mixup
-        self.cutmix = cutmix
         self.drop_last = drop_last
         self.limit = limit
         self.download = download
@@ -156,13 +133,12 @@ class DIADataModule(LightningDataModule, ABC):
         """
 
     @abstractmethod
-    def basic_augmentation(self) -> Sequence[v2.Transform]:
-        """Return the standard training recipe: from a PIL image to one of the size of ``image_shape``."""
+    def make_samples(self, source: Source, positions: Positions, *, role: Role) -> Samples:
+        """Return the data set of the chosen positions of a split, transformed for its role."""
 
-    def resizing(self) -> Sequence[v2.Transform]:
-        """Return the steps that bring any PIL image to the size of ``image_shape`` for evaluation."""
-        size = self.image_shape[1:]
-        return [v2.Resize(min(size)), v2.CenterCrop(size)]
+    def collate_function(self, role: Role) -> Callable[[list[Any]], Any] | None:
+        """Return what makes a batch of samples; ``None`` stacks them."""
+        return None
 
     def archives(self) -> Sequence[Archive]:
         """Return what has to be fetched; empty if nothing can be."""
@@ -177,24 +153,17 @@ class DIADataModule(LightningDataModule, ABC):
         """Tell whether the unpacked files are all there and undamaged."""
         return True
 
+    @property
+    def image_channels(self) -> int:
+        """Return 1 if images are grey, 3 if they are RGB."""
+        return 3
+
     # What everybody may ask
 
     @property
     def num_classes(self) -> int:
         """Return the number of classes."""
         return len(self.class_names)
-
-    def denormalize(self, images: Tensor) -> Tensor:
-        """Undo the normalisation.
-
-        Args:
-            images: those of a batch, ``[..., C, H, W]``.
-
-        Returns:
-            Pixels in [0, 1], same shape.
-        """
-        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
-        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
 
     def sample_name(self, index: int) -> str:
         """Return the file of a sample of the prediction set, or ``"split/position"`` where there are no files."""
@@ -259,17 +228,12 @@ class DIADataModule(LightningDataModule, ABC):
             shuffle=train,
             sampler=None if train else self._padded_sampler(dataset),
             num_workers=workers,
-            collate_fn=self._mixing() if train else None,
+            collate_fn=self.collate_function(_ROLES[name]),
             pin_memory=runs_on_cuda(self.trainer) if self.pin_memory is None else self.pin_memory,
             drop_last=train and self.drop_last,
             timeout=WORKER_TIMEOUT if workers > 0 else 0,
             persistent_workers=workers > 0,
         )
-
-    def _mixing(self) -> MixingCollate | None:
-        if self.mixup == 0 and self.cutmix == 0:
-            return None
-        return MixingCollate(mixup=self.mixup, cutmix=self.cutmix, num_classes=self.num_classes)
 
     def _padded_sampler(self, dataset: Samples) -> PaddedSampler | None:
         count, rank = replicas(self.trainer)
@@ -297,23 +261,15 @@ class DIADataModule(LightningDataModule, ABC):
             source, positions = self._select(name)
             if self.limit is not None:
                 positions = positions[balanced_subset(source.labels[positions], self.limit, self.split_seed)]
-            transform = build_transform(
-                self.augment if name == "train" else "none",
-                resize=self.resizing(),
-                basic=self.basic_augmentation(),
-                policy=self.policy,
-                mean=self.mean,
-                std=self.std,
-            )
-            self._samples[name] = Samples(source, positions, transform=transform, role=_ROLES[name])
+            self._samples[name] = self.make_samples(source, positions, role=_ROLES[name])
         return self._samples[name]
 
     def _select(self, name: _Loaded) -> tuple[Source, Positions]:
         if name == "predict" and self.predict_folder is not None:
-            return _all(_images_in(Path(self.predict_folder).expanduser(), channels=self.image_shape[0]))
+            return _all(_images_in(Path(self.predict_folder).expanduser(), channels=self.image_channels))
         if name in ("test", "predict"):
             test = self._optional_source("test")
-            return self._drawn_as_test() if test is None else _all(test)
+            return self._val_as_test() if test is None else _all(test)
         if name == "val" and (own := self._optional_source("val")) is not None:
             return _all(own)
         if name == "val" and self.val_split == 0:
@@ -341,18 +297,11 @@ class DIADataModule(LightningDataModule, ABC):
         )
         return test
 
-    def _drawn_as_test(self) -> tuple[Source, Positions]:
-        if self.val_split == 0:
-            raise self._no_split("test")
-        rank_zero_warn(f"{self.root} has no test data, so the validation part drawn from the training set is tested on")
-        return self._select("val")
-
     def _val_as_test(self) -> tuple[Source, Positions]:
         if self._optional_source("val") is None and self.val_split == 0:
-            raise FileNotFoundError(
-                f"{self.root} has no test and no val split. Add one of them, or set val_split to draw one from train."
-            )
-        rank_zero_warn(f"{self.root} has no test split, so the validation images are tested on.")
+            raise self._no_split("test")
+        drawn = "" if self.val_split == 0 else "drawn from the training set "
+        rank_zero_warn(f"{self.root} has no test data, so the validation part {drawn}is tested on")
         return self._select("val")
 
     def _source(self, split: Split) -> Source:

@@ -8,11 +8,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from dia_lightning.datamodules._download import Archive, intact
-from dia_lightning.datamodules.base import DIADataModule, Split
+from dia_lightning.datamodules.base import Split
+from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import ArraySource, Source
 
 
-class _CIFAR(DIADataModule):
+class _CIFAR(ClassificationDataModule):
     # The authors normalise both sets with these; the deviations are smaller than the true ones.
     # https://github.com/gbup-group/DIANet/blob/master/cifar.py
     mean = (0.4914, 0.4822, 0.4465)

@@ -10,14 +10,15 @@ from torchvision.transforms import v2
 
 from dia_lightning.datamodules._options import check_whole
 from dia_lightning.datamodules._sampling import stratified_split
-from dia_lightning.datamodules.base import DIADataModule, Split
+from dia_lightning.datamodules.base import Split
+from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import ArraySource, Source
 
 _TEST_SAMPLES = 250
 _TEST_SEED = 42  # fixed, unlike split_seed: the test set is the same in every run
 
 
-class DigitsDataModule(DIADataModule):
+class DigitsDataModule(ClassificationDataModule):
     """The 1,797 digits of the UCI "optical recognition of handwritten digits" test set, 8x8 grey, made larger.
 
     With the default ``val_split`` 1,297 are for training, 250 for validation and 250 for testing. The basic recipe is
@@ -28,7 +29,7 @@ class DigitsDataModule(DIADataModule):
         channels: 1 for grey, 3 for networks that expect RGB.
         val_split: samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
             test set.
-        **common: as :class:`DIADataModule` takes them.
+        **common: as :class:`ClassificationDataModule` takes them.
 
     Example:
         >>> data = DigitsDataModule(batch_size=16)

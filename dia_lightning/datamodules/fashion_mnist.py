@@ -8,7 +8,8 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from dia_lightning.datamodules._download import Archive
-from dia_lightning.datamodules.base import DIADataModule, Split
+from dia_lightning.datamodules.base import Split
+from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import ArraySource, Source
 
 _PLACES = (
@@ -17,7 +18,7 @@ _PLACES = (
 )
 
 
-class FashionMNISTDataModule(DIADataModule):
+class FashionMNISTDataModule(ClassificationDataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test images of 10 kinds of clothes, 28x28 grey.
 
     The files are in ``root/FashionMNIST/raw``. By default 5,000 training images are for validation. The basic recipe is
@@ -27,7 +28,7 @@ class FashionMNISTDataModule(DIADataModule):
     Args:
         val_split: samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
             test set.
-        **common: as :class:`DIADataModule` takes them.
+        **common: as :class:`ClassificationDataModule` takes them.
 
     Source: https://github.com/zalandoresearch/fashion-mnist
     """

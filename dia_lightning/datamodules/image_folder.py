@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torchvision.transforms import v2
 
 from dia_lightning.datamodules._images import list_images
 from dia_lightning.datamodules._options import check_whole
-from dia_lightning.datamodules.base import DIADataModule, Split
+from dia_lightning.datamodules.base import Split
+from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import FileSource, Source
 
 
-class ImageFolderDataModule(DIADataModule):
+class ImageFolderDataModule(ClassificationDataModule):
     """A folder ``root`` with ``train/CLASS/...``, ``val/CLASS/...`` and ``test/CLASS/...``.
 
     The classes are the folders in ``train``, sorted; ``val`` and ``test`` must have the same. Without ``val`` the split
@@ -26,7 +26,7 @@ class ImageFolderDataModule(DIADataModule):
         image_size: height and width in pixels that the network sees.
         resize_size: shorter side in pixels from which evaluation cuts the middle. ``None`` means 8/7 of
             ``image_size``, which is ImageNet's 256 for 224.
-        **common: as :class:`DIADataModule` takes them.
+        **common: as :class:`ClassificationDataModule` takes them.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -60,10 +60,7 @@ class ImageFolderDataModule(DIADataModule):
                 f"val_split must be 0 beside {self.root / 'val'}, got {self.val_split}. Or move the folder."
             )
         if split == "test" and not (self.root / "test").is_dir():
-            if not (self.root / "val").is_dir():
-                return None
-            rank_zero_warn(f"{self.root} has no test/ folder, so val/ is tested on")
-            split = "val"
+            return None
         self._check_classes(split)
         files = [list_images(self.root / split / name) for name in self.class_names]
         empty = [name for name, paths in zip(self.class_names, files, strict=True) if not paths]

@@ -8,7 +8,8 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from dia_lightning.datamodules._download import Archive, intact
-from dia_lightning.datamodules.base import DIADataModule, Split
+from dia_lightning.datamodules.base import Split
+from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import ArraySource, Source
 
 
@@ -17,7 +18,7 @@ class _Labelled(datasets.STL10):  # type: ignore[misc]
     train_list = datasets.STL10.train_list[:2]
 
 
-class STL10DataModule(DIADataModule):
+class STL10DataModule(ClassificationDataModule):
     """STL-10: 5,000 training and 8,000 test images of 10 classes, 96x96 RGB, in ``root/stl10_binary``.
 
     By default 500 training images are for validation. The 100,000 unlabelled images are not used, and may be deleted.
@@ -26,7 +27,7 @@ class STL10DataModule(DIADataModule):
     Args:
         val_split: samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
             test set.
-        **common: as :class:`DIADataModule` takes them.
+        **common: as :class:`ClassificationDataModule` takes them.
 
     Source: https://cs.stanford.edu/~acoates/stl10/
     """

@@ -8,7 +8,7 @@ from torchvision import datasets
 from dia_lightning.datamodules import (
     CIFAR10DataModule,
     CIFAR100DataModule,
-    DIADataModule,
+    ClassificationDataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
     ImageFolderDataModule,
@@ -16,6 +16,8 @@ from dia_lightning.datamodules import (
     stl10,
 )
 from tests.datamodules import tiny_data
+
+Kind = type[ClassificationDataModule]
 
 ALL = [
     CIFAR10DataModule,
@@ -39,7 +41,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=ALL, ids=lambda kind: str(kind.__name__))
-def any_kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[DIADataModule]:
+def any_kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kind:
     """Every concrete data module in turn, with a tiny data set for it in ``$DIA_DATA``."""
     monkeypatch.setenv("DIA_DATA", str(tmp_path))
     tiny_data.write_fashion_mnist(tmp_path, train=6000)
@@ -47,5 +49,5 @@ def any_kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     for dataset in (datasets.CIFAR10, datasets.CIFAR100):
         tiny_data.write_cifar(tmp_path, dataset, monkeypatch)
     tiny_data.write_stl10(tmp_path, stl10._Labelled, monkeypatch)
-    kind: type[DIADataModule] = request.param
+    kind: Kind = request.param
     return kind

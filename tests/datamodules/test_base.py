@@ -16,12 +16,13 @@ from PIL import Image
 
 from dia_lightning.datamodules import (
     CIFAR10DataModule,
-    DIADataModule,
+    ClassificationDataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
     ImageFolderDataModule,
     SampleError,
 )
+from tests.datamodules.conftest import Kind
 from tests.datamodules.tiny_data import pixels, samples_of, write_fashion_mnist
 
 COMMON = {
@@ -42,7 +43,7 @@ COMMON = {
 VAL_SPLITS = {"DigitsDataModule": 250, "FashionMNISTDataModule": 5000, "STL10DataModule": 500}
 
 
-def _make(kind: type[DIADataModule], **options: Any) -> DIADataModule:
+def _make(kind: Kind, **options: Any) -> ClassificationDataModule:
     """Build a data module that fits the tiny data."""
     if kind.__name__ == "STL10DataModule":
         options.setdefault("val_split", 10)
@@ -53,7 +54,7 @@ def _tiny(**options: Any) -> DigitsDataModule:
     return DigitsDataModule(**{"image_size": 8, "channels": 1, "batch_size": 16, "pin_memory": False, **options})
 
 
-def _pretend_ranks(data: DIADataModule, ranks: int, rank: int) -> None:
+def _pretend_ranks(data: ClassificationDataModule, ranks: int, rank: int) -> None:
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=ranks, strategy=strategy)
     data.trainer = trainer
@@ -63,7 +64,7 @@ def _pretend_ranks(data: DIADataModule, ranks: int, rank: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:val_split=0")
-def test_batches_keep_the_contract(any_kind: type[DIADataModule], no_network: None) -> None:
+def test_batches_keep_the_contract(any_kind: Kind, no_network: None) -> None:
     data = _make(any_kind)
     data.prepare_data()
     data.setup()
@@ -83,14 +84,14 @@ def test_batches_keep_the_contract(any_kind: type[DIADataModule], no_network: No
     assert index.tolist() == [0, 1, 2, 3]
 
 
-def test_facts_are_known_right_after_construction(any_kind: type[DIADataModule]) -> None:
+def test_facts_are_known_right_after_construction(any_kind: Kind) -> None:
     data = _make(any_kind)
     assert len(set(data.class_names)) == data.num_classes
     assert len(data.mean) == len(data.std) == data.image_shape[0]
 
 
 @pytest.mark.filterwarnings("ignore:val_split=0")
-def test_denormalize_inverts_the_normalisation(any_kind: type[DIADataModule]) -> None:
+def test_denormalize_inverts_the_normalisation(any_kind: Kind) -> None:
     data = _make(any_kind)
     data.setup("validate")
     images = next(iter(data.val_dataloader()))[0]
@@ -102,7 +103,7 @@ def test_denormalize_inverts_the_normalisation(any_kind: type[DIADataModule]) ->
 
 @pytest.mark.parametrize("augment", ["none", "basic", "auto", "strong"])
 @pytest.mark.filterwarnings("ignore:val_split=0")
-def test_every_augmentation_gives_images_of_the_right_shape(any_kind: type[DIADataModule], augment: str) -> None:
+def test_every_augmentation_gives_images_of_the_right_shape(any_kind: Kind, augment: str) -> None:
     data = _make(any_kind, augment=augment)
     data.setup("fit")
     for _, (images, _) in zip(range(3), data.train_dataloader(), strict=False):
@@ -110,7 +111,7 @@ def test_every_augmentation_gives_images_of_the_right_shape(any_kind: type[DIADa
         assert images.isfinite().all()
 
 
-def test_command_line_shows_every_argument(any_kind: type[DIADataModule]) -> None:
+def test_command_line_shows_every_argument(any_kind: Kind) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(any_kind, "data")
     defaults = parser.get_defaults().data.as_dict()
@@ -122,7 +123,7 @@ def test_command_line_shows_every_argument(any_kind: type[DIADataModule]) -> Non
     assert isinstance(parser.parse_args(["--data.val_split=25"]).data.val_split, int)
 
 
-def test_hyperparameters_load_without_running_code(any_kind: type[DIADataModule]) -> None:
+def test_hyperparameters_load_without_running_code(any_kind: Kind) -> None:
     data = _make(any_kind, limit=3)
     file = io.BytesIO()
     torch.save({"hparams": dict(data.hparams), "state": data.state_dict()}, file)
@@ -132,7 +133,7 @@ def test_hyperparameters_load_without_running_code(any_kind: type[DIADataModule]
     assert set(hparams) >= {*COMMON, "val_split"}
 
 
-def test_paths_and_numbers_of_numpy_load_without_running_code(any_kind: type[DIADataModule], tmp_path: Path) -> None:
+def test_paths_and_numbers_of_numpy_load_without_running_code(any_kind: Kind, tmp_path: Path) -> None:
     numbers = {"batch_size": np.int64(4), "mixup": np.float32(0.5), "val_split": np.float64(0.5)}
     data = _make(any_kind, root=tmp_path, predict_folder=tmp_path / "photos", **numbers)
     file = io.BytesIO()
@@ -153,7 +154,7 @@ def test_sizes_from_numpy_load_without_running_code() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:val_split=0")
-def test_everything_a_worker_gets_can_be_pickled(any_kind: type[DIADataModule]) -> None:
+def test_everything_a_worker_gets_can_be_pickled(any_kind: Kind) -> None:
     data = _make(any_kind, augment="strong", mixup=0.2, cutmix=1.0)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -338,7 +339,7 @@ class _Linear(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def _fit(data: DIADataModule, folder: Path) -> tuple[_Linear, Trainer, list[str]]:
+def _fit(data: ClassificationDataModule, folder: Path) -> tuple[_Linear, Trainer, list[str]]:
     task = _Linear()
     trainer = Trainer(
         max_epochs=1,

@@ -123,7 +123,7 @@ def test_split_beside_a_validation_folder_is_refused(tmp_path: Path) -> None:
 def test_validation_folder_is_tested_on_where_there_is_no_test_folder(tmp_path: Path) -> None:
     write_image_folder(tmp_path, splits=("train", "val"))
     data = _data(tmp_path)
-    with pytest.warns(UserWarning, match="val/ is tested on"):
+    with pytest.warns(UserWarning, match="the validation part is tested on"):
         data.setup("test")
     assert len(samples_of(data.test_dataloader())) == 12
 

@@ -7,11 +7,11 @@ from torchvision.transforms import v2
 
 from dia_lightning.datamodules import ArraySource
 from dia_lightning.datamodules._sampling import (
+    ClassificationSamples,
     MixingCollate,
     PaddedSampler,
     Role,
     SampleError,
-    Samples,
     balanced_subset,
     stratified_split,
 )
@@ -20,9 +20,9 @@ from tests.datamodules.tiny_data import labels_in_turn, pixels
 _LABELS = np.repeat([0, 1, 2], [60, 30, 10])
 
 
-def _samples(count: int, role: Role = "eval") -> Samples:
+def _samples(count: int, role: Role = "eval") -> ClassificationSamples:
     source = ArraySource(pixels(count, 4, 4), labels_in_turn(count, 3), split="test", channels=1)
-    return Samples(source, np.arange(count), transform=v2.PILToTensor(), role=role)
+    return ClassificationSamples(source, np.arange(count), transform=v2.PILToTensor(), role=role)
 
 
 def test_split_is_disjoint_and_complete() -> None:
@@ -89,7 +89,7 @@ def test_role_decides_what_a_sample_is_made_of(role: Role, parts: int) -> None:
 
 def test_broken_sample_names_itself_and_its_index() -> None:
     source = ArraySource(pixels(3, 4, 4), [0, 1, 2], split="test", channels=1)
-    dataset = Samples(source, np.array([2, 0]), transform=v2.Normalize([0.0], [1.0]), role="eval")
+    dataset = ClassificationSamples(source, np.array([2, 0]), transform=v2.Normalize([0.0], [1.0]), role="eval")
     with pytest.raises(SampleError, match=r"^Sample 0 \(test/2\) cannot be loaded: .*\.$") as info:
         dataset[0]
     again = pickle.loads(pickle.dumps(info.value))

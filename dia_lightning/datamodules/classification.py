@@ -1,0 +1,95 @@
+"""Data modules of labelled images."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, get_args
+
+from torch import Tensor
+from torchvision.transforms import v2
+
+from dia_lightning.datamodules._options import check_positive_or_zero
+from dia_lightning.datamodules._sampling import ClassificationSamples, MixingCollate, Positions, Role
+from dia_lightning.datamodules._transforms import Augment, build_transform
+from dia_lightning.datamodules.base import DIADataModule
+from dia_lightning.datamodules.sources import Source
+
+
+class ClassificationDataModule(DIADataModule):
+    """Base of the data modules for classification; a subclass only says where pixels come from.
+
+    Batches are those of :class:`DIADataModule` with images ``[B, C, H, W]`` float32 and labels ``[B]`` int64, in
+    training soft ``[B, K]`` float32 under mixup or cutmix.
+
+    A subclass sets ``mean``, ``std`` and ``image_shape`` (C, H, W), and implements :attr:`class_names`,
+    :meth:`load_split` and :meth:`basic_augmentation`.
+
+    Args:
+        augment: ``"none"``: images as they are. ``"basic"``: the standard recipe of the data set. ``"auto"``: basic,
+            then torchvision's AutoAugment policy that fits best. ``"strong"``: basic, then RandAugment and
+            RandomErasing.
+        mixup: alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
+        cutmix: alpha of cutmix, 0 or more; 0 turns it off.
+        **common: as :class:`DIADataModule` takes them.
+
+    Raises:
+        ValueError: if an option is of the wrong type or out of its range.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_shape: tuple[int, int, int]
+    policy: ClassVar[v2.AutoAugmentPolicy] = v2.AutoAugmentPolicy.IMAGENET
+
+    def __init__(self, *, augment: Augment = "basic", mixup: float = 0.0, cutmix: float = 0.0, **common: Any) -> None:
+        super().__init__(**common)
+        check_positive_or_zero("mixup", mixup)
+        check_positive_or_zero("cutmix", cutmix)
+        if augment not in get_args(Augment):
+            raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}.")
+        self.augment = augment
+        self.mixup = mixup
+        self.cutmix = cutmix
+
+    @abstractmethod
+    def basic_augmentation(self) -> Sequence[v2.Transform]:
+        """Return the standard training recipe: from a PIL image to one of the size of ``image_shape``."""
+
+    def resizing(self) -> Sequence[v2.Transform]:
+        """Return the steps that bring any PIL image to the size of ``image_shape`` for evaluation."""
+        size = self.image_shape[1:]
+        return [v2.Resize(min(size)), v2.CenterCrop(size)]
+
+    @property
+    def image_channels(self) -> int:
+        """Return 1 for grey images, 3 for RGB."""
+        return self.image_shape[0]
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo the normalisation.
+
+        Args:
+            images: those of a batch, ``[..., C, H, W]``.
+
+        Returns:
+            Pixels in [0, 1], same shape.
+        """
+        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
+        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+
+    def make_samples(self, source: Source, positions: Positions, *, role: Role) -> ClassificationSamples:
+        """Return normalised tensors, augmented for training."""
+        transform = build_transform(
+            self.augment if role == "train" else "none",
+            resize=self.resizing(),
+            basic=self.basic_augmentation(),
+            policy=self.policy,
+            mean=self.mean,
+            std=self.std,
+        )
+        return ClassificationSamples(source, positions, transform=transform, role=role)
+
+    def collate_function(self, role: Role) -> MixingCollate | None:
+        """Mix training batches if asked to."""
+        if role != "train" or (self.mixup == 0 and self.cutmix == 0):
+            return None
+        return MixingCollate(mixup=self.mixup, cutmix=self.cutmix, num_classes=self.num_classes)
