@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 #: ``"conv"``: the only branch of a convolutional block; ``"attention"`` and ``"mlp"``: those of a transformer block.
 Branch = Literal["conv", "attention", "mlp"]
@@ -168,7 +168,8 @@ def _width(module: nn.Module) -> int | None:
             value = value[-1]
         if isinstance(value, int):
             return value
-    return None
+    weight = getattr(module, "weight", None)  # of torchvision's FrozenBatchNorm2d, which tells nothing else
+    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 1 else None
 
 
 def _rule(block_class: type, rules: dict[str, BlockRule]) -> BlockRule | None:

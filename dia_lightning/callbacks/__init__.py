@@ -2,9 +2,20 @@
 
 from dia_lightning.callbacks._run_folder import run_folder
 from dia_lightning.callbacks.confusion_matrix import ConfusionMatrix
+from dia_lightning.callbacks.detection_grid import DetectionGrid
+from dia_lightning.callbacks.detection_writer import DetectionWriter
 from dia_lightning.callbacks.ema import EMA
 from dia_lightning.callbacks.prediction_grid import PredictionGrid
 from dia_lightning.callbacks.prediction_writer import PredictionWriter
 from dia_lightning.callbacks.run_summary import RunSummary
 
-__all__ = ["EMA", "ConfusionMatrix", "PredictionGrid", "PredictionWriter", "RunSummary", "run_folder"]
+__all__ = [
+    "EMA",
+    "ConfusionMatrix",
+    "DetectionGrid",
+    "DetectionWriter",
+    "PredictionGrid",
+    "PredictionWriter",
+    "RunSummary",
+    "run_folder",
+]

@@ -2,12 +2,15 @@
 
 import os
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -53,21 +56,47 @@ def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | Non
     image = _render(picture) if isinstance(picture, Figure) else picture.convert("RGB")
     step = trainer.global_step
     path = folder / "pictures" / name / f"step={step:06d}.png"
-    written = True
+    written = write_picture(image, path, name)
+    for logger in trainer.loggers:
+        _try(logger, name, partial(_send, logger, name, image, step))
+    return path if written else None
+
+
+def write_picture(image: Image.Image, path: Path, name: str) -> bool:
+    """Write a picture as PNG, whole or not at all, and tell whether it is there; a full disk gives a warning."""
     try:
         _write_png(image, path)
     except OSError as error:
         rank_zero_warn(f"Picture {name} was not written: {error}.")
-        written = False
-    for logger in trainer.loggers:
-        try:
-            _send(logger, name, image, step)
-        except Exception as error:  # loggers raise classes of their own, such as CommError of Weights & Biases
-            _warn_once(logger, name, error)
-    return path if written else None
+        return False
+    return True
+
+
+def log_boxes(trainer: Trainer, name: str, images: list[Image.Image], boxes: Sequence[dict[str, Any]]) -> None:
+    """Send images with their boxes as data to Weights & Biases, where a reader switches classes and scores on and off.
+
+    Other loggers have no such thing and get nothing. Only rank zero's images are used.
+
+    Args:
+        trainer: the running trainer.
+        name: tag of the images, for example ``val/boxes``.
+        images: images of one size, because the viewer shows all in the shape of the first.
+        boxes: what ``wandb.Image`` takes as ``boxes``, per image.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, WandbLogger):
+            send = partial(logger.log_image, key=name, images=images, step=trainer.global_step, boxes=boxes)
+            _try(logger, name, send)
 
 
 _lost: WeakSet[Logger] = WeakSet()  # loggers that a warning was about
+
+
+def _try(logger: Logger, name: str, send: Callable[[], None]) -> None:
+    try:
+        send()
+    except Exception as error:  # loggers raise classes of their own, such as CommError of Weights & Biases
+        _warn_once(logger, name, error)
 
 
 def _warn_once(logger: Logger, name: str, error: Exception) -> None:

@@ -32,12 +32,7 @@ def read_step_outputs(outputs: Any) -> StepOutputs:
         >>> read_step_outputs(outputs).indices.tolist()
         [4]
     """
-    if not isinstance(outputs, Mapping) or not {"index", "probabilities"} <= set(outputs):
-        found = sorted(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-        raise ValueError(
-            "The step must return {'index': LongTensor[B], 'probabilities': Tensor[B, K]} for this callback, "
-            f"but returned {found}. Return both from validation_step, test_step and predict_step."
-        )
+    _check_keys(outputs, {"index": "LongTensor[B]", "probabilities": "Tensor[B, K]"})
     index = outputs["index"].detach().cpu()
     probabilities = outputs["probabilities"].detach().float().cpu()
     if index.ndim != 1 or probabilities.ndim != 2 or len(index) != len(probabilities):
@@ -47,3 +42,64 @@ def read_step_outputs(outputs: Any) -> StepOutputs:
         )
     rows = torch.nonzero(index >= 0).flatten()
     return StepOutputs(rows, index[rows], probabilities[rows])
+
+
+class StepDetections(NamedTuple):
+    """Detections of one batch without its padding samples, on the device that the step left them on.
+
+    Attributes:
+        rows: positions in the batch that are no padding.
+        indices: positions in the dataset.
+        detections: ``boxes [N, 4]``, ``labels [N]``, ``scores [N]`` and perhaps ``masks [N, 1, H, W]`` per image.
+    """
+
+    rows: list[int]
+    indices: list[int]
+    detections: list[Mapping[str, Tensor]]
+
+
+def read_detections(outputs: Any) -> StepDetections:
+    """Return the detections of one batch, padding samples (index -1) left out.
+
+    Raises:
+        ValueError: if the step did not return ``index [B]`` and ``detections``, one dict per image.
+
+    Example:
+        >>> nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+        >>> read_detections({"index": torch.tensor([4, -1]), "detections": [nothing, nothing]}).indices
+        [4]
+    """
+    _check_keys(outputs, {"index": "LongTensor[B]", "detections": "list of B dicts"})
+    index, detections = outputs["index"].tolist(), list(outputs["detections"])
+    if len(index) != len(detections):
+        raise ValueError(
+            f"There are {len(index)} indices, but detections of {len(detections)} images. "
+            "Return one index and one dict of detections per image."
+        )
+    for found in detections:
+        _check_detections(found)
+    rows = [row for row, sample in enumerate(index) if sample >= 0]
+    return StepDetections(rows, [index[row] for row in rows], [detections[row] for row in rows])
+
+
+def _check_keys(outputs: Any, wanted: dict[str, str]) -> None:
+    if not isinstance(outputs, Mapping) or not set(wanted) <= set(outputs):
+        found = sorted(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        contract = ", ".join(f"{key!r}: {value}" for key, value in wanted.items())
+        raise ValueError(
+            f"The step must return {{{contract}}} for this callback, but returned {found}. "
+            "Return both from validation_step, test_step and predict_step."
+        )
+
+
+def _check_detections(found: Any) -> None:
+    shapes = {key: list(value.shape) for key, value in found.items()} if isinstance(found, Mapping) else {}
+    count = shapes.get("scores", [0])[:1]
+    wanted = {"boxes": [*count, 4], "labels": count, "scores": count}
+    if "masks" in shapes:
+        wanted["masks"] = [*count, 1, *shapes["masks"][2:]]
+    if any(shapes.get(key) != shape for key, shape in wanted.items()):
+        raise ValueError(
+            "The detections of an image must be boxes [N, 4], labels [N], scores [N] and perhaps masks [N, 1, H, W], "
+            f"but are {shapes or type(found).__name__}. Return them as torchvision's detectors do."
+        )

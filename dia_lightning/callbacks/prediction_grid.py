@@ -1,21 +1,20 @@
 """A picture of what the classifier says about some images."""
 
 import heapq
-import math
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import class_names
 from dia_lightning.callbacks._draw_grid import Prediction, draw_grid
 from dia_lightning.callbacks._pictures import log_picture
+from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
 from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
 
 
-class PredictionGrid(Callback):
+class PredictionGrid(SampleGrid[Prediction]):
     """Draw images with their true class, the predicted class and its probability.
 
     In validation the images are spread evenly over the set and are the same each time, so that the pictures of a run
@@ -40,64 +39,24 @@ class PredictionGrid(Callback):
         ValueError: num_images must be from 1 to 100, got 0. 16 gives a readable picture.
     """
 
+    _most_images = 100
+    _readable_images = 16
+
     def __init__(self, *, num_images: int = 16, every_n_epochs: int = 1) -> None:
-        if not 1 <= num_images <= 100:
-            raise ValueError(f"num_images must be from 1 to 100, got {num_images}. 16 gives a readable picture.")
-        if every_n_epochs < 1:
-            raise ValueError(
-                f"every_n_epochs must be 1 or more, got {every_n_epochs}. Use 1 to draw after every epoch."
-            )
-        self.num_images = num_images
-        self.every_n_epochs = every_n_epochs
-        self._spread: list[Prediction] = []
+        super().__init__(num_images=num_images, every_n_epochs=every_n_epochs)
         self._mistakes: list[Prediction] = []
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the images of the epoch before."""
-        self._forget()
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def _collect(self, trainer: Trainer, batch: Any, outputs: Any, missing: int) -> None:
         """Keep some images of the batch and, in test, its most confident mistakes."""
-        if dataloader_idx > 0 or not trainer.is_global_zero or not self._draws_now(trainer):
-            return
-        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        missing = self._missing((batch_idx + 1) / batches[0])
         if missing > 0 or trainer.testing:  # reading waits for the device
             predictions = read_step_outputs(outputs)
-            self._spread += _select(trainer, batch, predictions, _evenly(len(predictions.rows), missing))
+            self._spread += _select(trainer, batch, predictions, evenly(len(predictions.rows), missing))
             if trainer.testing:
                 self._collect_mistakes(trainer, batch, predictions)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the images of this epoch."""
-        if self._draws_now(trainer):
-            self._log(trainer, pl_module, "test" if trainer.testing else "val")
-
-    on_validation_epoch_start = on_test_epoch_start
-    on_validation_batch_end = on_test_batch_end
-    on_validation_epoch_end = on_test_epoch_end
-
-    def _draws_now(self, trainer: Trainer) -> bool:
-        if trainer.sanity_checking:
-            return False
-        return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-
     def _forget(self) -> None:
-        self._spread, self._mistakes = [], []
-
-    def _missing(self, progress: float) -> int:
-        """Return how many images to take, so that the share that is there follows the share of batches that is done."""
-        # an iterable dataset has no length and so no progress: its first images have to do
-        target = self.num_images if progress == 0.0 else math.ceil(self.num_images * min(progress, 1.0))
-        return max(0, target - len(self._spread))
+        super()._forget()
+        self._mistakes = []
 
     def _collect_mistakes(self, trainer: Trainer, batch: Any, predictions: StepOutputs) -> None:
         """Keep the most confident mistakes so far."""
@@ -113,23 +72,15 @@ class PredictionGrid(Callback):
         figure = None
         known = {mistake.sample for mistake in self._mistakes}
         others = [prediction for prediction in self._spread if prediction.sample not in known]
-        others = [others[i] for i in _evenly(len(others), self.num_images - len(self._mistakes)).tolist()]
+        others = [others[i] for i in evenly(len(others), self.num_images - len(self._mistakes)).tolist()]
         if others or self._mistakes:
             names = class_names(trainer, pl_module, (others + self._mistakes)[0].num_classes)
-            when = f"epoch {trainer.current_epoch}, " if trainer.state.fn == TrainerFn.FITTING else ""
             right = sum(prediction.is_right for prediction in others)
-            title = f"{stage}: {when}{right} of {len(others)} right"
+            title = f"{stage}: {when(trainer)}{right} of {len(others)} right"
             if self._mistakes:
                 title += ", then the most confident mistakes"
             figure = draw_grid(others + self._mistakes, names, title)
         log_picture(trainer, f"{stage}/predictions", figure)
-        self._forget()
-
-
-def _evenly(length: int, count: int) -> Tensor:
-    """Return up to ``count`` different positions spread over ``range(length)``."""
-    count = min(length, count)
-    return torch.arange(count) * length // max(count, 1)
 
 
 def _select(trainer: Trainer, batch: Any, predictions: StepOutputs, chosen: Tensor) -> list[Prediction]:

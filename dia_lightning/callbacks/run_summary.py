@@ -5,12 +5,12 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dia_lightning.callbacks._result_writer import ResultWriter
 from dia_lightning.callbacks._run_folder import run_folder
-from dia_lightning.callbacks.prediction_writer import PredictionWriter
 
 
 class RunSummary(Callback):
-    """Print where the run folder, the checkpoints, the pictures and the predictions are.
+    """Print where the run folder, the checkpoints, the pictures and the predictions or detections are.
 
     They are printed once, on rank zero, when ``fit``, ``test`` or ``predict`` has ended; only what exists is named. The
     place among the callbacks does not matter.
@@ -46,8 +46,8 @@ def _places(trainer: Trainer, folder: Path, stage: str) -> list[tuple[str, str]]
         places.append(("pictures", str(folder / "pictures")))
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
-        if isinstance(callback, PredictionWriter) and callback.path is not None and stage != "fit":
-            places.append(("predictions", str(callback.path)))
+        if isinstance(callback, ResultWriter) and callback.path is not None and stage != "fit":
+            places.append((callback.kind, str(callback.path)))
     return places
 
 

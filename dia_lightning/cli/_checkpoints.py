@@ -11,7 +11,7 @@ import torch
 # num_classes comes from the data, and the checkpoint's own weights replace whatever init_from would load.
 NOT_TAKEN = frozenset({"num_classes", "init_from"})
 # What decides which weights a network has: what it is made of, and where attention goes.
-BACKBONE = ("backbone", "backbone_args")
+BACKBONE = ("backbone", "backbone_args", "detector")
 ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites", "identity", "branch_norm")
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """File endings that count as images (in any case); everything else in a folder is ignored."""
@@ -40,7 +40,25 @@ def load_image(path: str | os.PathLike[str], *, channels: int = 3, background: i
     try:
         return _read(path, "L" if channels == 1 else "RGB", background)
     except Exception as error:  # Pillow's readers raise many kinds, among them OSError, SyntaxError and struct.error
-        raise ValueError(f"{path} cannot be read as an image ({error}). Replace or delete it.") from error
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the width and height that :func:`load_image` will give, from the header alone.
+
+    Raises:
+        ValueError: if the header cannot be read; the message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, perhaps mirrored, too
+            return (image.height, image.width) if turned else image.size
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as an image ({error}). Replace or delete it.")
 
 
 def _read(path: str | os.PathLike[str], mode: str, background: int) -> Image.Image:

@@ -1,6 +1,7 @@
 """Checks of what users give as options."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,6 +22,16 @@ def check_whole(name: str, value: Any, *, least: int, optional: bool = False) ->
         return
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{name} must be a whole number of {least} or more{_none(optional)}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check an option that is one of some words.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def check_positive_or_zero(name: str, value: Any) -> None:

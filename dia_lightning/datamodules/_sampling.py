@@ -86,11 +86,15 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
 
     def name(self, index: int) -> str:
         """Return the path of a sample, or ``"split/position"``."""
+        return self._source.name(self.position(index))
+
+    def position(self, index: int) -> int:
+        """Return where in the source a sample comes from."""
         if not 0 <= index < len(self):
             raise IndexError(
                 f"index must be in [0, {len(self)}), got {index}; -1 marks a padding sample without a name."
             )
-        return self._source.name(self._positions[index])
+        return int(self._positions[index])
 
 
 class ClassificationSamples(Samples):

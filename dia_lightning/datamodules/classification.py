@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 from torchvision.transforms import v2
 
-from dia_lightning.datamodules._options import check_positive_or_zero
+from dia_lightning.datamodules._options import check_choice, check_positive_or_zero
 from dia_lightning.datamodules._sampling import ClassificationSamples, MixingCollate, Positions, Role
 from dia_lightning.datamodules._transforms import Augment, build_transform
 from dia_lightning.datamodules.base import DIADataModule
@@ -44,8 +44,7 @@ class ClassificationDataModule(DIADataModule):
         super().__init__(**common)
         check_positive_or_zero("mixup", mixup)
         check_positive_or_zero("cutmix", cutmix)
-        if augment not in get_args(Augment):
-            raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}.")
+        check_choice("augment", augment, get_args(Augment))
         self.augment = augment
         self.mixup = mixup
         self.cutmix = cutmix

@@ -5,17 +5,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from dia_lightning.datamodules._options import check_whole
-from dia_lightning.datamodules._sampling import stratified_split
+from dia_lightning.datamodules._uci_digits import read_digits
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import ArraySource, Source
-
-_TEST_SAMPLES = 250
-_TEST_SEED = 42  # fixed, unlike split_seed: the test set is the same in every run
 
 
 class DigitsDataModule(ClassificationDataModule):
@@ -62,13 +58,10 @@ class DigitsDataModule(ClassificationDataModule):
         """Enlarge the digits of a split; there is no validation part."""
         if split == "val":
             return None
-        digits = load_digits()
-        train, test = stratified_split(digits.target, _TEST_SAMPLES, _TEST_SEED)
-        chosen = test if split == "test" else train
-        grey = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 0..16 in the data set
+        grey, labels = read_digits("test" if split == "test" else "train")
         size = self.image_shape[1:]
         images = np.stack([np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BILINEAR)) for x in grey])
-        return ArraySource(images, digits.target[chosen], split=split, channels=self.image_shape[0])
+        return ArraySource(images, labels, split=split, channels=self.image_shape[0])
 
     def basic_augmentation(self) -> Sequence[v2.Transform]:
         """Rotate by up to 10 degrees and shift by up to a sixteenth."""

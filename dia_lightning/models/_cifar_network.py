@@ -79,6 +79,7 @@ class CifarNetwork(nn.Module):
         in_channels: channels of the images.
         preactivation: the blocks begin with norm and ReLU, so the network's own norm comes after the stages instead of
             after the stem.
+        stem_stride: stride of the stem; above 2 its kernel grows, so that no pixel is left out.
     """
 
     def __init__(
@@ -91,12 +92,13 @@ class CifarNetwork(nn.Module):
         num_classes: int,
         in_channels: int,
         preactivation: bool,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
-        require_positive(num_classes=num_classes, in_channels=in_channels)
+        require_positive(num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)
         first, second, third = stage_channels
         self.preactivation = preactivation
-        self.conv1 = conv3x3(in_channels, stem_channels)
+        self.conv1 = _stem(in_channels, stem_channels, stem_stride)
         if not preactivation:
             self.bn1 = nn.BatchNorm2d(stem_channels)
         self.relu = nn.ReLU(inplace=True)
@@ -127,6 +129,14 @@ class CifarNetwork(nn.Module):
         return logits
 
 
+def _stem(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    if stride <= 2:
+        return conv3x3(in_channels, out_channels, stride)
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size=2 * stride - 1, stride=stride, padding=stride - 1, bias=False
+    )
+
+
 def _stage(block: MakeBlock, blocks: int, in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
     rest = [block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
     return nn.Sequential(block(in_channels, out_channels, stride), *rest)
@@ -143,6 +153,7 @@ def classic_network(
     num_classes: int,
     in_channels: int,
     preactivation: bool,
+    stem_stride: int = 1,
 ) -> CifarNetwork:
     """Build a network with the widths of He et al.: 16, 32 and 64 channels, four times that with bottlenecks."""
     require_positive(widen_factor=widen_factor)
@@ -158,4 +169,5 @@ def classic_network(
         num_classes=num_classes,
         in_channels=in_channels,
         preactivation=preactivation,
+        stem_stride=stem_stride,
     )

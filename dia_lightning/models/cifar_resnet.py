@@ -85,6 +85,7 @@ def cifar_resnet(
     widen_factor: int = 1,
     num_classes: int = 100,
     in_channels: int = 3,
+    stem_stride: int = 1,
 ) -> CifarNetwork:
     """Build a ResNet for small images with stages of 16, 32 and 64 channels (four times that with bottlenecks).
 
@@ -94,6 +95,8 @@ def cifar_resnet(
         widen_factor: multiplies the width of all stages.
         num_classes: number of classes.
         in_channels: channels of the images.
+        stem_stride: stride of the first convolution; 2 or 4 make a small backbone for larger images, as detectors
+            take them.
 
     Returns:
         A network from images ``[B, in_channels, H, W]``, H and W at least 8, to logits ``[B, num_classes]``.
@@ -120,6 +123,7 @@ def cifar_resnet(
         num_classes=num_classes,
         in_channels=in_channels,
         preactivation=False,
+        stem_stride=stem_stride,
     )
 
 

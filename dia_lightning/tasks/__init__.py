@@ -3,5 +3,6 @@
 from dia_lightning.tasks._load import load_task
 from dia_lightning.tasks.base import DIATask, NonFiniteLossError
 from dia_lightning.tasks.classification import ClassificationTask
+from dia_lightning.tasks.detection import DetectionTask
 
-__all__ = ["ClassificationTask", "DIATask", "NonFiniteLossError", "load_task"]
+__all__ = ["ClassificationTask", "DIATask", "DetectionTask", "NonFiniteLossError", "load_task"]

@@ -1,4 +1,4 @@
-"""How a task gets its network."""
+"""How a task's network gets its attention."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -8,8 +8,6 @@ from torch import nn
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.attention import attach
-from dia_lightning.models import get_model
-from dia_lightning.tasks._weights import load_weights
 
 # The command line knows networks by name only: from the types of objects its help would list every module of torch.
 if TYPE_CHECKING:
@@ -19,9 +17,8 @@ else:
     Backbone = Attention = str
 
 
-def build_network(
-    backbone: Backbone,
-    backbone_args: dict[str, Any],
+def attach_if_any(
+    network: nn.Module,
     attention: Attention | None,
     attention_args: dict[str, Any],
     *,
@@ -31,16 +28,13 @@ def build_network(
     sites: str | Sequence[str] | None,
     identity: bool,
     branch_norm: bool | None,
-    init_from: str | None,
-) -> nn.Module:
-    """Make a backbone, attach attention and load weights, in the order that keeps plain weights loadable.
+) -> None:
+    """Attach attention to a network, in place, or say that options for it are unused.
 
     Raises:
-        ValueError: if arguments are given for something that is not built here.
+        ValueError: if it cannot be attached.
     """
-    check_is_no_mark("backbone", backbone)
     check_is_no_mark("attention", attention)
-    network = get_model(backbone, **backbone_args) if isinstance(backbone, str) else backbone
     if attention is not None:
         attach(
             network,
@@ -57,6 +51,3 @@ def build_network(
         rank_zero_info(
             "attention is None: the network is plain, and attention_args, share, plug and identity are unused."
         )
-    if init_from is not None:
-        rank_zero_info(load_weights(network, init_from))
-    return network

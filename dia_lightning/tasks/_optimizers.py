@@ -82,7 +82,17 @@ def make_schedule(
     return SequentialLR(optimizer, [rise, main], [warmup_epochs])
 
 
-def check_schedule(name: Any, milestones: Sequence[int], gamma: float, warmup_epochs: int) -> None:
+def make_step_warmup(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Return a linear rise from a thousandth of the rate, to be stepped after every optimizer step.
+
+    It multiplies what the schedule of epochs sets, and both start from the full rate.
+
+    Source: torchvision, references/detection/engine.py
+    """
+    return LinearLR(optimizer, start_factor=1e-3, total_iters=steps)
+
+
+def check_schedule(name: Any, milestones: Sequence[int], gamma: float, warmup_epochs: int, warmup_steps: int) -> None:
     """Check the numbers of a schedule when a task is made, long before it is used.
 
     Raises:
@@ -96,6 +106,10 @@ def check_schedule(name: Any, milestones: Sequence[int], gamma: float, warmup_ep
         raise ValueError(f"gamma must be in (0, 1], got {gamma}.")
     if warmup_epochs < 0 or (milestones and warmup_epochs >= milestones[0]):
         raise ValueError(f"warmup_epochs must be 0 or more and end before the first milestone, got {warmup_epochs}.")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}.")
+    if warmup_steps > 0 and warmup_epochs > 0:
+        raise ValueError(f"Give warmup_epochs or warmup_steps, not both, got {warmup_epochs} and {warmup_steps}.")
     if name == "step" and not milestones:
         raise ValueError("schedule='step' needs milestones, the epochs at which lr is multiplied by gamma; got none.")
     if milestones and isinstance(name, str) and name != "step":

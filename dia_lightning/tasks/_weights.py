@@ -1,5 +1,6 @@
 """Weights from a file, without the rest of a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,49 @@ def load_weights(network: nn.Module, path: str) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is remote or damaged, or holds the weights of another network.
     """
-    weights = _backbone_weights(_read(path))
+    weights = _without_prefix(_state_dict(_read(path)), "backbone.")
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    outside = [name for name in layers if not _belongs_to_attention(name)]
+    return _load(network, weights, path, heads=outside[-1:])
+
+
+#: What depends on the number of classes in torchvision's detectors.
+_DETECTOR_HEADS = ("roi_heads.box_predictor", "roi_heads.mask_predictor", "head.classification_head")
+
+
+def load_detector_weights(detector: nn.Module, path: str) -> str:
+    """Load a detector's weights, or a classifier's into its backbone, and say what was loaded.
+
+    The file is read as :func:`load_weights` reads it. What depends on the number of classes keeps its start where that
+    number differs; of a classifier, what the backbone has not is left out.
+
+    Args:
+        detector: whose weights are replaced, in place.
+        path: the file.
+
+    Returns:
+        One sentence for the log.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is remote or damaged, or holds the weights of another network.
+    """
+    weights = _without_prefix(_state_dict(_read(path)), "detector.")
+    if any(key.startswith(("rpn.", "roi_heads.", "head.classification_head.")) for key in weights):
+        return _load(detector, weights, path, heads=_DETECTOR_HEADS)
+    pyramid: Any = detector.backbone
+    body = getattr(pyramid, "body", pyramid)
+    weights = _without_prefix(_without_prefix(weights, "backbone."), "features.")
+    children = {name for name, _ in body.named_children()}
+    kept = {key: value for key, value in weights.items() if key.partition(".")[0] in children}
+    return f"{_load(body, kept, path, heads=())} They are those of the backbone."
+
+
+def _load(network: nn.Module, weights: dict[str, Tensor], path: str, heads: Sequence[str]) -> str:
+    """Load weights into a network; those of the given heads may have other shapes."""
     own = network.state_dict()
     head = [key for key, value in weights.items() if key in own and own[key].shape != value.shape]
-    head_modules = {key.rpartition(".")[0] for key in head}
-    if len(head_modules) > 1 or (head and not _is_last(network, head_modules)):
+    if any(not key.startswith(tuple(f"{name}." for name in heads)) for key in head):
         raise ValueError(f"{path!r} holds another network: {_sizes(head, weights, own)}.")
     result = network.load_state_dict({key: value for key, value in weights.items() if key not in head}, strict=False)
     attention = [key for key in result.missing_keys if _belongs_to_attention(key)]
@@ -70,25 +109,23 @@ def _read(path: str) -> Any:
         raise ValueError(f"{path!r} is damaged or not a weights file ({type(error).__name__}: {error}).") from error
 
 
-def _backbone_weights(content: Any) -> dict[str, Tensor]:
+def _state_dict(content: Any) -> dict[str, Tensor]:
     for name in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError("The file holds no state dict: expected tensors by name, or a checkpoint with 'state_dict'.")
-    content = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile
-    own = {key.removeprefix("backbone."): value for key, value in content.items() if key.startswith("backbone.")}
-    return own or {key.removeprefix("module."): value for key, value in content.items()}
+    return {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile
+
+
+def _without_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights below a prefix, or all of them, without what DataParallel adds, if none is there."""
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    return own or {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 def _belongs_to_attention(key: str) -> bool:
     return any(part in ("dia", "branch_norm", "unit_norm") for part in key.split("."))
-
-
-def _is_last(network: nn.Module, modules: set[str]) -> bool:
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    outside = [name for name in layers if not _belongs_to_attention(name)]
-    return bool(outside) and modules == {outside[-1]}
 
 
 def _sizes(keys: list[str], weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:

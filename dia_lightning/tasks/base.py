@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from dia_lightning._hyperparameters import check_is_no_mark, primitive
-from dia_lightning.tasks._optimizers import check_optimizer, check_schedule, make_optimizer, make_schedule
+from dia_lightning.tasks._optimizers import (
+    check_optimizer,
+    check_schedule,
+    make_optimizer,
+    make_schedule,
+    make_step_warmup,
+)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -32,6 +38,8 @@ class DIATask(LightningModule):
         milestones: epochs at which ``"step"`` multiplies the rate by ``gamma``.
         gamma: factor in (0, 1].
         warmup_epochs: epochs of linear rise before the schedule.
+        warmup_steps: optimizer steps of linear rise at the start, usual in detection and diffusion; the schedule of
+            epochs goes on meanwhile.
 
     Raises:
         ValueError: if a number is out of its range or a name is unknown.
@@ -49,6 +57,7 @@ class DIATask(LightningModule):
         milestones: Sequence[int] = (),
         gamma: float = 0.1,
         warmup_epochs: int = 0,
+        warmup_steps: int = 0,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
@@ -64,13 +73,15 @@ class DIATask(LightningModule):
         }
         if isinstance(optimizer, str):
             check_optimizer(optimizer, lr=lr, **self._optimizer_args)
-        check_schedule(schedule, milestones, gamma, warmup_epochs)
+        check_schedule(schedule, milestones, gamma, warmup_epochs, warmup_steps)
         self._schedule = schedule
         self._milestones = [int(epoch) for epoch in milestones]
         self._gamma = float(gamma)
         self._warmup_epochs = warmup_epochs
+        self._warmup_steps = warmup_steps
         self._data: dict[str, Any] = {}
         self._last_finite_loss: Tensor | None = None
+        self._seen = 0
 
     # ---- construction
 
@@ -103,7 +114,7 @@ class DIATask(LightningModule):
     def setup(self, stage: str) -> None:
         """Take class names and normalisation from the data module, to keep them in the checkpoint."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        for name in ("class_names", "mean", "std", "image_shape"):
+        for name in ("class_names", "category_ids", "mean", "std", "image_shape"):
             value = getattr(datamodule, name, None)
             if value is not None:
                 self._data[name] = list(value)
@@ -126,10 +137,37 @@ class DIATask(LightningModule):
             rank_zero_warn(f"{message}. Results will differ from those of training.")
         self._data = {**stored, **self._data}
 
+    # ---- positions of images in their data set
+
+    def sample_index(self, images: Tensor | Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+        """Return the position ``[B]`` of each image; without it in the batch, count as Lightning deals out samples."""
+        if given:
+            return given[0]
+        position = self._seen + torch.arange(len(images), device=images[0].device)
+        self._seen += len(images)
+        return position * self.trainer.world_size + self.trainer.global_rank
+
+    def on_validation_epoch_start(self) -> None:
+        """Count images from the start."""
+        self._seen = 0
+
+    def on_test_epoch_start(self) -> None:
+        """Count images from the start."""
+        self._seen = 0
+
+    def on_predict_epoch_start(self) -> None:
+        """Count images from the start."""
+        self._seen = 0
+
     # ---- losses
 
-    def check_loss(self, loss: Tensor, batch_index: int) -> None:
+    def check_loss(self, loss: Tensor, batch_index: int, parts: Mapping[str, Tensor] | None = None) -> None:
         """Stop before a loss that is NaN or infinite reaches the weights.
+
+        Args:
+            loss: what is to be minimised.
+            batch_index: of the batch in its epoch, for the message.
+            parts: the terms of a sum, by name, so that the message can tell which of them it was.
 
         Raises:
             NonFiniteLossError: with the batch and the last finite loss.
@@ -138,9 +176,11 @@ class DIATask(LightningModule):
             self._last_finite_loss = loss.detach()
             return
         last = "none" if self._last_finite_loss is None else f"{self._last_finite_loss.item():.4g}"
+        wrong = [name for name, part in (parts or {}).items() if not torch.isfinite(part)]
+        cause = f" (from {', '.join(wrong)})" if wrong else ""
         raise NonFiniteLossError(
-            f"The loss is {loss.item()} at batch {batch_index} of epoch {self.current_epoch}; the last finite loss was "
-            f"{last}. Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this batch."
+            f"The loss is {loss.item()}{cause} at batch {batch_index} of epoch {self.current_epoch}; the last finite "
+            f"loss was {last}. Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this batch."
         )
 
     # ---- optimizers
@@ -164,11 +204,16 @@ class DIATask(LightningModule):
             )
         else:
             schedule = self._schedule(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+        schedules = [{"scheduler": schedule, "interval": "epoch"}]
+        if self._warmup_steps > 0:
+            warmup = make_step_warmup(optimizer, self._warmup_steps)
+            schedules.append({"scheduler": warmup, "interval": "step"})
+        return [optimizer], schedules
 
     def on_train_start(self) -> None:
         """Say so if a resumed schedule ends at another epoch than the training."""
-        schedule = self.lr_schedulers()
+        schedules = self.lr_schedulers()
+        schedule = schedules[0] if isinstance(schedules, list) else schedules
         main = schedule._schedulers[-1] if isinstance(schedule, SequentialLR) else schedule
         if isinstance(main, CosineAnnealingLR) and isinstance(self._schedule, str):
             end = main.T_max + self._warmup_epochs

@@ -2,13 +2,16 @@
 
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from dia_lightning.tasks._network import Attention, Backbone, build_network
+from dia_lightning._hyperparameters import check_is_no_mark
+from dia_lightning.models import get_model
+from dia_lightning.tasks._network import Attention, Backbone, attach_if_any
+from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
 
 
@@ -40,7 +43,8 @@ class ClassificationTask(DIATask):
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
         compile: compile the network when it first runs.
         **optimization: optimizer and schedule, as :class:`DIATask` takes them: ``optimizer``, ``lr``, ``momentum``,
-            ``nesterov``, ``weight_decay``, ``schedule``, ``milestones``, ``gamma``, ``warmup_epochs``.
+            ``nesterov``, ``weight_decay``, ``schedule``, ``milestones``, ``gamma``, ``warmup_epochs``,
+            ``warmup_steps``.
 
     Raises:
         ValueError: if a name is unknown, a number is out of its range, or ``num_classes`` is missing.
@@ -84,12 +88,13 @@ class ClassificationTask(DIATask):
         if backbone_args and "num_classes" in backbone_args:
             raise ValueError("backbone_args must not have num_classes: it is an argument of the task.")
         self.remember(arguments)
-        self._seen = 0
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        self.backbone = build_network(
-            backbone,
-            {"num_classes": num_classes, **(backbone_args or {})},
+        check_is_no_mark("backbone", backbone)
+        args = {"num_classes": num_classes, **(backbone_args or {})}
+        self.backbone = get_model(backbone, **args) if isinstance(backbone, str) else backbone
+        attach_if_any(
+            self.backbone,
             attention,
             attention_args or {},
             share=share,
@@ -98,8 +103,9 @@ class ClassificationTask(DIATask):
             sites=sites,
             identity=identity,
             branch_norm=branch_norm,
-            init_from=init_from,
         )
+        if init_from is not None:
+            rank_zero_info(load_weights(self.backbone, init_from))
         if compile:
             self.backbone.compile()  # in place, which keeps the names of the weights
         self.train_metrics = MetricCollection({"acc": self._accuracy("micro")}, prefix="train/")
@@ -153,7 +159,7 @@ class ClassificationTask(DIATask):
     def on_test_epoch_start(self) -> None:
         """Start a new confusion matrix."""
         self.confusion.reset()
-        self._count_from_the_start()
+        super().on_test_epoch_start()
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
@@ -167,13 +173,13 @@ class ClassificationTask(DIATask):
         images, *rest = (batch,) if isinstance(batch, Tensor) else batch
         # Loaders of other packages give labels as the second item.
         index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
-        return {"index": self._index(images, index), "probabilities": self(images).float().softmax(1)}
+        return {"index": self.sample_index(images, index), "probabilities": self(images).float().softmax(1)}
 
     def _evaluate(
         self, batch: tuple[Tensor, ...], loss: MeanMetric, metrics: list[Metric | MetricCollection]
     ) -> dict[str, Tensor]:
         images, labels, *rest = batch
-        index = self._index(images, rest)
+        index = self.sample_index(images, rest)
         logits = self(images).float()
         counts = index >= 0
         if counts.any():  # metrics refuse an empty batch
@@ -181,18 +187,3 @@ class ClassificationTask(DIATask):
             for metric in metrics:
                 metric.update(logits[counts], labels[counts])
         return {"index": index, "probabilities": logits.softmax(1)}
-
-    # ---- positions of images in their data set
-
-    def _index(self, images: Tensor, given: list[Tensor]) -> Tensor:
-        """Return the position [B] of each image; without it in the batch, count as Lightning deals out samples."""
-        if given:
-            return given[0]
-        position = self._seen + torch.arange(len(images), device=images.device)
-        self._seen += len(images)
-        return position * self.trainer.world_size + self.trainer.global_rank
-
-    def _count_from_the_start(self) -> None:
-        self._seen = 0
-
-    on_validation_epoch_start = on_predict_epoch_start = _count_from_the_start

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from dia_lightning.callbacks import DetectionGrid
 from dia_lightning.callbacks._pictures import log_picture
 from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
+from tests.callbacks.tiny_detector import TinyDetector, TinyScenes, by_index
 
 RED = Image.new("RGB", (7, 5), (200, 0, 0))
 
@@ -159,3 +162,66 @@ def test_an_offline_wandb_run_holds_the_pictures_and_the_scalars(tmp_path: Path)
     summary = json.loads(subprocess.check_output(command, env=environment))["summary"]
     assert {"train/loss", "val/acc"} <= set(summary)
     assert summary["val/predictions"]["filenames"] == [f"media/images/val/{media[-1].name}"]
+
+
+WANDB_DETECTION = """
+import sys
+from pathlib import Path
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from tests.callbacks.tiny_classifier import tiny_trainer
+from tests.callbacks.tiny_detector import TinyDetector, TinyScenes
+from dia_lightning.callbacks import DetectionGrid
+
+folder = Path(sys.argv[1])
+loggers = [WandbLogger(save_dir=folder, project="tiny", id="run8"), CSVLogger(folder, name="csv")]
+trainer = tiny_trainer(folder, DetectionGrid(num_images=3), logger=loggers)
+trainer.fit(TinyDetector(), datamodule=TinyScenes())
+"""
+
+
+def test_an_offline_wandb_run_holds_boxes_as_data(tmp_path: Path) -> None:
+    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", WANDB_DETECTION, str(tmp_path)], env=environment, cwd=tmp_path, check=True)
+    (run,) = (tmp_path / "wandb").glob("offline-run-*-run8")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)]
+    summary = json.loads(subprocess.check_output(command, env=environment))["summary"]
+    assert len(summary["val/detections"]["filenames"]) == 1
+    logged = summary["val/boxes"]
+    data = TinyScenes()
+    samples = [0, 2, 4]
+    height, width = (max(data.images[i].shape[side] for i in samples) for side in (1, 2))
+    assert (logged["height"], logged["width"]) == (height, width)
+    for sample, file, groups in zip(samples, logged["filenames"], logged["all_boxes"], strict=True):
+        image = data.images[sample]
+        shown = pixels(run / "files" / file)
+        assert shown.shape == (height, width, 3)
+        expected = (image.permute(1, 2, 0) * 255).numpy()
+        np.testing.assert_allclose(shown[: image.shape[1], : image.shape[2]], expected, atol=1)
+        content = {key: json.loads((run / "files" / group["path"]).read_text()) for key, group in groups.items()}
+        assert_boxes_are_those_of(content, sample)
+
+
+def assert_boxes_are_those_of(content: dict[str, Any], sample: int) -> None:
+    expected = by_index(sample)
+    for key, count in (("ground_truth", len(expected["boxes"])), ("predictions", min(len(expected["boxes"]), 1))):
+        boxes = content[key]["box_data"]
+        assert content[key]["class_labels"] == {"1": "cat", "2": "dog, small", "3": "owl"}
+        assert [list(box["position"].values()) for box in boxes] == expected["boxes"][:count].tolist()
+        assert [list(box["position"]) for box in boxes] == [["minX", "minY", "maxX", "maxY"]] * count
+        assert [box["class_id"] for box in boxes] == expected["labels"][:count].tolist()
+        assert [box["domain"] for box in boxes] == ["pixel"] * count
+        scores = [{"score": 0.875}] * count if key == "predictions" else [None] * count
+        assert [box.get("scores") for box in boxes] == scores
+
+
+class LoggerOfPictures(CSVLogger):
+    """Takes pictures, but knows no boxes."""
+
+    def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
+        self.keys = [*getattr(self, "keys", []), key]
+
+
+def test_loggers_without_boxes_get_the_picture_alone(tmp_path: Path) -> None:
+    logger = LoggerOfPictures(tmp_path)
+    tiny_trainer(tmp_path, DetectionGrid(), logger=logger).fit(TinyDetector(), datamodule=TinyScenes())
+    assert logger.keys == ["val/detections"]

@@ -2,7 +2,6 @@ import io
 import pickle
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jsonargparse
@@ -23,7 +22,7 @@ from dia_lightning.datamodules import (
     SampleError,
 )
 from tests.datamodules.conftest import Kind
-from tests.datamodules.tiny_data import pixels, samples_of, write_fashion_mnist
+from tests.datamodules.tiny_data import pixels, pretend_ranks, samples_of, write_fashion_mnist
 
 COMMON = {
     "root": None,
@@ -52,12 +51,6 @@ def _make(kind: Kind, **options: Any) -> ClassificationDataModule:
 
 def _tiny(**options: Any) -> DigitsDataModule:
     return DigitsDataModule(**{"image_size": 8, "channels": 1, "batch_size": 16, "pin_memory": False, **options})
-
-
-def _pretend_ranks(data: ClassificationDataModule, ranks: int, rank: int) -> None:
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer: Any = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=ranks, strategy=strategy)
-    data.trainer = trainer
 
 
 # Every data module
@@ -293,7 +286,7 @@ def test_workers_share_the_cpus_of_the_machine(tmp_path: Path, monkeypatch: pyte
     assert data.test_dataloader().num_workers == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert data.test_dataloader().num_workers == 2
-    _pretend_ranks(data, ranks=8, rank=0)
+    pretend_ranks(data, ranks=8, rank=0)
     assert data.test_dataloader().num_workers == 0
 
 
@@ -312,7 +305,7 @@ def test_ranks_together_see_every_sample_once_and_mark_the_rest(ranks: int) -> N
     seen, batches = [], set()
     for rank in range(ranks):
         data = _tiny(val_split=251)
-        _pretend_ranks(data, ranks, rank)
+        pretend_ranks(data, ranks, rank)
         data.setup("validate")
         indices = [index for _, _, index in data.val_dataloader()]
         seen += torch.cat(indices).tolist()
@@ -457,7 +450,7 @@ def test_training_set_smaller_than_a_batch_is_refused() -> None:
 
 def test_training_set_smaller_than_a_batch_per_process_is_refused() -> None:
     data = _tiny(limit=20)
-    _pretend_ranks(data, ranks=2, rank=0)
+    pretend_ranks(data, ranks=2, rank=0)
     with pytest.raises(ValueError, match=r"\(10 per process\)"):
         data.setup("fit")
 

@@ -4,11 +4,14 @@ import hashlib
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -30,6 +33,13 @@ def samples_of(loader: DataLoader[Any]) -> list[Any]:
     """Return the samples of a loader's dataset, in order and one by one."""
     dataset: Any = loader.dataset
     return [dataset[i] for i in range(len(dataset))]
+
+
+def pretend_ranks(data: LightningDataModule, ranks: int, rank: int) -> None:
+    """Make a data module believe that it is one of several processes of a run."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=ranks, strategy=strategy)
+    data.trainer = trainer
 
 
 def _write(folder: Path, name: str, content: bytes) -> tuple[str, str]:

@@ -1,0 +1,111 @@
+"""The annotated objects of a split as columns, and images in files together with them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dia_lightning.datamodules.sources import FileSource
+
+Segmentation = Any
+"""What COCO has for a mask: polygons, or a dict with run lengths."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """All objects of a split, one row each; columns, because loader workers share them without copying.
+
+    Args:
+        image: position of the image of each object ``[M]``.
+        boxes: x1, y1, x2, y2 in pixels ``[M, 4]`` float64.
+        labels: 1 to K ``[M]``.
+        iscrowd: 1 for what is neither a hit nor a miss, else 0 ``[M]``.
+        area: in pixels, NaN where it is that of the mask, or else of the box ``[M]``.
+        ids: what a person can find each object by ``[M]``, see ``id_name``.
+        id_name: what ``ids`` are, such as ``"annotation"``.
+        segmentations: one per object, or ``None`` where no masks are wanted.
+    """
+
+    image: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float64]
+    labels: npt.NDArray[np.int64]
+    iscrowd: npt.NDArray[np.int64]
+    area: npt.NDArray[np.float64]
+    ids: npt.NDArray[np.int64]
+    id_name: str
+    segmentations: list[Segmentation] | None = None
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def rows(self, chosen: npt.NDArray[np.int64]) -> "Objects":
+        """Return some of the objects, in the order of their positions."""
+        columns = {name: getattr(self, name)[chosen] for name in ("image", "boxes", "labels", "iscrowd", "area", "ids")}
+        kept = None if self.segmentations is None else [self.segmentations[row] for row in chosen]
+        return replace(self, **columns, segmentations=kept)
+
+
+class AnnotatedFiles(FileSource):
+    """Image files with objects.
+
+    Args:
+        paths: the files.
+        sizes: width and height of every file as the annotations have it ``[N, 2]``.
+        objects: good objects only, see :func:`check_boxes`.
+        image_ids: id of every image in the user's annotation file; ``None`` means position + 1.
+        decode: makes masks ``[n, H, W]`` uint8 of n segmentations, height and width; needed if there are any.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        sizes: npt.NDArray[np.int64],
+        objects: Objects,
+        image_ids: Sequence[int] | None = None,
+        decode: Callable[[list[Segmentation], int, int], npt.NDArray[np.uint8]] | None = None,
+    ) -> None:
+        super().__init__(paths, channels=3)
+        self._sizes = sizes
+        self._objects = objects.rows(np.argsort(objects.image, kind="stable"))
+        self._starts = np.searchsorted(self._objects.image, np.arange(len(paths) + 1))
+        self._image_ids = image_ids
+        self._decode = decode
+
+    def image(self, position: int) -> Image.Image:
+        """Read one file and compare its size with that of the annotations."""
+        image = super().image(position)
+        width, height = self._sizes[position]
+        if image.size != (width, height):
+            raise ValueError(
+                f"the image has {image.width} x {image.height} pixels, but its annotations say {width} x {height}, so "
+                "its boxes cannot be trusted"
+            )
+        return image
+
+    def target(self, position: int) -> dict[str, Tensor]:
+        """Return the objects of one image: boxes, labels, iscrowd, area, and masks if there are any."""
+        objects = self._objects.rows(np.arange(self._starts[position], self._starts[position + 1]))
+        boxes = objects.boxes
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        target: dict[str, Tensor] = {}
+        if objects.segmentations is not None and self._decode is not None:
+            width, height = self._sizes[position]
+            masks = self._decode(objects.segmentations, int(height), int(width))
+            area = masks.sum((1, 2), dtype=np.float64)
+            target["masks"] = torch.from_numpy(masks)
+        return target | {
+            "boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "labels": torch.from_numpy(objects.labels),
+            "iscrowd": torch.from_numpy(objects.iscrowd),
+            "area": torch.from_numpy(np.where(np.isnan(objects.area), area, objects.area).astype(np.float32)),
+        }
+
+    def image_id(self, position: int) -> int:
+        """Return the id of an image in the user's annotation file."""
+        return position + 1 if self._image_ids is None else self._image_ids[position]

@@ -1,0 +1,185 @@
+"""Images with boxes and masks in COCO's format."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dia_lightning.datamodules._coco_file import CocoFile, read_coco
+from dia_lightning.datamodules._coco_masks import decode_masks
+from dia_lightning.datamodules._images import image_size
+from dia_lightning.datamodules.base import Split
+from dia_lightning.datamodules.detection import DetectionDataModule
+from dia_lightning.datamodules.sources import Source
+
+_NAMED = 3  # how many missing files a message names
+
+
+class CocoDetectionDataModule(DetectionDataModule):
+    """Images in folders and annotations in COCO's format; by default as COCO 2017 is unpacked.
+
+    Labels 1..K are the categories of the training file in the order of their ids, which may have gaps or start at 0;
+    the other files must have the same categories. Images without annotations are kept. Every claim of a file is checked
+    when it is opened. Without ``val_annotations`` the validation part is drawn from the training set by ``val_split``;
+    without ``test_annotations`` the validation part is tested on. Without the training file the classes are those of
+    the checkpoint that is used.
+
+    Args:
+        train_annotations: json file, relative to ``root``.
+        train_images: folder that the ``file_name`` of the training file are in, relative to ``root``.
+        val_annotations: json file for validation; ``None`` if there is none.
+        val_images: folder of its images.
+        test_annotations: json file for testing; ``None`` if there is none.
+        test_images: folder of its images.
+        masks: whether targets have masks; every annotation must have a segmentation then.
+        **common: as :class:`DetectionDataModule` takes them.
+
+    Source: https://cocodataset.org/#format-data
+    """
+
+    def __init__(
+        self,
+        *,
+        train_annotations: str = "annotations/instances_train2017.json",
+        train_images: str = "train2017",
+        val_annotations: str | None = "annotations/instances_val2017.json",
+        val_images: str | None = "val2017",
+        test_annotations: str | None = None,
+        test_images: str | None = None,
+        masks: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if val_annotations is not None:
+            self._refuse_val_split(f"val_annotations={val_annotations}")
+        self._places: dict[Split, tuple[Path, Path]] = {}
+        given: dict[Split, tuple[str | None, str | None]] = {
+            "train": (train_annotations, train_images),
+            "val": (val_annotations, val_images),
+            "test": (test_annotations, test_images),
+        }
+        for split, (annotations, images) in given.items():
+            if annotations is not None and images is None:
+                raise ValueError(f"{split}_images must be the folder of the images of {annotations}, got None.")
+            if annotations is not None and images is not None:
+                self._places[split] = self.root / annotations, self.root / images
+        self.masks = masks
+        self._files: dict[Split, CocoFile] = {}
+        self._restored: dict[int, str] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Return the names of the categories, in the order of their ids."""
+        return list(self._categories().values())
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Return the ids of the categories; 1..K where only their names are known from a checkpoint."""
+        return list(self._categories())
+
+    def load_split(self, split: Split) -> Source | None:
+        """Read and check the annotations of a split, and look for its images."""
+        if split not in self._places:
+            return None
+        file, folder = self._file(split), self._places[split][1]
+        self._check_categories(file)
+        paths = _image_paths(file, folder)
+        return self._annotated_files(
+            split,
+            file.objects,
+            paths=paths,
+            sizes=_known_sizes(file.sizes, paths),
+            where=file.path,
+            image_ids=file.image_ids,
+            decode=decode_masks,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the class mapping, so that a checkpoint knows what its outputs mean."""
+        return {"class_names": self.class_names, "category_ids": self.category_ids}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the class mapping of a checkpoint.
+
+        Raises:
+            ValueError: if the annotation files have another one.
+        """
+        self._restored = dict(zip(state_dict["category_ids"], state_dict["class_names"], strict=True))
+        self.trained_classes = list(self._restored.values())
+        if self._places["train"][0].is_file():
+            self._file("train")
+        for file in self._files.values():
+            _check_same(file, self._restored, "the checkpoint")
+
+    def _categories(self) -> dict[int, str]:
+        if self._places["train"][0].is_file():
+            return self._file("train").categories
+        if self._restored is not None:
+            return self._restored
+        if self.trained_classes is None:
+            raise self._missing("train")
+        for split in ("val", "test"):
+            if split in self._places and self._places[split][0].is_file():
+                categories = self._file(split).categories
+                if list(categories.values()) == self.trained_classes:
+                    return categories
+        return dict(enumerate(self.trained_classes, start=1))
+
+    def _check_categories(self, file: CocoFile) -> None:
+        trained = self._places["train"][0]
+        _check_same(file, self._categories(), str(trained) if trained.is_file() else "the checkpoint")
+
+    def _file(self, split: Split) -> CocoFile:
+        if split not in self._files:
+            path = self._places[split][0]
+            if not path.is_file():
+                raise self._missing(split)
+            self._files[split] = read_coco(path, masks=self.masks)
+        return self._files[split]
+
+    def _missing(self, split: Split) -> FileNotFoundError:
+        return FileNotFoundError(
+            f"{self._places[split][0]} is not a file: expected annotations in COCO's format there (option "
+            f"{split}_annotations, relative to root), and their images in {self._places[split][1]} ({split}_images). "
+            "COCO cannot be downloaded from here; unpack its 2017 zip files from https://cocodataset.org/#download in "
+            f"root={self.root} (the argument, else $DIA_DATA, else ~/.cache/dia_lightning)."
+        )
+
+
+def _check_same(file: CocoFile, categories: dict[int, str], where: str) -> None:
+    if file.categories != categories:
+        here, there = (sorted(a.items() - b.items()) for a, b in _both_ways(file.categories, categories))
+        only = [f"{place} has {_named(pairs)}" for place, pairs in ((str(file.path), here), (where, there)) if pairs]
+        raise ValueError(f"{file.path} has other categories than {where}: {', '.join(only)}.")
+
+
+def _both_ways(a: dict[int, str], b: dict[int, str]) -> Sequence[tuple[dict[int, str], dict[int, str]]]:
+    return (a, b), (b, a)
+
+
+def _named(categories: list[tuple[int, str]]) -> str:
+    return ", ".join(f"{number} {name}" for number, name in categories)
+
+
+def _image_paths(file: CocoFile, folder: Path) -> list[str]:
+    # As text: a Path for each of COCO's 118,000 images would take seconds.
+    inside = os.path.normpath(folder) + os.sep
+    paths = [os.path.normpath(os.path.join(folder, name)) for name in file.file_names]
+    for name, path in zip(file.file_names, paths, strict=True):
+        if not path.startswith(inside):
+            raise ValueError(f"{file.path} has file_name {name!r}, which leads out of {folder}.")
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        more = ", ..." if len(missing) > _NAMED else ""
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} images of {file.path} are not there: {', '.join(missing[:_NAMED])}{more}."
+        )
+    return paths
+
+
+def _known_sizes(sizes: npt.NDArray[np.int64], paths: Sequence[str]) -> npt.NDArray[np.int64]:
+    known = [image_size(path) if 0 in size else size for size, path in zip(sizes.tolist(), paths, strict=True)]
+    return np.array(known, dtype=np.int64)

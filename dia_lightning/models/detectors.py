@@ -1,0 +1,168 @@
+"""Detectors of torchvision on any backbone of the factory."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from torch import nn
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from dia_lightning.models._feature_pyramid import Level, PyramidBackbone, feature_body, freeze, freeze_norms
+
+Detector = Literal["fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssdlite"]
+_CLASSES: dict[str, Callable[..., nn.Module]] = {
+    "fasterrcnn": FasterRCNN,
+    "maskrcnn": MaskRCNN,
+    "retinanet": RetinaNet,
+    "fcos": FCOS,
+}
+_SSDLITE_BACKBONE = "torchvision/mobilenet_v3_large"
+#: Arguments of torchvision's classes that are made here.
+_MADE_HERE = {
+    "self", "backbone", "num_classes", "rpn_anchor_generator", "rpn_head", "anchor_generator", "head", "kwargs",
+    "box_roi_pool", "box_head", "box_predictor", "mask_roi_pool", "mask_head", "mask_predictor", "proposal_matcher",
+}  # fmt: skip
+
+
+def get_detector(
+    detector: Detector,
+    backbone: str | nn.Module,
+    *,
+    num_classes: int,
+    backbone_args: dict[str, Any] | None = None,
+    trainable_layers: int | None = None,
+    frozen_norm: bool = False,
+    fpn_channels: int = 256,
+    anchor_sizes: Sequence[Sequence[int]] | None = None,
+    representation_size: int = 1024,
+    **detector_args: Any,
+) -> nn.Module:
+    """Build a detector of torchvision on a backbone, with fresh weights unless ``backbone_args`` ask for others.
+
+    With ``torchvision/resnet50`` and the defaults, the network and the names of its weights are those of torchvision's
+    ``fasterrcnn_resnet50_fpn``, ``maskrcnn_resnet50_fpn``, ``retinanet_resnet50_fpn`` and ``fcos_resnet50_fpn``.
+
+    Args:
+        detector: ``"fasterrcnn"``, ``"maskrcnn"`` (with masks), ``"retinanet"``, ``"fcos"``, or ``"ssdlite"``, which
+            torchvision builds on ``torchvision/mobilenet_v3_large`` and 320x320 pixels only.
+        backbone: a name that :func:`get_model` knows and that has stages of falling resolution, or such a network, or a
+            module with ``out_channels`` that returns feature maps by name, which is then used as it is.
+        num_classes: number of kinds of objects, K, without the background.
+        backbone_args: further arguments of a named backbone, for example ``{"weights": "DEFAULT"}``.
+        trainable_layers: how many layers of the backbone are trained, counted from the end as torchvision does: each
+            stage is one and the stem is one. ``None`` trains all.
+        frozen_norm: keep the statistics and weights of the backbone's batch norms as they are; usual with pretrained
+            backbones and batches of few images.
+        fpn_channels: width of the feature pyramid.
+        anchor_sizes: sides of the anchors in pixels, per map of the pyramid. ``None`` takes them from the strides: 8
+            strides for R-CNNs, 4 strides and two sizes between for RetinaNet, the stride for FCOS.
+        representation_size: width of the two linear layers of an R-CNN's box head.
+        **detector_args: what torchvision's class takes, for example ``min_size``, ``max_size``,
+            ``box_detections_per_img`` (R-CNNs) or ``score_thresh`` (others).
+
+    Returns:
+        A network that maps a list of images ``[3, H, W]`` in [0, 1], and in training targets, to losses (training) or
+        detections. Labels are 1..K.
+
+    Raises:
+        ValueError: if a name is unknown, or an argument does not fit.
+
+    Example:
+        >>> import torch
+        >>> network = get_detector("fcos", "cifar_resnet", num_classes=3, backbone_args={"depth": 11}, min_size=64)
+        >>> [sorted(found) for found in network.eval()([torch.rand(3, 64, 96)])]
+        [['boxes', 'labels', 'scores']]
+    """
+    if detector not in get_args(Detector):
+        raise ValueError(f"detector must be one of {', '.join(get_args(Detector))}, got {detector!r}.")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be 1 or more, without the background, got {num_classes}.")
+    if detector == "ssdlite":
+        return _ssdlite(backbone, num_classes, backbone_args or {}, trainable_layers, frozen_norm, detector_args)
+    _check_arguments(detector, detector_args)
+    is_rcnn = detector in ("fasterrcnn", "maskrcnn")
+    extra = LastLevelMaxPool() if is_rcnn else LastLevelP6P7(fpn_channels, fpn_channels)
+    if isinstance(backbone, nn.Module) and hasattr(backbone, "out_channels"):
+        return _CLASSES[detector](backbone, num_classes + 1, **detector_args)
+    body, levels = feature_body(backbone, backbone_args or {}, count=4 if is_rcnn else 3)
+    if frozen_norm:
+        freeze_norms(body)
+    if trainable_layers is not None:
+        freeze(body, trainable_layers)
+    pyramid = PyramidBackbone(body, levels, fpn_channels, extra)
+    anchors = _anchors(detector, levels, anchor_sizes)
+    if not is_rcnn:
+        return _CLASSES[detector](pyramid, num_classes + 1, anchor_generator=anchors, **detector_args)
+    names = [str(index) for index in range(len(levels))]
+    pools = {"box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)}
+    if detector == "maskrcnn":
+        pools["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+    network = _CLASSES[detector](pyramid, num_classes + 1, rpn_anchor_generator=anchors, **pools, **detector_args)
+    if representation_size != 1024:  # what torchvision has fixed
+        heads: Any = network.roi_heads
+        heads.box_head = TwoMLPHead(fpn_channels * 7**2, representation_size)
+        heads.box_predictor = FastRCNNPredictor(representation_size, num_classes + 1)
+    return network
+
+
+def _ssdlite(
+    backbone: str | nn.Module,
+    num_classes: int,
+    backbone_args: dict[str, Any],
+    trainable_layers: int | None,
+    frozen_norm: bool,
+    args: dict[str, Any],
+) -> nn.Module:
+    if backbone != _SSDLITE_BACKBONE or frozen_norm:
+        name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        raise ValueError(
+            f"ssdlite is built by torchvision on {_SSDLITE_BACKBONE} with batch norms that are trained, got {name} and "
+            f"frozen_norm={frozen_norm}. Take that backbone, or another detector."
+        )
+    weights = {"weights_backbone": backbone_args["weights"]} if "weights" in backbone_args else {}
+    rest = {name: value for name, value in backbone_args.items() if name != "weights"}
+    try:
+        network: nn.Module = ssdlite320_mobilenet_v3_large(
+            weights=None,
+            num_classes=num_classes + 1,
+            trainable_backbone_layers=trainable_layers,
+            **{"weights_backbone": None, **weights},
+            **rest,
+            **args,
+        )
+        return network
+    except TypeError as error:
+        raise ValueError(f"ssdlite: {error}. It takes, for example, score_thresh and detections_per_img.") from error
+
+
+def _anchors(detector: Detector, levels: Sequence[Level], sizes: Sequence[Sequence[int]] | None) -> AnchorGenerator:
+    """Return torchvision's anchors, which grow with the strides."""
+    strides = [level.stride for level in levels]
+    coarser = 1 if detector in ("fasterrcnn", "maskrcnn") else 2  # maps that the extra blocks add
+    strides += [strides[-1] * 2 ** (step + 1) for step in range(coarser)]
+    if detector == "fcos":
+        chosen = [[stride] for stride in strides]
+    elif detector == "retinanet":
+        chosen = [[int(4 * stride * 2 ** (third / 3)) for third in range(3)] for stride in strides]
+    else:
+        chosen = [[8 * stride] for stride in strides]
+    if sizes is not None:
+        if len(sizes) != len(chosen) or len({len(sides) for sides in sizes}) != 1:
+            raise ValueError(
+                f"anchor_sizes must be {len(chosen)} lists of equal length, one per map of the pyramid, for example "
+                f"{chosen}; got {[list(sides) for sides in sizes]}."
+            )
+        chosen = [list(sides) for sides in sizes]
+    ratios = (1.0,) if detector == "fcos" else (0.5, 1.0, 2.0)
+    return AnchorGenerator(tuple(tuple(sides) for sides in chosen), (ratios,) * len(chosen))
+
+
+def _check_arguments(detector: Detector, given: dict[str, Any]) -> None:
+    accepted = [name for name in inspect.signature(_CLASSES[detector]).parameters if name not in _MADE_HERE]
+    for name in given:
+        if name not in accepted:
+            raise ValueError(f"{detector} does not take {name!r}, it takes: {', '.join(accepted)}.")

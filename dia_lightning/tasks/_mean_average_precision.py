@@ -1,0 +1,146 @@
+"""COCO's mean average precision, the same in one process and in many."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torchmetrics.detection import MeanAveragePrecision as _MeanAveragePrecision
+
+from dia_lightning._coco_tools import coco_backend
+
+_PER_IMAGE = (
+    "detection_box",
+    "detection_mask",
+    "detection_scores",
+    "detection_labels",
+    "groundtruth_box",
+    "groundtruth_mask",
+    "groundtruth_labels",
+    "groundtruth_crowds",
+    "groundtruth_area",
+)
+
+
+class Scores(NamedTuple):
+    """What an epoch of evaluation gives.
+
+    Attributes:
+        overall: values in [0, 1] by torchmetrics' names (``map``, ``map_50``, ``mar_100``, ...), those of masks with
+            ``mask_`` before them. What is not defined, for want of objects, is left out.
+        per_class: average precision by label.
+    """
+
+    overall: dict[str, float]
+    per_class: dict[int, float]
+
+
+class MeanAveragePrecision(_MeanAveragePrecision):
+    """torchmetrics' ``MeanAveragePrecision``, exact in distributed runs.
+
+    torchmetrics gathers every tensor of every image on its own, which hangs as soon as two ranks have different numbers
+    of images, and evaluates on every rank. Here each rank sends what it has once, rank zero puts the images in the
+    order of their index, each once, and evaluates, and all ranks get its answer.
+
+    Args:
+        masks: whether masks are scored beside boxes.
+
+    Raises:
+        ImportError: if neither faster-coco-eval nor pycocotools is installed.
+    """
+
+    index: list[Tensor]
+
+    def __init__(self, *, masks: bool) -> None:
+        super().__init__(
+            iou_type=("bbox", "segm") if masks else "bbox",
+            class_metrics=True,
+            # pycocotools' own in float64: torchmetrics rounds them to float32, which moves mAP by up to 5e-4
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            backend=coco_backend(),
+            sync_on_compute=False,
+        )
+        self.warn_on_many_detections = False  # only the best 100 count, as COCO has it
+        self.add_state("index", default=[], dist_reduce_fx=None)
+
+    def add(
+        self, detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]], index: Tensor
+    ) -> None:
+        """Add the images of a batch; those of index -1 only fill it up and are left out.
+
+        Args:
+            detections: of B images.
+            targets: of the same images.
+            index: position in the data set ``[B]``.
+
+        Raises:
+            ValueError: if a score or a box is not finite.
+        """
+        for found, true, position in zip(detections, targets, index.tolist(), strict=True):
+            if position < 0:
+                continue
+            if not (torch.isfinite(found["scores"]).all() and torch.isfinite(found["boxes"]).all()):
+                raise ValueError(
+                    f"The network gives scores or boxes that are not finite for image {position}: its weights are not "
+                    "finite, or the image is not. Take an earlier checkpoint or a lower lr."
+                )
+            self.update([_prepared(found)], [_prepared(true)])
+            self.index.append(torch.tensor(position))
+
+    def compute(self) -> Scores:  # type: ignore[override]
+        """Return the scores of all images of all ranks; call it on every rank."""
+        own = {int(position): self._record(place) for place, position in enumerate(self.index)}
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self._evaluate(own)
+        gathered: list[dict[int, Any]] = [{}] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, own)
+        answer: list[Any] = [None]
+        if distributed.get_rank() == 0:
+            try:
+                answer = [self._evaluate({key: record for part in gathered for key, record in part.items()})]
+            except Exception as error:  # else the other ranks would wait for ever
+                answer = [error]
+        distributed.broadcast_object_list(answer)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        scores: Scores = answer[0]
+        return scores
+
+    def _record(self, place: int) -> dict[str, Any]:
+        return {name: getattr(self, name)[place] for name in _PER_IMAGE if getattr(self, name)}
+
+    def _evaluate(self, images: dict[int, dict[str, Any]]) -> Scores:
+        if not images:
+            return Scores({}, {})
+        kept = {name: getattr(self, name) for name in _PER_IMAGE}
+        ordered = [images[position] for position in sorted(images)]  # equal scores count in the order of images
+        try:
+            for name in ordered[0]:
+                setattr(self, name, [record[name] for record in ordered])
+            return _scores(super().compute())
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+
+
+def _prepared(item: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of one image on the CPU, with masks as the metric takes them."""
+    tensors = {name: value.detach().cpu() for name, value in item.items() if isinstance(value, Tensor)}
+    if "masks" in tensors and tensors["masks"].is_floating_point():  # probabilities [N, 1, H, W]
+        tensors["masks"] = (tensors["masks"] >= 0.5).squeeze(1)
+    return tensors
+
+
+def _scores(values: dict[str, Tensor]) -> Scores:
+    both = any(name.startswith("segm_") for name in values)
+    overall = {}
+    for name, value in values.items():
+        if name == "classes" or name.endswith("_per_class") or float(value) < 0:
+            continue
+        overall[name.replace("bbox_", "").replace("segm_", "mask_")] = float(value)
+    precision = values["bbox_map_per_class" if both else "map_per_class"].reshape(-1).tolist()
+    labels = values["classes"].reshape(-1).tolist()
+    per_class = {int(label): value for label, value in zip(labels, precision, strict=False) if value >= 0}
+    return Scores(overall, per_class)

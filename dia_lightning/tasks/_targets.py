@@ -1,0 +1,59 @@
+"""What a detector must be told about a batch, checked before torchvision trains on it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Target: TypeAlias = Mapping[str, Any]
+
+
+def check_targets(targets: Sequence[Target], *, num_classes: int, masks: bool) -> None:
+    """Refuse targets that would crash the process, or train on nonsense without an error.
+
+    Args:
+        targets: of a batch.
+        num_classes: number of classes without the background, K.
+        masks: whether masks are needed.
+
+    Raises:
+        ValueError: if a key is missing, a label is not in 1..K, or a box is not finite or has no extent.
+    """
+    for position, target in enumerate(targets):
+        needed = {"boxes", "labels", *(["masks"] if masks else [])}
+        missing = sorted(needed - set(target))
+        if missing:
+            hint = " Set masks=True of the data module." if missing == ["masks"] else ""
+            raise ValueError(f"The target of image {position} of the batch has no {', '.join(missing)}.{hint}")
+        if len(target["boxes"]) != len(target["labels"]):
+            raise ValueError(
+                f"Image {position} of the batch has {len(target['boxes'])} boxes and {len(target['labels'])} labels, "
+                "but each box needs one label."
+            )
+    boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets])
+    labels = torch.cat([target["labels"] for target in targets])
+    good_boxes = torch.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    good_labels = (labels >= 1) & (labels <= num_classes)
+    if bool((good_boxes & good_labels).all()):  # waits for the device once
+        return
+    if not good_labels.all():
+        raise ValueError(
+            f"Label {int(labels[~good_labels][0])} in {_place(targets, good_labels)}: labels must be 1 to "
+            f"{num_classes} (num_classes), because 0 is the background."
+        )
+    raise ValueError(
+        f"Box {boxes[~good_boxes][0].tolist()} in {_place(targets, good_boxes)}: boxes must be finite (x1, y1, x2, y2) "
+        "with x1 < x2 and y1 < y2. Data modules of this package drop others with on_bad_box='drop'."
+    )
+
+
+def _place(targets: Sequence[Target], good: Tensor) -> str:
+    """Return the image of the first box that is not good."""
+    number = int(torch.nonzero(~good)[0])
+    for position, target in enumerate(targets):
+        if number < len(target["boxes"]):
+            name = target.get("image_id")
+            return f"image {position} of the batch" + ("" if name is None else f" (image_id {int(name)})")
+        number -= len(target["boxes"])
+    raise AssertionError("the box is in none of the images")

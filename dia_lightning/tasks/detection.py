@@ -1,0 +1,260 @@
+"""Object detection and instance segmentation."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torchvision.models.detection import MaskRCNN
+
+from dia_lightning._hyperparameters import check_is_no_mark
+from dia_lightning.models.detectors import Detector, get_detector
+from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision
+from dia_lightning.tasks._network import Attention, Backbone, attach_if_any
+from dia_lightning.tasks._targets import Target, check_targets
+from dia_lightning.tasks._weights import load_detector_weights
+from dia_lightning.tasks.base import DIATask
+
+if TYPE_CHECKING:
+    NamedDetector: TypeAlias = Detector | nn.Module
+else:
+    NamedDetector = Detector  # what the command line knows
+
+Detections: TypeAlias = list[dict[str, Tensor]]
+
+
+class DetectionTask(DIATask):
+    """Trains a detector of torchvision on any backbone, with or without attention.
+
+    Logged: ``train/loss`` and each of its terms by torchvision's name (``train/loss_classifier``, ...); ``val/`` and
+    ``test/`` followed by COCO's scores in [0, 1]: ``map`` (mean over IoU 0.5 to 0.95), ``map_50``, ``map_75``,
+    ``map_small``, ``map_medium``, ``map_large``, ``mar_1``, ``mar_10``, ``mar_100``, ... and ``ap/<class>``. Mask
+    R-CNN has the same for masks as ``mask_map``, ... A score that is not defined, for want of such objects, is not
+    logged.
+
+    Batches are those of :class:`~dia_lightning.datamodules.DetectionDataModule`: ``(images, targets)``, in validation
+    and test with the position of each image in its data set as a third item, where -1 marks an image that only fills up
+    the batch of a distributed run and is not counted. Images are a list of tensors ``[3, H, W]`` in [0, 1]; a target
+    has ``boxes [N, 4]`` (x1, y1, x2, y2 in pixels), ``labels [N]`` in 1..K and for Mask R-CNN ``masks [N, H, W]``.
+
+    Args:
+        detector: ``"fasterrcnn"``, ``"maskrcnn"``, ``"retinanet"``, ``"fcos"`` or ``"ssdlite"``, see
+            :func:`~dia_lightning.models.detectors.get_detector`; or a detector with torchvision's interface, which needs no
+            ``backbone``.
+        backbone: name of a network (see ``dia-lightning models``), or a network.
+        num_classes: number of kinds of objects K, without the background.
+        backbone_args: further arguments of a named backbone, for example ``{"weights": "DEFAULT"}``; without them
+            nothing is downloaded.
+        detector_args: further arguments of a named detector, for example ``{"min_size": 480, "fpn_channels": 64}``.
+        trainable_layers: how many layers of the backbone are trained, counted from the end, the stem being one;
+            attention in frozen layers is trained. ``None`` trains all.
+        frozen_norm: keep the statistics and weights of the backbone's batch norms as they are.
+        attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
+        attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
+        share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
+        plug: which blocks of the backbone get attention; this and the next four as
+            :func:`~dia_lightning.attention.attach` takes them.
+        branches: which branches of transformer blocks get attention.
+        sites: where branches end in a backbone that is not known.
+        identity: start with maps of exactly 1, for pretrained networks.
+        branch_norm: whether pre-activation branches get a norm before the attention module.
+        validation_loss: log the losses of the validation data too (``val/loss``, ...), for which every image passes
+            through the network a second time.
+        init_from: file whose weights the network starts from: a checkpoint of this task, a state dict of torchvision's
+            detector, or a classifier, of which the backbone takes the weights.
+        **optimization: optimizer and schedule, as :class:`DIATask` takes them: ``optimizer``, ``lr``, ``momentum``,
+            ``nesterov``, ``weight_decay``, ``schedule``, ``milestones``, ``gamma``, ``warmup_epochs``,
+            ``warmup_steps``.
+
+    Raises:
+        ValueError: if a name is unknown, a number is out of its range, or ``num_classes`` is missing.
+        ImportError: if neither faster-coco-eval nor pycocotools is installed.
+
+    Example:
+        >>> import torch
+        >>> task = DetectionTask("fcos", "cifar_resnet", 3, backbone_args={"depth": 11}, attention="dia-lstm")
+        >>> sorted(task.eval()([torch.rand(3, 64, 64)])[0])
+        ['boxes', 'labels', 'scores']
+    """
+
+    def __init__(
+        self,
+        detector: NamedDetector,
+        backbone: Backbone | None = None,
+        num_classes: int | None = None,
+        *,
+        backbone_args: dict[str, Any] | None = None,
+        detector_args: dict[str, Any] | None = None,
+        trainable_layers: int | None = None,
+        frozen_norm: bool = False,
+        attention: Attention | None = None,
+        attention_args: dict[str, Any] | None = None,
+        share: Literal["stage", "block"] = "stage",
+        plug: str | list[int] | None = None,
+        branches: list[Literal["conv", "attention", "mlp"]] | None = None,
+        sites: str | list[str] | None = None,
+        identity: bool = False,
+        branch_norm: bool | None = None,
+        validation_loss: bool = False,
+        init_from: str | None = None,
+        **optimization: Any,
+    ) -> None:
+        arguments = dict(locals())
+        super().__init__(**optimization)
+        if num_classes is None or num_classes < 1:
+            raise ValueError(
+                f"num_classes must be 1 or more, without the background, got {num_classes}. Data modules of this "
+                "package provide it."
+            )
+        self.remember(arguments)
+        self.num_classes = num_classes
+        self.validation_loss = validation_loss
+        options = {
+            "backbone_args": backbone_args or {},
+            "trainable_layers": trainable_layers,
+            "frozen_norm": frozen_norm,
+            **(detector_args or {}),
+        }
+        self.detector = _detector(detector, backbone, num_classes, options)
+        pyramid: Any = self.detector.backbone
+        attach_if_any(
+            getattr(pyramid, "body", pyramid),
+            attention,
+            attention_args or {},
+            share=share,
+            plug=plug,
+            branches=branches,
+            sites=sites,
+            identity=identity,
+            branch_norm=branch_norm,
+        )
+        if init_from is not None:
+            rank_zero_info(load_detector_weights(self.detector, init_from))
+        self.has_masks = isinstance(self.detector, MaskRCNN)
+        self.val_map = MeanAveragePrecision(masks=self.has_masks)
+        self.test_map = MeanAveragePrecision(masks=self.has_masks)
+
+    @property
+    def category_ids(self) -> list[int] | None:
+        """Ids that the user's files have for labels 1..K, from the data module or the checkpoint."""
+        return self._data.get("category_ids")
+
+    def forward(self, images: Sequence[Tensor]) -> Detections:
+        """Return the detections of images ``[3, H, W]`` in [0, 1], in evaluation mode.
+
+        Returns:
+            Per image ``boxes [N, 4]`` in its pixels, ``labels [N]`` in 1..K, ``scores [N]`` in [0, 1], best first, and
+            with Mask R-CNN ``masks [N, 1, H, W]`` in [0, 1].
+        """
+        detections: Detections = self.detector(list(images))
+        return detections
+
+    # ---- losses
+
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Return torchvision's losses by name; the detector must be in training mode.
+
+        Raises:
+            ValueError: if a target does not fit.
+        """
+        check_targets(targets, num_classes=self.num_classes, masks=self.has_masks)
+        losses: dict[str, Tensor] = self.detector(list(images), [dict(target) for target in targets])
+        return losses
+
+    def _losses_in_evaluation(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        # torchvision returns losses in training mode only; norms and dropout must not notice
+        kept = (_NormBase, nn.Dropout)
+        changed = [module for module in self.detector.modules() if not isinstance(module, kept)]
+        changed = [module for module in changed if not module.training]
+        for module in changed:
+            module.training = True
+        try:
+            plain = [{name: target[name] for name in target if name not in ("iscrowd", "area")} for target in targets]
+            return self.losses(images, plain)
+        finally:
+            for module in changed:
+                module.training = False
+
+    # ---- steps
+
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
+        """Return the sum of the losses of a batch."""
+        images, targets = batch[:2]
+        losses = self.losses(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.check_loss(loss, batch_idx, losses)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        self.log_dict({f"train/{name}": term.detach() for name, term in losses.items()}, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
+        """Update the metric; return the index ``[B]`` and the detections of the images."""
+        if self.validation_loss:
+            images, targets = batch[:2]
+            losses = self._losses_in_evaluation(images, targets)
+            losses["loss"] = torch.stack(list(losses.values())).sum()
+            terms = {f"val/{name}": term for name, term in losses.items()}
+            self.log_dict(terms, batch_size=len(images), sync_dist=True)
+        return self._evaluate(batch, self.val_map)
+
+    def test_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
+        """Update the metric; return the index ``[B]`` and the detections of the images."""
+        return self._evaluate(batch, self.test_map)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Return the index ``[B]`` and the detections of images."""
+        images, *rest = batch if isinstance(batch, tuple) else (batch,)
+        # loaders of other packages give targets as the second item
+        index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
+        return {"index": self.sample_index(images, index), "detections": self(images)}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the epoch."""
+        self._log_scores("val", self.val_map)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores."""
+        self._log_scores("test", self.test_map)
+
+    def _evaluate(self, batch: tuple[Any, ...], metric: MeanAveragePrecision) -> dict[str, Any]:
+        images, targets, *rest = batch
+        index = self.sample_index(images, rest)
+        detections = self(images)
+        metric.add(detections, targets, index)
+        return {"index": index, "detections": detections}
+
+    def _log_scores(self, stage: str, metric: MeanAveragePrecision) -> None:
+        scores = metric.compute()
+        metric.reset()
+        if "map" not in scores.overall:
+            rank_zero_warn(f"The {stage} images have no object, so mAP is not defined and {stage}/map is not logged.")
+        shown = {f"{stage}/map", f"{stage}/map_50"}
+        for name, value in self._named(stage, scores.overall, scores.per_class).items():
+            self.log(name, value, prog_bar=name in shown, rank_zero_only=False)
+
+    def _named(self, stage: str, overall: Mapping[str, float], per_class: Mapping[int, float]) -> dict[str, float]:
+        names = self.class_names or []
+        values = {f"{stage}/{name}": value for name, value in overall.items()}
+        for label, value in per_class.items():
+            name = names[label - 1] if 0 < label <= len(names) else str(label)
+            values[f"{stage}/ap/{name.replace('/', '_')}"] = value
+        return values
+
+
+def _detector(
+    detector: str | nn.Module, backbone: str | nn.Module | None, num_classes: int, options: dict[str, Any]
+) -> nn.Module:
+    check_is_no_mark("detector", detector)
+    check_is_no_mark("backbone", backbone)
+    if isinstance(detector, nn.Module):
+        given = [name for name, value in options.items() if value] + (["backbone"] if backbone is not None else [])
+        if given:
+            raise ValueError(f"{', '.join(given)}: only for a named detector; this one is an object. Leave it out.")
+        return detector
+    if backbone is None:
+        raise ValueError("backbone must be a name or a network, got None. Take torchvision/resnet50, for example.")
+    if isinstance(backbone, nn.Module) and options["backbone_args"]:
+        raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
+    return get_detector(detector, backbone, num_classes=num_classes, **options)  # type: ignore[arg-type]
