@@ -17,7 +17,7 @@ commands:
   fit        train: dia-lightning fit -c configs/classification/digits.yaml
   validate   measure on the validation data
   test       measure on the test data
-  predict    write predictions to a CSV file
+  predict    write predictions to a file: a CSV of classes, a COCO json of boxes
   models     list networks and attention units with their parameters; --cost NAME compares kinds of attention
   check      check what holds on a network with attention: dia-lightning check torchvision/resnet50
   export     write a network to ONNX, torch.export or safetensors: dia-lightning export best network.onnx

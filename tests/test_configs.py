@@ -16,10 +16,11 @@ from torchvision import datasets
 from dia_lightning.__main__ import main
 from dia_lightning.attention import attach
 from dia_lightning.models import get_model
-from tests.datamodules import tiny_data
+from tests.datamodules import tiny_data, tiny_detection
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CLASSIFICATION = sorted((CONFIGS / "classification").glob("*.yaml"))
+DETECTION = sorted((CONFIGS / "detection").glob("*.yaml"))
 OVERLAYS = sorted([*(CONFIGS / "logger").glob("*.yaml"), *(CONFIGS / "trainer").glob("*.yaml")])
 DIGITS = CONFIGS / "classification" / "digits.yaml"
 SMOKE = CONFIGS / "trainer" / "smoke.yaml"
@@ -54,37 +55,53 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny_data.write_fashion_mnist(data, train=6000)
     tiny_data.write_image_folder(data)
     tiny_data.write_cifar(data, datasets.CIFAR100, monkeypatch)
+    tiny_detection.write_coco(data, masks=True)
+    tiny_detection.write_voc(data)
     return tmp_path
 
 
 def tiny_options(config: dict[str, Any]) -> list[str]:
     options = ["--data.batch_size", "4", "--data.limit", "12", "--data.root", "data", "--data.num_workers", "0"]
     options += ["--trainer.enable_progress_bar", "false"]
-    backbone = config["model"]["init_args"]["backbone"]
-    if backbone in SMALL:
-        name, args = SMALL[backbone]
+    model = config["model"]["init_args"]
+    if model["backbone"] in SMALL:
+        name, args = SMALL[model["backbone"]]
         options += ["--model.backbone", name, "--model.backbone_args", str(args)]
-    if backbone.startswith("torchvision/"):
-        options += ["--model.backbone", "torchvision/resnet18", "--data.image_size", "32"]
-    if backbone.startswith("timm/"):
-        options += ["--model.backbone", "timm/test_vit", "--data.image_size", "160"]
-    if {"weights", "pretrained"} & set(config["model"]["init_args"].get("backbone_args", {})):
+    if model["backbone"].startswith("torchvision/"):
+        options += ["--model.backbone", "torchvision/resnet18"]
+    if model["backbone"].startswith("timm/"):
+        options += ["--model.backbone", "timm/test_vit"]
+    if {"weights", "pretrained"} & set(model.get("backbone_args", {})):
         options += ["--model.backbone_args", "null"]  # no download
+    return options + (tiny_detector(config) if "detector" in model else tiny_images(model["backbone"]))
+
+
+def tiny_images(backbone: str) -> list[str]:
+    size = {"torchvision": "32", "timm": "160"}.get(backbone.partition("/")[0])
+    return [] if size is None else ["--data.image_size", size]
+
+
+def tiny_detector(config: dict[str, Any]) -> list[str]:
+    options = ["--model.detector_args.min_size", "64", "--model.detector_args.max_size", "64"]
+    if config["data"]["class_path"] == "CocoDetectionDataModule":
+        options += [f"--data.{name}={value}" for name, value in tiny_detection.BCCD_LAYOUT.items()]
     return options
 
 
-@pytest.mark.parametrize("path", CLASSIFICATION, ids=lambda path: str(path.stem))
+@pytest.mark.parametrize("path", [*CLASSIFICATION, *DETECTION], ids=lambda path: f"{path.parent.stem}-{path.stem}")
 def test_config_trains_and_tests(path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "-c", str(path), "-c", str(SMOKE), *tiny_options(read(path)), "--model.lr", "0.003"])
-    run = workplace / "runs" / path.stem / "version_0"
+    config = read(path)
+    main(["fit", "-c", str(path), "-c", str(SMOKE), *tiny_options(config), "--model.lr", "0.003"])
+    predictions = "detections.json" if path in DETECTION else "predictions.csv"
+    run = Path("runs") / config["trainer"]["logger"][0]["init_args"]["name"] / "version_0"
     assert read(run / "config.yaml")["model"]["init_args"]["lr"] == 0.003  # the dotted override
     assert [file.name[:6] for file in (run / "checkpoints").glob("best-*.ckpt")] == ["best-e"]
     assert (run / "checkpoints" / "last.ckpt").is_file()
-    assert (run / "predictions.csv").is_file()
+    assert (run / predictions).is_file()
     assert list((run / "pictures").rglob("*.png"))
     printed = capsys.readouterr().out
     assert printed.count("Test metric") == 1
-    assert str(Path("runs") / path.stem / "version_0" / "predictions.csv") in printed
+    assert str(run / predictions) in printed
 
 
 @pytest.mark.parametrize("path", CLASSIFICATION, ids=lambda path: str(path.stem))
@@ -125,7 +142,7 @@ def test_config_is_the_authors_recipe(
     assert config["data"]["init_args"]["batch_size"] == (128 if name.startswith("cifar") else 256)
 
 
-@pytest.mark.parametrize("path", [*CLASSIFICATION, *OVERLAYS], ids=lambda path: str(path.stem))
+@pytest.mark.parametrize("path", [*CLASSIFICATION, *DETECTION, *OVERLAYS], ids=lambda path: str(path.stem))
 def test_config_names_its_own_command(path: Path) -> None:
     header = path.read_text().partition("\ntrainer:")[0]
     named = re.findall(r"configs/[\w/]+\.yaml", header)
@@ -142,9 +159,18 @@ def test_config_names_its_own_command(path: Path) -> None:
     ],
     ids=["plain", "se", "block"],
 )
-@pytest.mark.parametrize("name", ["digits", "cifar100_preresnet164", "imagenet_resnet50"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classification/digits",
+        "classification/cifar100_preresnet164",
+        "classification/imagenet_resnet50",
+        "detection/digits",
+        "detection/coco_retinanet_resnet50",
+    ],
+)
 def test_the_arms_to_compare_with_train(name: str, options: list[str], workplace: Path) -> None:
-    path = CONFIGS / "classification" / f"{name}.yaml"
+    path = CONFIGS / f"{name}.yaml"
     main(["fit", "-c", str(path), *tiny_options(read(path)), *options, "--trainer.fast_dev_run", "true"])
 
 

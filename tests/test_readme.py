@@ -58,10 +58,11 @@ def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str])
         main([*command, *quick])
     assert (workplace / "network.onnx").is_file()
     assert list((workplace / "runs" / "wandb").glob("offline-run-*"))
-    assert "photos/grey.png" in "".join(path.read_text() for path in workplace.rglob("predictions*.csv"))
+    for results in ("predictions*.csv", "detections*.images.json"):
+        assert "photos/grey.png" in "".join(path.read_text() for path in workplace.rglob(results))
 
 
 def test_the_configs_that_the_readme_names_are_there() -> None:
     for names in re.findall(r"^\| (`.*?`) \|", README, re.MULTILINE):
-        for name in re.findall(r"`((?:classification|logger|trainer)/[\w*.]+)`", names):
+        for name in re.findall(r"`((?:classification|detection|logger|trainer)/[\w*.]+)`", names):
             assert list((ROOT / "configs").glob(name)), name

@@ -101,13 +101,31 @@ def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) ->
     for name in known:
         # no arguments may be written as null or as {}
         if given[name] != found[name] and not (given[name] in ({}, None) and found[name] in ({}, None)):
-            config = Path(path).parent.parent / "config.yaml"
-            own = f"use the config of its run, -c {config}" if config.is_file() else "leave it out"
             raise ValueError(
                 f"--model.{name} {given[name]!r} makes another network than that of the checkpoint, which has "
-                f"{found[name]!r}. To go on with the checkpoint {own}; or take weights only, with "
-                f"--model.init_from {path} instead of --ckpt_path."
+                f"{found[name]!r}. To go on with the checkpoint {_own_config(path, 'leave it out')}; or take weights "
+                f"only, with --model.init_from {path} instead of --ckpt_path."
             )
+
+
+def misfit(message: str, path: str | None) -> str:
+    """Return one sentence for torch's list of all weights that do not fit a network.
+
+    Args:
+        message: torch's.
+        path: the checkpoint.
+    """
+    parts = [line.strip() for line in message.splitlines()[1:]]
+    first = parts[0].partition(": ")[0].rstrip(".") if parts else message
+    return (
+        f"The weights of {path} do not fit the network of this command ({len(parts)} differences, the first: {first}). "
+        f"To use them {_own_config(str(path), 'give the options that the network was trained with')}."
+    )
+
+
+def _own_config(path: str, otherwise: str) -> str:
+    config = Path(path).parent.parent / "config.yaml"
+    return f"use the config of its run, -c {config}" if config.is_file() else otherwise
 
 
 def class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:

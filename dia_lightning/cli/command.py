@@ -21,6 +21,8 @@ from dia_lightning.cli._run_config import SaveRunConfig
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.tasks import DIATask
 
+_PACKING = ("Does not validate against", "Call to compute_fn of link")
+
 
 class DIACLI(LightningCLI):
     """LightningCLI for the tasks and datamodules of this package (or subclasses of their bases).
@@ -127,8 +129,8 @@ class DIACLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             cause: BaseException = error
-            # jsonargparse packs what a class of ours raised into a message about types
-            while str(cause).startswith("Does not validate against") and cause.__cause__ is not None:
+            # jsonargparse packs what a class of ours raised into messages about types and links
+            while str(cause).startswith(_PACKING) and cause.__cause__ is not None:
                 cause = cause.__cause__
             wrong_argument = isinstance(cause, TypeError) and is_ours(cause)  # of a network
             if isinstance(cause, ValueError) or wrong_argument or is_for_the_user(cause):
@@ -147,6 +149,10 @@ class DIACLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            raise UserError(_checkpoints.misfit(str(error), self.config[subcommand].ckpt_path)) from error
         except SystemExit:
             if subcommand == "fit" and self.trainer.interrupted:
                 self._say_how_to_resume()

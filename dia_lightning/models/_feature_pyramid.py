@@ -16,6 +16,11 @@ from dia_lightning.models._registry import get_model
 
 _PROBE_SIZE = 128  # pixels; the deepest stages of all networks still have some there
 
+_TAKE = (
+    "Take a ResNet (cifar_resnet, cifar_resnext, torchvision/resnet50, ...), a torchvision network with convolutional "
+    "features such as torchvision/convnext_tiny, or such a network of timm."
+)
+
 
 class Level(NamedTuple):
     """A feature map that a network puts out."""
@@ -72,11 +77,7 @@ def feature_body(backbone: str | nn.Module, args: dict[str, Any], count: int) ->
     ends = [] if stages is None else _stage_ends(stages)[-count:]
     if stages is None or len(ends) < 2:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
-        raise ValueError(
-            f"{name} has no stages that a feature pyramid can be put on. Take a ResNet (cifar_resnet, cifar_resnext, "
-            "torchvision/resnet50, ...), a torchvision network with convolutional features such as "
-            "torchvision/convnext_tiny, or a network of timm that has features_only."
-        )
+        raise ValueError(f"{name} has no stages that a feature pyramid can be put on. {_TAKE}")
     body = IntermediateLayerGetter(stages, {name: str(index) for index, (name, _) in enumerate(ends)})
     return body, [level for _, level in ends]
 
@@ -117,6 +118,8 @@ def _timm_body(name: str, args: dict[str, Any], count: int) -> tuple[nn.Module, 
     strides = [level.stride for level in found]
     if strides != sorted(set(strides)) or len(found) < 2:
         raise ValueError(f"{name} has feature maps of strides {strides}, but a feature pyramid needs rising ones.")
+    if getattr(chosen, "output_fmt", "NCHW") != "NCHW":
+        raise ValueError(f"{name} has channels last and images of one size, which no detector takes. {_TAKE}")
     indices = list(range(len(found)))[-count:]
     body = get_model(name, features_only=True, out_indices=indices, **args)
     return body, [found[index] for index in indices]
@@ -159,16 +162,21 @@ def _stage_ends(stages: nn.Module) -> list[tuple[str, Level]]:
 
 def _layers(body: nn.Module) -> list[list[nn.Module]]:
     """Return the stem and the stages, each as the list of its modules."""
+    children = dict(body.named_children())
+    blocks = [name for name, child in children.items() if _has_blocks(child)]
+    if len(blocks) == 1:  # one container of all stages, as timm's networks from mobile blocks have it
+        stages = children.pop(blocks[0])
+        children |= {f"{blocks[0]}.{name}": child for name, child in stages.named_children()}
+        blocks = [name for name in children if name.startswith(f"{blocks[0]}.")]
+    is_probed = isinstance(body, IntermediateLayerGetter)
+    ends = [name for name, _ in _stage_ends(body)] if is_probed else blocks
     layers: list[list[nn.Module]] = [[]]
-    before: list[nn.Module] = []  # such as a downsampling layer, which belongs to the stage after it
-    for child in body.children():
-        before.append(child)
-        if _has_blocks(child):
-            if len(layers) == 1:
-                layers[0], before = before[:-1], [child]
-            layers.append(before)
-            before = []
-    layers[-1] += before
+    is_open = True
+    for name, child in children.items():
+        if name == blocks[0] or not is_open:  # a downsampling layer belongs to the stage after it
+            layers.append([])
+        layers[-1].append(child)
+        is_open = name not in ends[:-1]
     return layers
 
 

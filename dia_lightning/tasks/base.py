@@ -180,7 +180,8 @@ class DIATask(LightningModule):
         cause = f" (from {', '.join(wrong)})" if wrong else ""
         raise NonFiniteLossError(
             f"The loss is {loss.item()}{cause} at batch {batch_index} of epoch {self.current_epoch}; the last finite "
-            f"loss was {last}. Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this batch."
+            f"loss was {last}. Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this "
+            "batch."
         )
 
     # ---- optimizers

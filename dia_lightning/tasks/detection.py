@@ -41,8 +41,8 @@ class DetectionTask(DIATask):
 
     Args:
         detector: ``"fasterrcnn"``, ``"maskrcnn"``, ``"retinanet"``, ``"fcos"`` or ``"ssdlite"``, see
-            :func:`~dia_lightning.models.detectors.get_detector`; or a detector with torchvision's interface, which needs no
-            ``backbone``.
+            :func:`~dia_lightning.models.detectors.get_detector`; or a detector with torchvision's interface, which
+            needs no ``backbone``.
         backbone: name of a network (see ``dia-lightning models``), or a network.
         num_classes: number of kinds of objects K, without the background.
         backbone_args: further arguments of a named backbone, for example ``{"weights": "DEFAULT"}``; without them

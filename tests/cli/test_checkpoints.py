@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dia_lightning.cli._checkpoints import check_fits
+from dia_lightning.cli._checkpoints import check_fits, misfit
 from tests.cli.conftest import Run
 
 Fails = Callable[..., str]
@@ -240,3 +240,13 @@ def test_a_checkpoint_with_code_in_it_is_refused_whatever_the_environment_says(
 def test_measuring_untrained_weights_is_not_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("test", "-c", "tiny.yaml")
     assert "no --ckpt_path: using the network as it is built" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_one_sentence() -> None:
+    small, large = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)
+    with pytest.raises(RuntimeError) as raised:
+        large.load_state_dict(small.state_dict())
+    assert misfit(str(raised.value), "x.ckpt") == (
+        "The weights of x.ckpt do not fit the network of this command (2 differences, the first: size mismatch for "
+        "weight). To use them give the options that the network was trained with."
+    )

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.tasks import ClassificationTask
@@ -32,3 +33,26 @@ def small_trainer(folder: Path, **options: Any) -> Trainer:
         "callbacks": [ModelCheckpoint(dirpath=folder, save_last=True)],
     }
     return Trainer(**{**defaults, **options})
+
+
+class Given(LightningDataModule):
+    """Serves ready-made batches."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def _loader(self) -> DataLoader[Any]:
+        return DataLoader(self.batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
+
+
+class Rates(Callback):
+    """Notes the learning rate and the epoch of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        self.seen.append((trainer.current_epoch, trainer.optimizers[0].param_groups[0]["lr"]))

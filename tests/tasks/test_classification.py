@@ -6,14 +6,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.tasks import ClassificationTask, NonFiniteLossError
-from tests.tasks.conftest import small_task, small_trainer
+from tests.tasks.conftest import Given, Rates, small_task, small_trainer
 
 
 class Scores(nn.Module):
@@ -25,19 +23,6 @@ class Scores(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1) + self.unused
-
-
-class Given(LightningDataModule):
-    """Serves ready-made batches."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        super().__init__()
-        self.batches = batches
-
-    def _loader(self) -> DataLoader[Any]:
-        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
-
-    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
 
 
 def scores(labels: list[int], classes: int) -> Tensor:
@@ -140,16 +125,6 @@ def test_data_with_other_classes_than_the_checkpoint_is_refused(tmp_path: Path, 
         small_trainer(tmp_path).test(
             task, Renamed(image_size=8, limit=65), ckpt_path=tmp_path / "last.ckpt", weights_only=True
         )
-
-
-class Rates(Callback):
-    """Notes the learning rate and the epoch of every step."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, float]] = []
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        self.seen.append((trainer.current_epoch, trainer.optimizers[0].param_groups[0]["lr"]))
 
 
 @pytest.mark.parametrize(
