@@ -173,7 +173,7 @@ def _layers(body: nn.Module) -> list[list[nn.Module]]:
     layers: list[list[nn.Module]] = [[]]
     is_open = True
     for name, child in children.items():
-        if name == blocks[0] or not is_open:  # a downsampling layer belongs to the stage after it
+        if name in blocks[:1] or not is_open:  # a downsampling layer belongs to the stage after it
             layers.append([])
         layers[-1].append(child)
         is_open = name not in ends[:-1]

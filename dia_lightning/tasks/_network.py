@@ -1,7 +1,7 @@
 """How a task's network gets its attention."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -17,37 +17,26 @@ else:
     Backbone = Attention = str
 
 
-def attach_if_any(
-    network: nn.Module,
-    attention: Attention | None,
-    attention_args: dict[str, Any],
-    *,
-    share: Literal["stage", "block"],
-    plug: str | Sequence[int] | None,
-    branches: Sequence[Literal["conv", "attention", "mlp"]] | None,
-    sites: str | Sequence[str] | None,
-    identity: bool,
-    branch_norm: bool | None,
-) -> None:
+#: Arguments that every task hands on to ``attach``.
+_ATTACHING = ("share", "plug", "branches", "sites", "identity", "branch_norm")
+
+
+def attach_if_any(network: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Attach attention to a network, in place, or say that options for it are unused.
+
+    Args:
+        network: the backbone.
+        arguments: those of a task: ``attention``, ``attention_args`` and what :func:`attach` takes beside them.
 
     Raises:
         ValueError: if it cannot be attached.
     """
+    attention, attention_args = arguments["attention"], arguments["attention_args"] or {}
+    options = {name: arguments[name] for name in _ATTACHING}
     check_is_no_mark("attention", attention)
     if attention is not None:
-        attach(
-            network,
-            attention,
-            share=share,
-            plug=plug,
-            branches=branches,
-            sites=sites,
-            identity=identity,
-            branch_norm=branch_norm,
-            **attention_args,
-        )
-    elif identity or attention_args or plug is not None or share == "block":
+        attach(network, attention, **options, **attention_args)
+    elif options["identity"] or attention_args or options["plug"] is not None or options["share"] == "block":
         rank_zero_info(
             "attention is None: the network is plain, and attention_args, share, plug and identity are unused."
         )

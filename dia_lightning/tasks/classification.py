@@ -93,17 +93,7 @@ class ClassificationTask(DIATask):
         check_is_no_mark("backbone", backbone)
         args = {"num_classes": num_classes, **(backbone_args or {})}
         self.backbone = get_model(backbone, **args) if isinstance(backbone, str) else backbone
-        attach_if_any(
-            self.backbone,
-            attention,
-            attention_args or {},
-            share=share,
-            plug=plug,
-            branches=branches,
-            sites=sites,
-            identity=identity,
-            branch_norm=branch_norm,
-        )
+        attach_if_any(self.backbone, arguments)
         if init_from is not None:
             rank_zero_info(load_weights(self.backbone, init_from))
         if compile:

@@ -119,17 +119,7 @@ class DetectionTask(DIATask):
         }
         self.detector = _detector(detector, backbone, num_classes, options)
         pyramid: Any = self.detector.backbone
-        attach_if_any(
-            getattr(pyramid, "body", pyramid),
-            attention,
-            attention_args or {},
-            share=share,
-            plug=plug,
-            branches=branches,
-            sites=sites,
-            identity=identity,
-            branch_norm=branch_norm,
-        )
+        attach_if_any(getattr(pyramid, "body", pyramid), arguments)
         if init_from is not None:
             rank_zero_info(load_detector_weights(self.detector, init_from))
         self.has_masks = isinstance(self.detector, MaskRCNN)
