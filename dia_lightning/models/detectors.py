@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet, ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -19,11 +20,12 @@ _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "maskrcnn": MaskRCNN,
     "retinanet": RetinaNet,
     "fcos": FCOS,
+    "ssdlite": SSD,
 }
 _SSDLITE_BACKBONE = "torchvision/mobilenet_v3_large"
 #: Arguments of torchvision's classes that are made here.
 _MADE_HERE = {
-    "self", "backbone", "num_classes", "rpn_anchor_generator", "rpn_head", "anchor_generator", "head", "kwargs",
+    "self", "backbone", "num_classes", "size", "rpn_anchor_generator", "rpn_head", "anchor_generator", "head", "kwargs",
     "box_roi_pool", "box_head", "box_predictor", "mask_roi_pool", "mask_head", "mask_predictor", "proposal_matcher",
 }  # fmt: skip
 
@@ -81,12 +83,24 @@ def get_detector(
         raise ValueError(f"detector must be one of {', '.join(get_args(Detector))}, got {detector!r}.")
     if num_classes < 1:
         raise ValueError(f"num_classes must be 1 or more, without the background, got {num_classes}.")
-    if detector == "ssdlite":
-        return _ssdlite(backbone, num_classes, backbone_args or {}, trainable_layers, frozen_norm, detector_args)
+    given = {
+        "representation_size": representation_size,
+        "anchor_sizes": anchor_sizes,
+        "fpn_channels": fpn_channels,
+        "trainable_layers": trainable_layers,
+        "frozen_norm": frozen_norm,
+        "backbone_args": backbone_args or None,
+    }
     _check_arguments(detector, detector_args)
+    if detector == "ssdlite":
+        _refuse_unused(given, ("representation_size", "anchor_sizes", "fpn_channels"), "ssdlite")
+        return _ssdlite(backbone, num_classes, backbone_args or {}, trainable_layers, frozen_norm, detector_args)
     is_rcnn = detector in ("fasterrcnn", "maskrcnn")
+    if not is_rcnn:
+        _refuse_unused(given, ("representation_size",), detector)
     extra = LastLevelMaxPool() if is_rcnn else LastLevelP6P7(fpn_channels, fpn_channels)
     if isinstance(backbone, nn.Module) and hasattr(backbone, "out_channels"):
+        _refuse_unused(given, tuple(given), "a backbone with out_channels, which is used as it is")
         return _CLASSES[detector](backbone, num_classes + 1, **detector_args)
     body, levels = feature_body(backbone, backbone_args or {}, count=4 if is_rcnn else 3)
     if frozen_norm:
@@ -123,20 +137,16 @@ def _ssdlite(
             f"ssdlite is built by torchvision on {_SSDLITE_BACKBONE} with batch norms that are trained, got {name} and "
             f"frozen_norm={frozen_norm}. Take that backbone, or another detector."
         )
-    weights = {"weights_backbone": backbone_args["weights"]} if "weights" in backbone_args else {}
-    rest = {name: value for name, value in backbone_args.items() if name != "weights"}
-    try:
-        network: nn.Module = ssdlite320_mobilenet_v3_large(
-            weights=None,
-            num_classes=num_classes + 1,
-            trainable_backbone_layers=trainable_layers,
-            **{"weights_backbone": None, **weights},
-            **rest,
-            **args,
-        )
-        return network
-    except TypeError as error:
-        raise ValueError(f"ssdlite: {error}. It takes, for example, score_thresh and detections_per_img.") from error
+    if set(backbone_args) - {"weights"}:
+        raise ValueError(f"ssdlite takes weights as backbone_args and nothing else, got {', '.join(backbone_args)}.")
+    network: nn.Module = ssdlite320_mobilenet_v3_large(
+        weights=None,
+        weights_backbone=backbone_args.get("weights"),
+        num_classes=num_classes + 1,
+        trainable_backbone_layers=trainable_layers,
+        **args,
+    )
+    return network
 
 
 def _anchors(detector: Detector, levels: Sequence[Level], sizes: Sequence[Sequence[int]] | None) -> AnchorGenerator:
@@ -166,3 +176,10 @@ def _check_arguments(detector: Detector, given: dict[str, Any]) -> None:
     for name in given:
         if name not in accepted:
             raise ValueError(f"{detector} does not take {name!r}, it takes: {', '.join(accepted)}.")
+
+
+def _refuse_unused(given: dict[str, Any], unused: Sequence[str], kind: str) -> None:
+    defaults = inspect.signature(get_detector).parameters
+    for name in unused:
+        if given[name] != defaults[name].default:
+            raise ValueError(f"{name} is not for {kind}, got {given[name]}. Leave it out.")

@@ -128,6 +128,8 @@ class MeanAveragePrecision(_MeanAveragePrecision):
 def _prepared(item: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of one image on the CPU, with masks as the metric takes them."""
     tensors = {name: value.detach().cpu() for name, value in item.items() if isinstance(value, Tensor)}
+    for name in {"boxes", "scores"} & set(tensors):
+        tensors[name] = tensors[name].float()  # numpy has no bfloat16
     if "masks" in tensors and tensors["masks"].is_floating_point():  # probabilities [N, 1, H, W]
         tensors["masks"] = (tensors["masks"] >= 0.5).squeeze(1)
     return tensors

@@ -9,28 +9,32 @@ from torch import Tensor
 Target: TypeAlias = Mapping[str, Any]
 
 
-def check_targets(targets: Sequence[Target], *, num_classes: int, masks: bool) -> None:
+def check_targets(targets: Sequence[Target], *, images: int, num_classes: int, masks: bool) -> None:
     """Refuse targets that would crash the process, or train on nonsense without an error.
 
     Args:
         targets: of a batch.
+        images: number of images of that batch.
         num_classes: number of classes without the background, K.
         masks: whether masks are needed.
 
     Raises:
-        ValueError: if a key is missing, a label is not in 1..K, or a box is not finite or has no extent.
+        ValueError: if a key is missing, numbers differ, a label is not in 1..K, or a box is not finite or has no extent.
     """
+    if len(targets) != images:
+        raise ValueError(f"The batch has {images} images and {len(targets)} targets, but each image needs one target.")
+    needed = ["boxes", "labels", *(["masks"] if masks else [])]
     for position, target in enumerate(targets):
-        needed = {"boxes", "labels", *(["masks"] if masks else [])}
-        missing = sorted(needed - set(target))
+        missing = [name for name in needed if name not in target]
         if missing:
             hint = " Set masks=True of the data module." if missing == ["masks"] else ""
-            raise ValueError(f"The target of image {position} of the batch has no {', '.join(missing)}.{hint}")
-        if len(target["boxes"]) != len(target["labels"]):
-            raise ValueError(
-                f"Image {position} of the batch has {len(target['boxes'])} boxes and {len(target['labels'])} labels, "
-                "but each box needs one label."
-            )
+            raise ValueError(f"The target of {_image(position, target)} has no {', '.join(missing)}.{hint}")
+        for name in needed[1:]:
+            if len(target[name]) != len(target["boxes"]):
+                raise ValueError(
+                    f"The target of {_image(position, target)} has {len(target['boxes'])} boxes and "
+                    f"{len(target[name])} {name}, but each box needs one."
+                )
     boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets])
     labels = torch.cat([target["labels"] for target in targets])
     good_boxes = torch.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -53,7 +57,11 @@ def _place(targets: Sequence[Target], good: Tensor) -> str:
     number = int(torch.nonzero(~good)[0])
     for position, target in enumerate(targets):
         if number < len(target["boxes"]):
-            name = target.get("image_id")
-            return f"image {position} of the batch" + ("" if name is None else f" (image_id {int(name)})")
+            return _image(position, target)
         number -= len(target["boxes"])
     raise AssertionError("the box is in none of the images")
+
+
+def _image(position: int, target: Target) -> str:
+    name = target.get("image_id")
+    return f"image {position} of the batch" + ("" if name is None else f" (image_id {int(name)})")

@@ -60,8 +60,12 @@ def load_detector_weights(detector: nn.Module, path: str) -> str:
     pyramid: Any = detector.backbone
     body = getattr(pyramid, "body", pyramid)
     weights = _without_prefix(_without_prefix(weights, "backbone."), "features.")
-    children = {name for name, _ in body.named_children()}
-    kept = {key: value for key, value in weights.items() if key.partition(".")[0] in children}
+    kept = {
+        f"{name}{key[len(name) :]}": value
+        for name, _ in body.named_children()  # such as "stages_0", where timm's classifier has "stages.0"
+        for key, value in weights.items()
+        if f"{key[: len(name)].replace('.', '_')}{key[len(name) :][:1]}" == f"{name}."
+    }
     return f"{_load(body, kept, path, heads=())} They are those of the backbone."
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torchvision.models.detection import MaskRCNN
 
 from dia_lightning._hyperparameters import check_is_no_mark
@@ -139,7 +140,8 @@ class DetectionTask(DIATask):
             with Mask R-CNN ``masks [N, 1, H, W]`` in [0, 1].
         """
         detections: Detections = self.detector(list(images))
-        return detections
+        # RetinaNet and FCOS have scores for the background too
+        return [{name: values[found["labels"] > 0] for name, values in found.items()} for found in detections]
 
     # ---- losses
 
@@ -149,20 +151,21 @@ class DetectionTask(DIATask):
         Raises:
             ValueError: if a target does not fit.
         """
-        check_targets(targets, num_classes=self.num_classes, masks=self.has_masks)
+        check_targets(targets, images=len(images), num_classes=self.num_classes, masks=self.has_masks)
         losses: dict[str, Tensor] = self.detector(list(images), [dict(target) for target in targets])
         return losses
 
     def _losses_in_evaluation(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        # torchvision returns losses in training mode only; norms and dropout must not notice
-        kept = (_NormBase, nn.Dropout)
-        changed = [module for module in self.detector.modules() if not isinstance(module, kept)]
-        changed = [module for module in changed if not module.training]
+        # torchvision returns losses in training mode only; the backbone, norms, dropout, the size of the images and
+        # the random numbers of the training must not notice
+        kept = {*self.detector.backbone.modules(), self.detector.transform}  # type: ignore[union-attr]
+        kept |= {module for module in self.detector.modules() if isinstance(module, _NormBase | _DropoutNd)}
+        changed = [module for module in self.detector.modules() if module not in kept and not module.training]
         for module in changed:
             module.training = True
         try:
-            plain = [{name: target[name] for name in target if name not in ("iscrowd", "area")} for target in targets]
-            return self.losses(images, plain)
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                return self.losses(images, [_as_in_training(target) for target in targets])
         finally:
             for module in changed:
                 module.training = False
@@ -181,13 +184,7 @@ class DetectionTask(DIATask):
 
     def validation_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
         """Update the metric; return the index ``[B]`` and the detections of the images."""
-        if self.validation_loss:
-            images, targets = batch[:2]
-            losses = self._losses_in_evaluation(images, targets)
-            losses["loss"] = torch.stack(list(losses.values())).sum()
-            terms = {f"val/{name}": term for name, term in losses.items()}
-            self.log_dict(terms, batch_size=len(images), sync_dist=True)
-        return self._evaluate(batch, self.val_map)
+        return self._evaluate(batch, self.val_map, log_losses=self.validation_loss)
 
     def test_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
         """Update the metric; return the index ``[B]`` and the detections of the images."""
@@ -208,12 +205,24 @@ class DetectionTask(DIATask):
         """Log the scores."""
         self._log_scores("test", self.test_map)
 
-    def _evaluate(self, batch: tuple[Any, ...], metric: MeanAveragePrecision) -> dict[str, Any]:
+    def _evaluate(
+        self, batch: tuple[Any, ...], metric: MeanAveragePrecision, *, log_losses: bool = False
+    ) -> dict[str, Any]:
         images, targets, *rest = batch
         index = self.sample_index(images, rest)
+        if log_losses:
+            self._log_losses(images, targets, index)
         detections = self(images)
         metric.add(detections, targets, index)
         return {"index": index, "detections": detections}
+
+    def _log_losses(self, images: Sequence[Tensor], targets: Sequence[Target], index: Tensor) -> None:
+        counted = [number for number, position in enumerate(index.tolist()) if position >= 0]
+        chosen = counted or range(len(images))  # with weight 0, because all processes have to log the same names
+        losses = self._losses_in_evaluation([images[i] for i in chosen], [targets[i] for i in chosen])
+        losses["loss"] = torch.stack(list(losses.values())).sum()
+        terms = {f"val/{name}": term for name, term in losses.items()}
+        self.log_dict(terms, batch_size=len(counted), sync_dist=True)
 
     def _log_scores(self, stage: str, metric: MeanAveragePrecision) -> None:
         scores = metric.compute()
@@ -233,13 +242,23 @@ class DetectionTask(DIATask):
         return values
 
 
+def _as_in_training(target: Target) -> Target:
+    """Return a target without crowds, which are not trained on."""
+    wanted = {name: target[name] for name in target if name not in ("iscrowd", "area")}
+    if "iscrowd" not in target:
+        return wanted
+    objects = [name for name in ("boxes", "labels", "masks") if name in wanted]
+    return {**wanted, **{name: wanted[name][target["iscrowd"] == 0] for name in objects}}
+
+
 def _detector(
     detector: str | nn.Module, backbone: str | nn.Module | None, num_classes: int, options: dict[str, Any]
 ) -> nn.Module:
     check_is_no_mark("detector", detector)
     check_is_no_mark("backbone", backbone)
     if isinstance(detector, nn.Module):
-        given = [name for name, value in options.items() if value] + (["backbone"] if backbone is not None else [])
+        given = [name for name, value in options.items() if value is not None and value is not False and value != {}]
+        given += ["backbone"] if backbone is not None else []
         if given:
             raise ValueError(f"{', '.join(given)}: only for a named detector; this one is an object. Leave it out.")
         return detector
