@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -168,8 +168,9 @@ def _width(module: nn.Module) -> int | None:
             value = value[-1]
         if isinstance(value, int):
             return value
-    weight = getattr(module, "weight", None)  # of torchvision's FrozenBatchNorm2d, which tells nothing else
-    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 1 else None
+    if type(module).__name__ == "FrozenBatchNorm2d":  # of torchvision, which this layer does without
+        return len(cast(Tensor, module.weight))
+    return None
 
 
 def _rule(block_class: type, rules: dict[str, BlockRule]) -> BlockRule | None:

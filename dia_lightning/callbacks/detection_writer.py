@@ -27,7 +27,8 @@ class DetectionWriter(ResultWriter):
     also ``"segmentation"`` (compressed run lengths of the pixels of probability 0.5 and more), sorted by the sample's
     index. Ids are those of the user's files where there are any; else images are numbered from 1 in the order of the
     samples, and categories are the labels. ``detections.images.json`` beside it names images and categories, so that
-    ``COCO("detections.images.json").loadRes("detections.json")`` of pycocotools reads both.
+    ``COCO("detections.images.json").loadRes("detections.json")`` of pycocotools reads both. To score masks with it,
+    leave ``"bbox"`` out of the entries first: pycocotools would sort masks into sizes by the area of their boxes.
 
     In ``predict`` each image is also drawn with its detections, in its own size:
     ``pictures/predict/detections/<index>_<file>.png``.

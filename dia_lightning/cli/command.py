@@ -119,6 +119,8 @@ class DIACLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if config.get("weights_only", False) is None:
             config.weights_only = True  # else an environment variable could let a checkpoint run code
+        if self.config.subcommand == "predict" and config.return_predictions is None:
+            config.return_predictions = False  # nobody reads them here, and masks of a folder would fill the memory
         if config.trainer.logger is False:  # Lightning refuses to monitor rates that go nowhere
             callbacks = _as_list(config.trainer.callbacks)
             config.trainer.callbacks = [item for item in callbacks if not _is_rate_monitor(item)] or None

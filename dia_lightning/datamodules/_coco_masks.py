@@ -28,7 +28,7 @@ def segmentation_fault(segmentation: Any, size: Sequence[int] | npt.NDArray[np.i
         if all(_is_polygon(polygon) for polygon in segmentation):
             return None
         return "has a segmentation that is not a list of polygons, each [x1, y1, x2, y2, x3, y3, ...]"
-    if not isinstance(segmentation, dict) or set(segmentation) < {"size", "counts"}:
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= set(segmentation):
         return "has a segmentation that is neither a list of polygons nor run lengths with size and counts"
     width, height = (int(side) for side in size)
     counts, own = segmentation["counts"], segmentation["size"]

@@ -24,8 +24,8 @@ def build_detection_transform(augment: DetectionAugment) -> v2.Transform:
 
     Returns:
         A transform of an 8-bit image and a target with ``boxes``, ``labels`` and perhaps ``masks``. It gives float32 in
-        [0, 1] and plain tensors. Boxes that were moved are clipped to the image, and those of less than a pixel left
-        out together with their labels and masks.
+        [0, 1] and plain tensors. Boxes that were moved are clipped to the image, and those of about a pixel or less
+        left out together with their labels and masks.
     """
     steps = _steps(augment)
     if steps:

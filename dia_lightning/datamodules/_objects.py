@@ -28,7 +28,7 @@ class Objects:
         area: in pixels, NaN where it is that of the mask, or else of the box ``[M]``.
         ids: what a person can find each object by ``[M]``, see ``id_name``.
         id_name: what ``ids`` are, such as ``"annotation"``.
-        segmentations: one per object, or ``None`` where no masks are wanted.
+        segmentations: one per object, or ``None`` where no masks are wanted; these are lists, which workers do copy.
     """
 
     image: npt.NDArray[np.int64]

@@ -73,12 +73,18 @@ class CocoDetectionDataModule(DetectionDataModule):
     @property
     def class_names(self) -> list[str]:
         """Return the names of the categories, in the order of their ids."""
-        return list(self._categories().values())
+        categories = self._categories()
+        if categories is not None:
+            return list(categories.values())
+        if self.trained_classes is None:
+            raise self._missing("train")
+        return self.trained_classes
 
     @property
-    def category_ids(self) -> list[int]:
-        """Return the ids of the categories; 1..K where only their names are known from a checkpoint."""
-        return list(self._categories())
+    def category_ids(self) -> list[int] | None:
+        """Return the ids of the categories; ``None`` where no file has them and a checkpoint gives names only."""
+        categories = self._categories()
+        return None if categories is None else list(categories)
 
     def load_split(self, split: Split) -> Source | None:
         """Read and check the annotations of a split, and look for its images."""
@@ -114,23 +120,29 @@ class CocoDetectionDataModule(DetectionDataModule):
         for file in self._files.values():
             _check_same(file, self._restored, "the checkpoint")
 
-    def _categories(self) -> dict[int, str]:
+    def _categories(self) -> dict[int, str] | None:
+        """Return names by id: of the training file, else of a checkpoint of this data, else of another split."""
         if self._places["train"][0].is_file():
             return self._file("train").categories
         if self._restored is not None:
             return self._restored
-        if self.trained_classes is None:
-            raise self._missing("train")
         for split in ("val", "test"):
             if split in self._places and self._places[split][0].is_file():
                 categories = self._file(split).categories
                 if list(categories.values()) == self.trained_classes:
                     return categories
-        return dict(enumerate(self.trained_classes, start=1))
+        return None
 
     def _check_categories(self, file: CocoFile) -> None:
         trained = self._places["train"][0]
-        _check_same(file, self._categories(), str(trained) if trained.is_file() else "the checkpoint")
+        where = str(trained) if trained.is_file() else "the checkpoint"
+        categories = self._categories()
+        if categories is None:
+            found, known = list(file.categories.values()), self.class_names
+            if found != known:
+                raise ValueError(f"{file.path} has other categories than {where}: {found}, expected {known}.")
+        else:
+            _check_same(file, categories, where)
 
     def _file(self, split: Split) -> CocoFile:
         if split not in self._files:

@@ -58,8 +58,11 @@ class DetectionDataModule(DIADataModule):
         self.on_bad_box = on_bad_box
 
     @property
-    def category_ids(self) -> list[int]:
-        """Return the id of every class in the user's files: label i is ``category_ids[i - 1]``."""
+    def category_ids(self) -> list[int] | None:
+        """Return the id of every class in the user's files: label i is ``category_ids[i - 1]``.
+
+        ``None`` means that the files are not here; a checkpoint knows them.
+        """
         return list(range(1, self.num_classes + 1))
 
     def image_id(self, index: int) -> int:

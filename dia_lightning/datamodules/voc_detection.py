@@ -26,7 +26,8 @@ class VOCDetectionDataModule(DetectionDataModule):
     for its test set, so it is tested on its validation set; 2007 has 2,501, 2,510 and 4,952. Data of your own may have
     the folders ``Annotations``, ``ImageSets/Main`` and ``JPEGImages`` directly in ``root``. Objects marked
     ``difficult`` are left out of training, and have ``iscrowd`` 1 in evaluation, so that they are neither hits nor
-    misses, as in VOC's own evaluation. ``$DIA_VOC_URL`` is tried before the original.
+    misses. VOC's own evaluation does so too, but COCO's also forgives detections of a small part of such an object, so
+    that scores differ a little. ``$DIA_VOC_URL`` is tried before the original.
 
     Args:
         year: ``"2007"`` or ``"2012"``.

@@ -56,6 +56,8 @@ class PyramidBackbone(nn.Module):
         if not isinstance(features, dict):
             features = OrderedDict((str(index), feature) for index, feature in enumerate(features))
         pyramid: dict[str, Tensor] = self.fpn(features)
+        if torch.is_autocast_enabled(images.device.type):  # torchvision's anchors take the precision of the maps
+            return {name: feature.float() for name, feature in pyramid.items()}
         return pyramid
 
 
@@ -100,13 +102,28 @@ def freeze(body: nn.Module, trainable_layers: int) -> None:
 
 
 def freeze_norms(body: nn.Module) -> None:
-    """Replace batch norms by torchvision's ``FrozenBatchNorm2d``, whose statistics and weights stay as they are."""
+    """Replace batch norms by ones whose statistics and weights stay as they are.
+
+    Raises:
+        ValueError: if a norm does more than normalise, and it is not known how to keep that.
+    """
     for path, module in list(body.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module).__module__.startswith("timm."):
+            _freeze_norm_of_timm(body, path, module)
+        elif isinstance(module, nn.BatchNorm2d):
+            if type(module) is not nn.BatchNorm2d:
+                raise ValueError(f"frozen_norm=True does not know {type(module).__name__} ({path}). Set it to False.")
             frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
             state = {name: value for name, value in module.state_dict().items() if name != "num_batches_tracked"}
             frozen.load_state_dict(state)
             body.set_submodule(path, frozen)
+
+
+def _freeze_norm_of_timm(body: nn.Module, path: str, module: nn.Module) -> None:
+    if isinstance(module, nn.BatchNorm2d):  # timm's have an activation in them
+        from timm.layers import freeze_batch_norm_2d
+
+        body.set_submodule(path, freeze_batch_norm_2d(module))
 
 
 def _timm_body(name: str, args: dict[str, Any], count: int) -> tuple[nn.Module, list[Level]]:
@@ -150,6 +167,8 @@ def _stage_ends(stages: nn.Module) -> list[tuple[str, Level]]:
             if isinstance(child, nn.Linear | nn.AdaptiveAvgPool2d):
                 break
             features = child(features)
+            if features.ndim != 4:  # other libraries' pooling layers
+                break
             level = Level(features.shape[1], _PROBE_SIZE // features.shape[2])
             if not _has_blocks(child):
                 continue

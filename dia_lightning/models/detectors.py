@@ -12,6 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from dia_lightning.models._box_coding import decode_in_full_precision
 from dia_lightning.models._feature_pyramid import Level, PyramidBackbone, feature_body, freeze, freeze_norms
 
 Detector = Literal["fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssdlite"]
@@ -92,59 +93,59 @@ def get_detector(
         "backbone_args": backbone_args or None,
     }
     _check_arguments(detector, detector_args)
-    if detector == "ssdlite":
-        _refuse_unused(given, ("representation_size", "anchor_sizes", "fpn_channels"), "ssdlite")
-        return _ssdlite(backbone, num_classes, backbone_args or {}, trainable_layers, frozen_norm, detector_args)
     is_rcnn = detector in ("fasterrcnn", "maskrcnn")
-    if not is_rcnn:
-        _refuse_unused(given, ("representation_size",), detector)
-    extra = LastLevelMaxPool() if is_rcnn else LastLevelP6P7(fpn_channels, fpn_channels)
+    if detector == "ssdlite":
+        _refuse_unused(given, [name for name in given if name != "backbone_args"], "ssdlite")
+        return decode_in_full_precision(_ssdlite(backbone, num_classes, backbone_args or {}, detector_args))
     if isinstance(backbone, nn.Module) and hasattr(backbone, "out_channels"):
-        _refuse_unused(given, tuple(given), "a backbone with out_channels, which is used as it is")
-        return _CLASSES[detector](backbone, num_classes + 1, **detector_args)
+        _refuse_unused(given, list(given), "a backbone with out_channels, which is used as it is")
+        return decode_in_full_precision(_CLASSES[detector](backbone, num_classes + 1, **detector_args))
+    if not is_rcnn:
+        _refuse_unused(given, ["representation_size"], detector)
+    if detector == "fcos" and fpn_channels % 32 != 0:  # the groups of its norms
+        raise ValueError(f"fpn_channels must be a multiple of 32 for fcos, got {fpn_channels}.")
     body, levels = feature_body(backbone, backbone_args or {}, count=4 if is_rcnn else 3)
     if frozen_norm:
         freeze_norms(body)
     if trainable_layers is not None:
         freeze(body, trainable_layers)
+    extra = LastLevelMaxPool() if is_rcnn else LastLevelP6P7(fpn_channels, fpn_channels)
     pyramid = PyramidBackbone(body, levels, fpn_channels, extra)
     anchors = _anchors(detector, levels, anchor_sizes)
-    if not is_rcnn:
-        return _CLASSES[detector](pyramid, num_classes + 1, anchor_generator=anchors, **detector_args)
-    names = [str(index) for index in range(len(levels))]
+    if is_rcnn:
+        parts = {"rpn_anchor_generator": anchors, **_pooling(detector, len(levels))}
+        network = _CLASSES[detector](pyramid, num_classes + 1, **parts, **detector_args)
+        if representation_size != 1024:  # what torchvision has fixed
+            heads: Any = network.roi_heads
+            heads.box_head = TwoMLPHead(fpn_channels * 7**2, representation_size)
+            heads.box_predictor = FastRCNNPredictor(representation_size, num_classes + 1)
+    else:
+        network = _CLASSES[detector](pyramid, num_classes + 1, anchor_generator=anchors, **detector_args)
+    return decode_in_full_precision(network)
+
+
+def _pooling(detector: Detector, levels: int) -> dict[str, nn.Module]:
+    """Return torchvision's pooling of regions, from all maps but the one that the extra block adds."""
+    names = [str(index) for index in range(levels)]
     pools = {"box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)}
     if detector == "maskrcnn":
         pools["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
-    network = _CLASSES[detector](pyramid, num_classes + 1, rpn_anchor_generator=anchors, **pools, **detector_args)
-    if representation_size != 1024:  # what torchvision has fixed
-        heads: Any = network.roi_heads
-        heads.box_head = TwoMLPHead(fpn_channels * 7**2, representation_size)
-        heads.box_predictor = FastRCNNPredictor(representation_size, num_classes + 1)
-    return network
+    return pools
 
 
 def _ssdlite(
-    backbone: str | nn.Module,
-    num_classes: int,
-    backbone_args: dict[str, Any],
-    trainable_layers: int | None,
-    frozen_norm: bool,
-    args: dict[str, Any],
+    backbone: str | nn.Module, num_classes: int, backbone_args: dict[str, Any], args: dict[str, Any]
 ) -> nn.Module:
-    if backbone != _SSDLITE_BACKBONE or frozen_norm:
+    if backbone != _SSDLITE_BACKBONE:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
         raise ValueError(
-            f"ssdlite is built by torchvision on {_SSDLITE_BACKBONE} with batch norms that are trained, got {name} and "
-            f"frozen_norm={frozen_norm}. Take that backbone, or another detector."
+            f"ssdlite is built by torchvision on {_SSDLITE_BACKBONE} only, got {name}. Take that backbone, or another "
+            "detector."
         )
     if set(backbone_args) - {"weights"}:
         raise ValueError(f"ssdlite takes weights as backbone_args and nothing else, got {', '.join(backbone_args)}.")
     network: nn.Module = ssdlite320_mobilenet_v3_large(
-        weights=None,
-        weights_backbone=backbone_args.get("weights"),
-        num_classes=num_classes + 1,
-        trainable_backbone_layers=trainable_layers,
-        **args,
+        weights=None, weights_backbone=backbone_args.get("weights"), num_classes=num_classes + 1, **args
     )
     return network
 

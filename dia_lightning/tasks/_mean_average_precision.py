@@ -127,12 +127,12 @@ class MeanAveragePrecision(_MeanAveragePrecision):
 
 def _prepared(item: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of one image on the CPU, with masks as the metric takes them."""
-    tensors = {name: value.detach().cpu() for name, value in item.items() if isinstance(value, Tensor)}
+    tensors = {name: value.detach() for name, value in item.items() if isinstance(value, Tensor)}
     for name in {"boxes", "scores"} & set(tensors):
         tensors[name] = tensors[name].float()  # numpy has no bfloat16
     if "masks" in tensors and tensors["masks"].is_floating_point():  # probabilities [N, 1, H, W]
         tensors["masks"] = (tensors["masks"] >= 0.5).squeeze(1)
-    return tensors
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def _scores(values: dict[str, Tensor]) -> Scores:

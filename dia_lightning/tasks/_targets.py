@@ -19,7 +19,7 @@ def check_targets(targets: Sequence[Target], *, images: int, num_classes: int, m
         masks: whether masks are needed.
 
     Raises:
-        ValueError: if a key is missing, numbers differ, a label is not in 1..K, or a box is not finite or has no extent.
+        ValueError: if a key is missing, numbers differ, a label is not in 1..K, or a box is not finite or is empty.
     """
     if len(targets) != images:
         raise ValueError(f"The batch has {images} images and {len(targets)} targets, but each image needs one target.")

@@ -1,6 +1,6 @@
 """What all tasks have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import torch
@@ -140,12 +140,26 @@ class DIATask(LightningModule):
     # ---- positions of images in their data set
 
     def sample_index(self, images: Tensor | Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
-        """Return the position ``[B]`` of each image; without it in the batch, count as Lightning deals out samples."""
+        """Return the position ``[B]`` of each image; without it in the batch, count as Lightning deals out samples.
+
+        Samples that Lightning repeats, so that all processes have equally many, get -1.
+        """
         if given:
             return given[0]
         position = self._seen + torch.arange(len(images), device=images[0].device)
         self._seen += len(images)
-        return position * self.trainer.world_size + self.trainer.global_rank
+        position = position * self.trainer.world_size + self.trainer.global_rank
+        return torch.where(position < self._count_samples(), position, -1)
+
+    def _count_samples(self) -> float:
+        """Return how many samples the loader of this stage has, infinity where it does not tell."""
+        trainer = self.trainer
+        loader = trainer.val_dataloaders  # also during fit
+        if trainer.testing or trainer.predicting:
+            loader = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
+        data = getattr(loader, "dataset", None)
+        has_samples = getattr(loader, "batch_size", None) is not None  # else the data set may hold whole batches
+        return len(data) if has_samples and isinstance(data, Sized) else float("inf")
 
     def on_validation_epoch_start(self) -> None:
         """Count images from the start."""

@@ -1,5 +1,6 @@
 """Object detection and instance segmentation."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torchmetrics import MeanMetric
 from torchvision.models.detection import MaskRCNN
 
 from dia_lightning._hyperparameters import check_is_no_mark
@@ -31,9 +33,9 @@ class DetectionTask(DIATask):
 
     Logged: ``train/loss`` and each of its terms by torchvision's name (``train/loss_classifier``, ...); ``val/`` and
     ``test/`` followed by COCO's scores in [0, 1]: ``map`` (mean over IoU 0.5 to 0.95), ``map_50``, ``map_75``,
-    ``map_small``, ``map_medium``, ``map_large``, ``mar_1``, ``mar_10``, ``mar_100``, ... and ``ap/<class>``. Mask
-    R-CNN has the same for masks as ``mask_map``, ... A score that is not defined, for want of such objects, is not
-    logged.
+    ``map_small``, ``map_medium``, ``map_large``, ``mar_1``, ``mar_10``, ``mar_100``, ... and ``ap/<class>`` of boxes.
+    Mask R-CNN has the overall scores for masks too, as ``mask_map``, ... A score that is not defined, for want of such
+    objects, is not logged, but for ``map``, which is NaN then.
 
     Batches are those of :class:`~dia_lightning.datamodules.DetectionDataModule`: ``(images, targets)``, in validation
     and test with the position of each image in its data set as a third item, where -1 marks an image that only fills up
@@ -65,7 +67,8 @@ class DetectionTask(DIATask):
             through the network a second time.
         init_from: file whose weights the network starts from: a checkpoint of this task, a state dict of torchvision's
             detector, or a classifier, of which the backbone takes the weights.
-        **optimization: optimizer and schedule, as :class:`DIATask` takes them: ``optimizer``, ``lr``, ``momentum``,
+        lr: learning rate, positive; the default suits SGD with 4 images per step.
+        **optimization: optimizer and schedule, as :class:`DIATask` takes them: ``optimizer``, ``momentum``,
             ``nesterov``, ``weight_decay``, ``schedule``, ``milestones``, ``gamma``, ``warmup_epochs``,
             ``warmup_steps``.
 
@@ -75,7 +78,8 @@ class DetectionTask(DIATask):
 
     Example:
         >>> import torch
-        >>> task = DetectionTask("fcos", "cifar_resnet", 3, backbone_args={"depth": 11}, attention="dia-lstm")
+        >>> small = {"backbone_args": {"depth": 11}, "detector_args": {"min_size": 64}}
+        >>> task = DetectionTask("fcos", "cifar_resnet", 3, **small, attention="dia-lstm")
         >>> sorted(task.eval()([torch.rand(3, 64, 64)])[0])
         ['boxes', 'labels', 'scores']
     """
@@ -100,10 +104,11 @@ class DetectionTask(DIATask):
         branch_norm: bool | None = None,
         validation_loss: bool = False,
         init_from: str | None = None,
+        lr: float = 0.005,
         **optimization: Any,
     ) -> None:
         arguments = dict(locals())
-        super().__init__(**optimization)
+        super().__init__(lr=lr, **optimization)
         if num_classes is None or num_classes < 1:
             raise ValueError(
                 f"num_classes must be 1 or more, without the background, got {num_classes}. Data modules of this "
@@ -116,9 +121,8 @@ class DetectionTask(DIATask):
             "backbone_args": backbone_args or {},
             "trainable_layers": trainable_layers,
             "frozen_norm": frozen_norm,
-            **(detector_args or {}),
         }
-        self.detector = _detector(detector, backbone, num_classes, options)
+        self.detector = _detector(detector, backbone, num_classes, options, detector_args or {})
         pyramid: Any = self.detector.backbone
         attach_if_any(getattr(pyramid, "body", pyramid), arguments)
         if init_from is not None:
@@ -126,6 +130,8 @@ class DetectionTask(DIATask):
         self.has_masks = isinstance(self.detector, MaskRCNN)
         self.val_map = MeanAveragePrecision(masks=self.has_masks)
         self.test_map = MeanAveragePrecision(masks=self.has_masks)
+        # not by self.log of each batch: its mean over processes divides by a whole number of images, rounded down
+        self._val_losses: dict[str, MeanMetric] = {}
 
     @property
     def category_ids(self) -> list[int] | None:
@@ -184,7 +190,7 @@ class DetectionTask(DIATask):
 
     def validation_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
         """Update the metric; return the index ``[B]`` and the detections of the images."""
-        return self._evaluate(batch, self.val_map, log_losses=self.validation_loss)
+        return self._evaluate(batch, self.val_map, with_losses=self.validation_loss)
 
     def test_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
         """Update the metric; return the index ``[B]`` and the detections of the images."""
@@ -197,41 +203,57 @@ class DetectionTask(DIATask):
         index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
         return {"index": self.sample_index(images, index), "detections": self(images)}
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted epoch has left."""
+        super().on_validation_epoch_start()
+        self.val_map.reset()
+        self._val_losses.clear()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted epoch has left."""
+        super().on_test_epoch_start()
+        self.test_map.reset()
+
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of the epoch."""
+        """Log the scores and losses of the epoch."""
         self._log_scores("val", self.val_map)
+        for name, mean in self._val_losses.items():
+            self.log(f"val/{name}", mean.compute(), sync_dist=True)
+        self._val_losses.clear()
 
     def on_test_epoch_end(self) -> None:
         """Log the scores."""
         self._log_scores("test", self.test_map)
 
     def _evaluate(
-        self, batch: tuple[Any, ...], metric: MeanAveragePrecision, *, log_losses: bool = False
+        self, batch: tuple[Any, ...], metric: MeanAveragePrecision, *, with_losses: bool = False
     ) -> dict[str, Any]:
         images, targets, *rest = batch
         index = self.sample_index(images, rest)
-        if log_losses:
-            self._log_losses(images, targets, index)
+        if with_losses:
+            self._add_losses(images, targets, index)
         detections = self(images)
         metric.add(detections, targets, index)
         return {"index": index, "detections": detections}
 
-    def _log_losses(self, images: Sequence[Tensor], targets: Sequence[Target], index: Tensor) -> None:
+    def _add_losses(self, images: Sequence[Tensor], targets: Sequence[Target], index: Tensor) -> None:
         counted = [number for number, position in enumerate(index.tolist()) if position >= 0]
-        chosen = counted or range(len(images))  # with weight 0, because all processes have to log the same names
+        chosen = counted or range(len(images))  # with weight 0, because all processes need the same names
         losses = self._losses_in_evaluation([images[i] for i in chosen], [targets[i] for i in chosen])
         losses["loss"] = torch.stack(list(losses.values())).sum()
-        terms = {f"val/{name}": term for name, term in losses.items()}
-        self.log_dict(terms, batch_size=len(counted), sync_dist=True)
+        for name, term in losses.items():
+            self._val_losses.setdefault(name, MeanMetric().to(self.device)).update(term, len(counted))
 
     def _log_scores(self, stage: str, metric: MeanAveragePrecision) -> None:
         scores = metric.compute()
         metric.reset()
-        if "map" not in scores.overall:
-            rank_zero_warn(f"The {stage} images have no object, so mAP is not defined and {stage}/map is not logged.")
+        overall = scores.overall
+        if "map" not in overall:
+            rank_zero_warn(f"The {stage} images have no object, so mAP is not defined and {stage}/map is NaN.")
+            overall = {**overall, "map": math.nan}  # for ModelCheckpoint, which takes it as the worst value
         shown = {f"{stage}/map", f"{stage}/map_50"}
-        for name, value in self._named(stage, scores.overall, scores.per_class).items():
-            self.log(name, value, prog_bar=name in shown, rank_zero_only=False)
+        for name, value in self._named(stage, overall, scores.per_class).items():
+            self.log(name, value, prog_bar=name in shown, sync_dist=True)
 
     def _named(self, stage: str, overall: Mapping[str, float], per_class: Mapping[int, float]) -> dict[str, float]:
         names = self.class_names or []
@@ -252,10 +274,18 @@ def _as_in_training(target: Target) -> Target:
 
 
 def _detector(
-    detector: str | nn.Module, backbone: str | nn.Module | None, num_classes: int, options: dict[str, Any]
+    detector: str | nn.Module,
+    backbone: str | nn.Module | None,
+    num_classes: int,
+    options: dict[str, Any],
+    detector_args: dict[str, Any],
 ) -> nn.Module:
     check_is_no_mark("detector", detector)
     check_is_no_mark("backbone", backbone)
+    for name in ("backbone", "num_classes", *options):
+        if name in detector_args:
+            raise ValueError(f"detector_args must not have {name}: give it as {name} of the task.")
+    options = {**options, **detector_args}
     if isinstance(detector, nn.Module):
         given = [name for name, value in options.items() if value is not None and value is not False and value != {}]
         given += ["backbone"] if backbone is not None else []

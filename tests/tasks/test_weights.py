@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from dia_lightning.models import get_model
 from dia_lightning.tasks import load_task
-from dia_lightning.tasks._weights import load_weights
+from dia_lightning.tasks._weights import load_detector_weights, load_weights
+from dia_lightning.tasks.detection import DetectionTask
 from tests.tasks.conftest import small_task
+from tests.tasks.tiny_detection import BACKBONE, tiny_task
 
 
 @pytest.fixture
@@ -85,3 +88,76 @@ def test_attention_that_fits_in_part_is_refused(tmp_path: Path, options: dict[st
     torch.save(small_task(**depth).backbone.state_dict(), tmp_path / "attached.pth")
     with pytest.raises(ValueError, match="holds other attention than this network has"):
         small_task(**depth, **options, init_from=str(tmp_path / "attached.pth"))
+
+
+# ---- detectors
+
+
+def body_of(task: DetectionTask) -> nn.Module:
+    return task.get_submodule("detector.backbone.body")
+
+
+def test_weights_of_a_plain_detector_go_into_one_with_attention(tmp_path: Path) -> None:
+    plain = tiny_task(attention=None, seed=1)
+    torch.save(plain.detector.state_dict(), tmp_path / "torchvision.pth")
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "task.ckpt")
+    for name in ("torchvision.pth", "task.ckpt"):
+        own = tiny_task(init_from=str(tmp_path / name)).state_dict()
+        assert all(torch.equal(own[key], value) for key, value in plain.state_dict().items()), name
+
+
+@pytest.mark.parametrize("detector", ["fasterrcnn", "maskrcnn", "retinanet", "fcos"])
+def test_a_detector_of_other_classes_keeps_the_start_of_what_names_them(tmp_path: Path, detector: str) -> None:
+    other = tiny_task(detector, num_classes=7, seed=1)
+    torch.save(other.detector.state_dict(), tmp_path / "other.pth")
+    fresh = tiny_task(detector)
+    before = {key: value.clone() for key, value in fresh.detector.state_dict().items()}
+    said = load_detector_weights(fresh.detector, str(tmp_path / "other.pth"))
+    assert "the classifier kept the start values" in said
+    classes = {key for key, value in before.items() if value.shape != other.detector.state_dict()[key].shape}
+    assert classes
+    for key, value in fresh.detector.state_dict().items():
+        expected = before[key] if key in classes else other.detector.state_dict()[key]
+        assert torch.equal(value, expected), key
+
+
+def test_a_classifier_of_this_package_gives_the_backbone_its_weights(tmp_path: Path) -> None:
+    classifier = small_task(backbone_args=BACKBONE)
+    torch.save({"state_dict": classifier.state_dict(), "dia_task": "ClassificationTask"}, tmp_path / "task.ckpt")
+    weights = {key: value for key, value in classifier.backbone.state_dict().items() if not key.startswith("fc.")}
+    assert any(".dia." in key for key in weights)
+    for frozen in (False, True):
+        own = body_of(tiny_task(seed=1, init_from=str(tmp_path / "task.ckpt"), frozen_norm=frozen)).state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in own.items())
+    with pytest.raises(ValueError, match="holds other attention than this network has"):
+        tiny_task(identity=True, init_from=str(tmp_path / "task.ckpt"))
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v3_small", "timm/convnext_atto"])
+def test_a_classifier_of_a_library_gives_the_backbone_its_weights(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(1)
+    weights = get_model(name).state_dict()
+    torch.save(weights, tmp_path / "classifier.pth")
+    task = tiny_task(backbone=name, backbone_args=None, init_from=str(tmp_path / "classifier.pth"))
+    own = {key: value for key, value in body_of(task).state_dict().items() if ".dia." not in key}
+    by_place = {key.removeprefix("features.").replace(".", "_"): value for key, value in weights.items()}
+    assert own
+    assert all(torch.equal(value, by_place[key.replace(".", "_")]) for key, value in own.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("cifar_resnet", {"depth": 14, "block": "basic"}), ("cifar_resnet", {"depth": 11}), ("torchvision/vit_b_16", {})],
+)
+def test_a_classifier_of_another_kind_is_refused(tmp_path: Path, name: str, args: dict[str, Any]) -> None:
+    torch.save(get_model(name, **args).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth' holds another network"):
+        tiny_task(init_from=str(tmp_path / "other.pth"))
+
+
+def test_another_detector_is_refused(tmp_path: Path) -> None:
+    torch.save(tiny_task("fasterrcnn").detector.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"holds another network: 12 weights are missing \(roi_heads\.mask_"):
+        tiny_task("maskrcnn", init_from=str(tmp_path / "other.pth"))
+    with pytest.raises(ValueError, match=r"holds another network"):
+        tiny_task("retinanet", init_from=str(tmp_path / "other.pth"))

@@ -20,7 +20,7 @@ def tiny_options(detector: str, **options: Any) -> dict[str, Any]:
     elif detector == "ssdlite":
         small = {"score_thresh": 0.0, "detections_per_img": 10}
     else:
-        small.update(score_thresh=0.0, detections_per_img=10)
+        small.update(score_thresh=0.0, detections_per_img=100)
     return {**small, **options}
 
 

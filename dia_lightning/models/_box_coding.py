@@ -1,0 +1,35 @@
+"""Boxes in full precision under autocast, where torchvision would round them to the precision of the network."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
+
+
+class FullPrecisionBoxCoder(BoxCoder):  # type: ignore[misc]  # torchvision is typed in part only
+    """Decodes in float32: bfloat16 has 8 bits, so that a coordinate of 700 would be off by up to 2 pixels."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Return boxes from offsets to reference boxes."""
+        decoded: Tensor = super().decode_single(rel_codes.float(), boxes)
+        return decoded
+
+
+class FullPrecisionBoxLinearCoder(BoxLinearCoder):  # type: ignore[misc]
+    """The same for FCOS."""
+
+    def decode(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Return boxes from offsets to reference boxes."""
+        decoded: Tensor = super().decode(rel_codes.float(), boxes)
+        return decoded
+
+
+def decode_in_full_precision(detector: nn.Module) -> nn.Module:
+    """Replace the box coders of a detector, in place, and return it."""
+    for module in detector.modules():
+        coder: Any = getattr(module, "box_coder", None)
+        if type(coder) is BoxCoder:
+            module.box_coder = FullPrecisionBoxCoder(coder.weights, coder.bbox_xform_clip)
+        elif type(coder) is BoxLinearCoder:
+            module.box_coder = FullPrecisionBoxLinearCoder(coder.normalize_by_size)
+    return detector
