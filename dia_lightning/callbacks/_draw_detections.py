@@ -11,7 +11,6 @@ from dia_lightning.callbacks._draw_objects import NAME_LENGTH, class_colour, dra
 from dia_lightning.callbacks._objects import Objects
 
 CELL = (720, 540)  # largest width and height of an image in pixels
-LARGEST_SCALE = 3.0  # of small images
 NARROWEST = 320  # column in pixels, wide enough for what is written below an image
 GAP = 16
 TITLE, HEADING, TEXT = 22, 18, 14  # heights of letters in pixels
@@ -63,7 +62,7 @@ def draw_detections(
 
 def _draw_scene(scene: Scene, classes: ObjectClasses) -> list[Image.Image]:
     height, width = scene.image.shape[1:]
-    scale = min(CELL[0] / width, CELL[1] / height, LARGEST_SCALE)
+    scale = min(CELL[0] / width, CELL[1] / height)
     return [
         draw_objects(scene.image, objects, classes, scale=scale, text_size=15) for objects in (scene.true, scene.found)
     ]
