@@ -19,7 +19,7 @@ BELOW = {
 }
 # ... and which of the other packages it must do without.
 UPPER = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "matplotlib", "jsonargparse", "timm", "diffusers"}
-WITHOUT = {"attention": UPPER | {"torchvision", "numpy", "sklearn"}, "models": UPPER - {"timm"}}
+WITHOUT = {"attention": UPPER | {"torchvision", "numpy", "sklearn"}, "models": UPPER - {"timm", "diffusers"}}
 
 FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob("*.py"))]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-# num_classes comes from the data, and the checkpoint's own weights replace whatever init_from would load.
-NOT_TAKEN = frozenset({"num_classes", "init_from"})
+# num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
+NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})
 # What decides which weights a network has: what it is made of, and where attention goes.
 BACKBONE = ("backbone", "backbone_args", "detector")
 ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites", "identity", "branch_norm")

@@ -59,6 +59,8 @@ class DIACLI(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint (fit only)."
         )
         parser.link_arguments("data", "model.init_args.num_classes", self._count_classes, apply_on="instantiate")
+        # a task that does not take it goes without
+        parser.link_arguments("data", "model.init_args.image_shape", _image_shape, apply_on="instantiate")
 
     def _count_classes(self, data: DIADataModule) -> int:
         """Return the number of classes; where the data are not at hand, that of the checkpoint."""
@@ -70,11 +72,12 @@ class DIACLI(LightningCLI):
         self.config = parser.parse_args(args)
         given = parser.parse_args(args, defaults=False)
         self._given = _init_args(given[given.subcommand].get("model"))
-        if self._given.get("num_classes") is not None:
-            raise UserError(
-                f"--model.num_classes {self._given['num_classes']}: the number of classes comes from the data. "
-                "Leave it out of the command and the config."
-            )
+        for name, meaning in (("num_classes", "number of classes"), ("image_shape", "shape of the images")):
+            if self._given.get(name) is not None:
+                raise UserError(
+                    f"--model.{name} {self._given[name]}: the {meaning} comes from the data. "
+                    "Leave it out of the command and the config."
+                )
 
     def _parse_ckpt_path(self) -> None:
         """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
@@ -188,6 +191,12 @@ def run(args: Sequence[str]) -> None:
             DIACLI(args)
     finally:
         adverts.removeFilter(_is_no_advert)
+
+
+def _image_shape(data: DIADataModule) -> list[int] | None:
+    """Return the shape (C, H, W) of the images, if they all have one."""
+    shape = getattr(data, "image_shape", None)
+    return None if shape is None else list(shape)
 
 
 @rank_zero_only

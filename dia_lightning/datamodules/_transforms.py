@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torchvision.transforms import v2
 
-Augment = Literal["none", "basic", "auto", "strong"]
+Augment = Literal["none", "flips", "basic", "auto", "strong"]
 
 
 def build_transform(
@@ -21,8 +21,9 @@ def build_transform(
     """Chain the steps of one augmentation level.
 
     Args:
-        augment: ``"none"`` uses ``resize``; the others start with ``basic``. ``"auto"`` adds AutoAugment, ``"strong"``
-            adds RandAugment and, on the tensor, RandomErasing of a quarter of the images.
+        augment: ``"none"`` uses ``resize``, ``"flips"`` adds a flip of every second image; the others start with
+            ``basic``. ``"auto"`` adds AutoAugment, ``"strong"`` adds RandAugment and, on the tensor, RandomErasing of a
+            quarter of the images.
         resize: steps that bring any image to the network's size without chance.
         basic: the standard training recipe of the data set, from image to image of the network's size.
         policy: which AutoAugment policy.
@@ -32,7 +33,9 @@ def build_transform(
     Returns:
         A transform from a PIL image to float32 ``[C, H, W]``.
     """
-    steps = list(resize if augment == "none" else basic)
+    steps = list(resize if augment in ("none", "flips") else basic)
+    if augment == "flips":
+        steps.append(v2.RandomHorizontalFlip())
     if augment == "auto":
         steps.append(v2.AutoAugment(policy))
     if augment == "strong":

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 from torchvision.transforms import v2
@@ -13,6 +13,8 @@ from dia_lightning.datamodules._transforms import Augment, build_transform
 from dia_lightning.datamodules.base import DIADataModule
 from dia_lightning.datamodules.sources import Source
 
+PixelRange = Literal["standardized", "symmetric"]
+
 
 class ClassificationDataModule(DIADataModule):
     """Base of the data modules for classification; a subclass only says where pixels come from.
@@ -20,13 +22,15 @@ class ClassificationDataModule(DIADataModule):
     Batches are those of :class:`DIADataModule` with images ``[B, C, H, W]`` float32 and labels ``[B]`` int64, in
     training soft ``[B, K]`` float32 under mixup or cutmix.
 
-    A subclass sets ``mean``, ``std`` and ``image_shape`` (C, H, W), and implements :attr:`class_names`,
-    :meth:`load_split` and :meth:`basic_augmentation`.
+    A subclass sets ``mean`` and ``std`` of its pixels and ``image_shape`` (C, H, W), and implements
+    :attr:`class_names`, :meth:`load_split` and :meth:`basic_augmentation`.
 
     Args:
-        augment: ``"none"``: images as they are. ``"basic"``: the standard recipe of the data set. ``"auto"``: basic,
-            then torchvision's AutoAugment policy that fits best. ``"strong"``: basic, then RandAugment and
-            RandomErasing.
+        augment: ``"none"``: images as they are. ``"flips"``: every second one mirrored, the usual recipe of diffusion.
+            ``"basic"``: the standard recipe of the data set. ``"auto"``: basic, then torchvision's AutoAugment policy
+            that fits best. ``"strong"``: basic, then RandAugment and RandomErasing.
+        pixel_range: ``"standardized"``: mean 0 and deviation 1, for classifiers. ``"symmetric"``: from -1 to 1, for
+            diffusion.
         mixup: alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
         cutmix: alpha of cutmix, 0 or more; 0 turns it off.
         **common: as :class:`DIADataModule` takes them.
@@ -40,12 +44,22 @@ class ClassificationDataModule(DIADataModule):
     image_shape: tuple[int, int, int]
     policy: ClassVar[v2.AutoAugmentPolicy] = v2.AutoAugmentPolicy.IMAGENET
 
-    def __init__(self, *, augment: Augment = "basic", mixup: float = 0.0, cutmix: float = 0.0, **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        augment: Augment = "basic",
+        pixel_range: PixelRange = "standardized",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
         check_positive_or_zero("mixup", mixup)
         check_positive_or_zero("cutmix", cutmix)
         check_choice("augment", augment, get_args(Augment))
+        check_choice("pixel_range", pixel_range, get_args(PixelRange))
         self.augment = augment
+        self.pixel_range = pixel_range
         self.mixup = mixup
         self.cutmix = cutmix
 
@@ -63,6 +77,14 @@ class ClassificationDataModule(DIADataModule):
         """Return 1 for grey images, 3 for RGB."""
         return self.image_shape[0]
 
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return what is subtracted from the pixels in [0, 1], and what they are then divided by, per channel."""
+        if self.pixel_range == "symmetric":
+            half = (0.5,) * self.image_channels
+            return half, half
+        return self.mean, self.std
+
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo the normalisation.
 
@@ -72,18 +94,19 @@ class ClassificationDataModule(DIADataModule):
         Returns:
             Pixels in [0, 1], same shape.
         """
-        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
+        mean, std = (images.new_tensor(values) for values in self.normalization)
         return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
 
     def make_samples(self, source: Source, positions: Positions, *, role: Role) -> ClassificationSamples:
         """Return normalised tensors, augmented for training."""
+        mean, std = self.normalization
         transform = build_transform(
             self.augment if role == "train" else "none",
             resize=self.resizing(),
             basic=self.basic_augmentation(),
             policy=self.policy,
-            mean=self.mean,
-            std=self.std,
+            mean=mean,
+            std=std,
         )
         return ClassificationSamples(source, positions, transform=transform, role=role)
 

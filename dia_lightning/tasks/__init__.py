@@ -4,5 +4,6 @@ from dia_lightning.tasks._load import load_task
 from dia_lightning.tasks.base import DIATask, NonFiniteLossError
 from dia_lightning.tasks.classification import ClassificationTask
 from dia_lightning.tasks.detection import DetectionTask
+from dia_lightning.tasks.diffusion import DiffusionTask
 
-__all__ = ["ClassificationTask", "DIATask", "DetectionTask", "NonFiniteLossError", "load_task"]
+__all__ = ["ClassificationTask", "DIATask", "DetectionTask", "DiffusionTask", "NonFiniteLossError", "load_task"]

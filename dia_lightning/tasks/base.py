@@ -114,8 +114,9 @@ class DIATask(LightningModule):
     def setup(self, stage: str) -> None:
         """Take class names and normalisation from the data module, to keep them in the checkpoint."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        for name in ("class_names", "category_ids", "mean", "std", "image_shape"):
-            value = getattr(datamodule, name, None)
+        found = {name: getattr(datamodule, name, None) for name in ("class_names", "category_ids", "image_shape")}
+        found["mean"], found["std"] = getattr(datamodule, "normalization", (None, None))
+        for name, value in found.items():
             if value is not None:
                 self._data[name] = list(value)
 

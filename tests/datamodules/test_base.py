@@ -94,7 +94,7 @@ def test_denormalize_inverts_the_normalisation(any_kind: Kind) -> None:
     torch.testing.assert_close((restored - mean) / std, images, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("augment", ["none", "basic", "auto", "strong"])
+@pytest.mark.parametrize("augment", ["none", "flips", "basic", "auto", "strong"])
 @pytest.mark.filterwarnings("ignore:val_split=0")
 def test_every_augmentation_gives_images_of_the_right_shape(any_kind: Kind, augment: str) -> None:
     data = _make(any_kind, augment=augment)
@@ -427,7 +427,7 @@ def test_folder_without_images_is_an_error_that_names_it(tmp_path: Path) -> None
         ({"val_split": 1.0}, r"val_split must be .* a fraction below 1 .*, got 1\.0"),
         ({"val_split": 2.5}, r"val_split must be .*, got 2\.5"),
         ({"val_split": "0.1"}, r"val_split must be .*, got '0\.1'"),
-        ({"augment": "strnog"}, r"augment must be one of none, basic, auto, strong, got 'strnog'\."),
+        ({"augment": "strnog"}, r"augment must be one of none, flips, basic, auto, strong, got 'strnog'\."),
     ],
 )
 def test_option_out_of_range_is_refused_by_name(options: dict[str, Any], message: str) -> None:
