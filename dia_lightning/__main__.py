@@ -8,7 +8,7 @@ from dia_lightning import __version__
 from dia_lightning.cli._errors import fail, is_for_the_user, message_of
 
 #: Commands that do without Lightning, and the module of each.
-LIGHT_COMMANDS = {"models": "networks", "check": "check", "export": "export"}
+LIGHT_COMMANDS = {"models": "networks", "check": "check", "export": "export", "sample": "sample"}
 
 USAGE = """\
 usage: dia-lightning COMMAND [options]
@@ -21,6 +21,7 @@ commands:
   models     list networks and attention units with their parameters; --cost NAME compares kinds of attention
   check      check what holds on a network with attention: dia-lightning check torchvision/resnet50
   export     write a network to ONNX, torch.export or safetensors: dia-lightning export best network.onnx
+  sample     make images with a trained diffusion task: dia-lightning sample best --classes 3 7 --trace
 
 Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. What the command
 line says counts before the config, the config before the checkpoint of --ckpt_path (a file, 'last' or 'best').

@@ -5,6 +5,7 @@ from dia_lightning.callbacks.confusion_matrix import ConfusionMatrix
 from dia_lightning.callbacks.detection_grid import DetectionGrid
 from dia_lightning.callbacks.detection_writer import DetectionWriter
 from dia_lightning.callbacks.ema import EMA
+from dia_lightning.callbacks.generated_grid import GeneratedGrid
 from dia_lightning.callbacks.prediction_grid import PredictionGrid
 from dia_lightning.callbacks.prediction_writer import PredictionWriter
 from dia_lightning.callbacks.run_summary import RunSummary
@@ -14,6 +15,7 @@ __all__ = [
     "ConfusionMatrix",
     "DetectionGrid",
     "DetectionWriter",
+    "GeneratedGrid",
     "PredictionGrid",
     "PredictionWriter",
     "RunSummary",

@@ -1,0 +1,206 @@
+"""A picture of what a diffusion task generates, and of how it gets there."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from dia_lightning.callbacks._class_names import class_names, shorten
+from dia_lightning.callbacks._draw_objects import font
+from dia_lightning.callbacks._pictures import log_picture
+from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
+
+SMALLEST = 48  # width and height of an enlarged image in pixels
+MOST_COLUMNS = 20  # one per class
+NAME_LENGTH = 14  # characters
+GAP, MARGIN = 4, 16
+TITLE, TEXT = 18, 13  # heights of letters in pixels
+
+
+class GeneratedGrid(SampleGrid[Tensor]):
+    """Draw images that the task generates, at the end of validation and test, from the same noise each time.
+
+    A conditional task gets one column per class with its name above; of more than 20 classes, 20 that are spread
+    evenly. The picture is named ``val/samples`` or ``test/samples``; ``test/denoising`` shows for the images of its
+    first row what the network takes them for, step by step, from pure noise on, with the timestep above. With
+    :class:`EMA` the images come from the averaged weights, wherever it stands among the callbacks. In a distributed run
+    rank zero makes the images while the others wait, so that it has to have the whole network.
+
+    The task is a :class:`~dia_lightning.tasks.DiffusionTask`, or has its ``sample``, ``noise`` and ``no_class``.
+    Training goes on with the random numbers that it would have without this callback.
+
+    Args:
+        num_images: number of images, 1 to 400; with classes as many as fill whole rows.
+        every_n_epochs: draw after every n-th training epoch only, where that has a validation.
+        steps: how often the network runs per image; for ``"ddim"`` and ``"ddpm"`` a divisor of the task's timesteps.
+        guidance: weight of the class; 1 is none. A task without classes takes no other.
+        sampler: ``"ddim"``, ``"ddpm"`` or ``"dpm++"``.
+        seed: of the noise, 0 or more.
+        trace: whether to draw ``test/denoising``.
+
+    Raises:
+        ValueError: if an argument is out of range or does not fit the task, or the task makes no images.
+
+    Example:
+        >>> grid = GeneratedGrid(num_images=16, every_n_epochs=10, guidance=1.5)
+        >>> GeneratedGrid(num_images=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_images must be from 1 to 400, got 0. 40 gives a readable picture.
+    """
+
+    _most_images = 400
+    _readable_images = 40
+
+    def __init__(
+        self,
+        *,
+        num_images: int = 40,
+        every_n_epochs: int = 1,
+        steps: int = 25,
+        guidance: float = 1.0,
+        sampler: Literal["ddim", "ddpm", "dpm++"] = "ddim",
+        seed: int = 0,
+        trace: bool = True,
+    ) -> None:
+        super().__init__(num_images=num_images, every_n_epochs=every_n_epochs)
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}. Use 0 for the usual noise.")
+        self.steps = steps
+        self.guidance = guidance
+        self.sampler = sampler
+        self.seed = seed
+        self.trace = trace
+        self._traces: list[Tensor] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what could only fail after an epoch."""
+        task: Any = pl_module
+        if not callable(getattr(task, "sample", None)):
+            raise ValueError(
+                f"GeneratedGrid needs a task with a method sample, which {type(task).__name__} has not. "
+                "Use DiffusionTask, or leave the callback out."
+            )
+        if self.guidance != 1 and task.no_class is None:
+            raise ValueError(
+                f"guidance={self.guidance} of GeneratedGrid needs a task with conditional=True. Use guidance=1."
+            )
+        task.noise.sampler(self.sampler, self.steps)  # refuses steps that do not fit
+
+    def _collect(self, trainer: Trainer, batch: Any, outputs: Any, missing: int) -> None:
+        """Make the images after the first batch.
+
+        By then every callback has had its turn at the start of the epoch and none at the end: averaged weights are in
+        the model, whatever the order of the callbacks.
+        """
+        if self._spread:
+            return
+        task: Any = trainer.lightning_module
+        columns = self._columns(task)
+        shown = self._classes(task)
+        rows = math.ceil(self.num_images / columns) if shown is None else self.num_images // columns
+        count = min(self.num_images, rows * columns)
+        self._spread = list(self._sample(task, count, None if shown is None else shown * rows))
+        if self.trace and trainer.testing:
+            self._traces = list(self._sample(task, min(count, columns), shown, trace=True))
+
+    def _sample(self, task: Any, count: int, classes: list[int] | None, **options: bool) -> Tensor:
+        with isolate_rng(), torch.no_grad():
+            images: Tensor = task.sample(
+                count,
+                classes=classes,
+                steps=self.steps,
+                guidance=self.guidance,
+                sampler=self.sampler,
+                seed=self.seed,
+                **options,
+            )
+        return images.float().nan_to_num().clamp(0, 1).cpu()
+
+    def _classes(self, task: Any) -> list[int] | None:
+        """Return the classes that are drawn, one per column."""
+        if task.no_class is None:
+            return None
+        return evenly(task.no_class, min(MOST_COLUMNS, self.num_images)).tolist()
+
+    def _columns(self, task: Any) -> int:
+        classes = self._classes(task)
+        return round(math.sqrt(1.6 * self.num_images)) if classes is None else len(classes)  # wider than high
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._traces = []
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Draw on rank zero; every rank comes here, because the ranks agree on the folder."""
+        samples = denoising = None
+        if self._spread:
+            task: Any = pl_module
+            classes = self._classes(task)
+            known = [] if classes is None else class_names(trainer, task, task.no_class)
+            names = [shorten(known[label], NAME_LENGTH) for label in classes or []]
+            columns = self._columns(task)
+            rows = [self._spread[start : start + columns] for start in range(0, len(self._spread), columns)]
+            samples = draw_table(rows, f"{stage}: {when(trainer)}{self._how(len(self._spread))}", headings=names)
+            if self._traces:
+                title = f"{stage}: what the network takes noise for at timestep t"
+                headings = [f"t = {timestep}" for timestep in self._timesteps(task, len(self._traces[0]))]
+                denoising = draw_table([list(trace) for trace in self._traces], title, headings=headings, names=names)
+        log_picture(trainer, f"{stage}/samples", samples)
+        if self.trace and trainer.testing:
+            log_picture(trainer, f"{stage}/denoising", denoising)
+
+    def _how(self, count: int) -> str:
+        guidance = "" if self.guidance == 1 else f", guidance {self.guidance:g}"
+        return f"{count} samples, {self.steps} steps of {self.sampler}{guidance}"
+
+    def _timesteps(self, task: Any, count: int) -> list[int]:
+        """Return the timesteps of a trace, which are spread evenly over the steps."""
+        every = task.noise.sampler(self.sampler, self.steps).timesteps.tolist()
+        return [every[round(position)] for position in np.linspace(0, len(every) - 1, count).tolist()]
+
+
+def draw_table(
+    rows: Sequence[Sequence[Tensor]], title: str, *, headings: Sequence[str] = (), names: Sequence[str] = ()
+) -> Image.Image:
+    """Draw images of one size row by row, each of its pixels as a square of pixels.
+
+    Args:
+        rows: images ``[C, H, W]`` in [0, 1]; the last row may be shorter.
+        title: line above all.
+        headings: what stands above the columns; none for no headings.
+        names: what stands left of the rows; none for no names.
+
+    Returns:
+        An RGB picture in which images are at least 48 pixels high and wide, and wide enough for the headings.
+    """
+    height, width = rows[0][0].shape[1:]
+    wide = max([SMALLEST, *(font(TEXT).getlength(heading) for heading in headings)])
+    scale = max(1, math.ceil(wide / width), math.ceil(SMALLEST / height))
+    cell = (scale * width, scale * height)
+    left = MARGIN + max([0, *(math.ceil(font(TEXT).getlength(name)) + MARGIN // 2 for name in names)])
+    top = MARGIN + 2 * TITLE + (TEXT + GAP + 2 if headings else 0)
+    table = left + len(rows[0]) * (cell[0] + GAP) - GAP + MARGIN
+    size = (max(table, round(font(TITLE).getlength(title)) + 2 * MARGIN), top + len(rows) * (cell[1] + GAP) + MARGIN)
+    left += (size[0] - table) // 2
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((size[0] / 2, MARGIN), title, fill="black", font=font(TITLE), anchor="ma")
+    for column, heading in enumerate(headings):
+        middle = left + column * (cell[0] + GAP) + cell[0] / 2
+        draw.text((middle, top - GAP - 2), heading, fill="black", font=font(TEXT), anchor="md")
+    for number, row in enumerate(rows):
+        y = top + number * (cell[1] + GAP)
+        if names:
+            draw.text((left - MARGIN // 2, y + cell[1] / 2), names[number], fill="black", font=font(TEXT), anchor="rm")
+        for column, image in enumerate(row):
+            shown = to_pil_image(image if image.shape[0] in (1, 3) else image.mean(0, keepdim=True)).convert("RGB")
+            picture.paste(shown.resize(cell, Image.Resampling.NEAREST), (left + column * (cell[0] + GAP), y))
+    return picture

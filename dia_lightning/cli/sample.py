@@ -1,0 +1,242 @@
+"""The command ``sample``: images that a trained diffusion task makes, as PNG files."""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from dia_lightning.cli import _checkpoints
+from dia_lightning.cli._errors import PROGRAM, UserError
+
+if TYPE_CHECKING:  # imports Lightning, which --help does without
+    from dia_lightning.tasks import DiffusionTask
+
+GRID_IMAGES = 256  # more are hard to look at
+GRID_COLUMNS = 16
+TRACED_IMAGES = 8
+LEAST_PIXELS = 32  # of an image in a grid
+
+
+def run(args: Sequence[str]) -> None:
+    """Write the images and their grid, and print where they are.
+
+    Args:
+        args: arguments of the command, without its name.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or an option does not fit it.
+    """
+    options = _parser().parse_args(args)
+    for name in ("count", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}.")
+    if options.out is not None and Path(options.out).exists():
+        raise ValueError(f"--out {options.out} exists already, and nothing is overwritten. Give a new folder.")
+    path = _checkpoints.resolve(options.checkpoint, [Path(options.runs)])
+    sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
+    task = _load(path, options.device)
+    folder = _sample(task, options, Path(path))
+    images = f"{options.count} image{'s' if options.count > 1 else ''}"
+    print(f"{images}{', grid.png and trace.png' if options.trace else ' and grid.png'}: {folder}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dia-lightning sample", description="Make images with a trained diffusion task.")
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint file, or 'last' or 'best' for a run's")
+    add("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
+    add("--count", type=int, default=64, help="how many images (default: 64)")
+    add(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="names or numbers of classes to go round, or 'none' for images of no class (default: all classes)",
+    )
+    add("--steps", type=int, default=25, help="how often the network runs per image (default: 25)")
+    add("--guidance", type=float, default=1.0, help="weight of the class; more is more typical (default: 1.0, none)")
+    add("--sampler", default="ddim", choices=("ddim", "ddpm", "dpm++"), help="(default: ddim)")
+    add("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
+    add("--batch_size", type=int, default=64, help="images at a time; has no influence on them (default: 64)")
+    add("--device", default="auto", choices=("cpu", "cuda", "auto"), help="(default: auto, a GPU if there is one)")
+    add("--out", metavar="FOLDER", help="a new folder (default: samples/seed=SEED in the folder of the run)")
+    add("--trace", action="store_true", help="also draw how the first images come out of the noise")
+    return parser
+
+
+def _load(path: str, device: str) -> "DiffusionTask":
+    from dia_lightning.tasks import DiffusionTask, load_task
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here. Use --device cpu.")
+    task = load_task(path)
+    if not isinstance(task, DiffusionTask):
+        raise ValueError(f"Images are made by a DiffusionTask, but {path} holds a {type(task).__name__}.")
+    if task.shape[0] not in (1, 3):
+        raise ValueError(f"{path} makes images of {task.shape[0]} channels; only those of 1 or 3 become PNG files.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return task.to(device)
+
+
+# ---- classes
+
+
+def _labels(task: "DiffusionTask", options: argparse.Namespace) -> tuple[list[int] | None, float]:
+    """Return the label of each image, ``None`` for images of no class, and the guidance that they take."""
+    classes, guidance = options.classes, options.guidance
+    if classes == ["none"] and "none" not in (task.class_names or ()):
+        return None, _guidance_to_no_class(task, guidance)
+    if task.no_class is None:
+        if classes is not None:
+            raise ValueError("--classes needs a conditional task; that of the checkpoint knows no classes.")
+        return None, guidance
+    if classes is None:
+        chosen = list(range(task.no_class))
+    else:
+        chosen = [_label(text, task.no_class, task.class_names or []) for text in classes]
+    return [chosen[index % len(chosen)] for index in range(options.count)], guidance
+
+
+def _guidance_to_no_class(task: "DiffusionTask", guidance: float) -> float:
+    if task.no_class is None:
+        return guidance
+    if guidance not in (0, 1):
+        raise ValueError(f"--guidance {guidance} leads to a class, but --classes none to none. Leave one of them out.")
+    if task.label_dropout == 0:
+        raise ValueError("--classes none needs a task that was trained with label_dropout above 0.")
+    return 0.0
+
+
+def _label(text: str, num_classes: int, names: list[str]) -> int:
+    from dia_lightning.cli._messages import nearest  # imports Lightning
+
+    if text in names:  # also where it looks like the number of another class: what users see elsewhere are names
+        return names.index(text)
+    try:
+        label = int(text)
+    except ValueError:
+        hint = nearest(text, names) if names else f": it has no names. Give numbers in 0..{num_classes - 1}."
+        raise ValueError(f"--classes {text}: the checkpoint knows no such class{hint}") from None
+    if not 0 <= label < num_classes:
+        raise ValueError(f"--classes must be names of classes or in 0..{num_classes - 1}, got {label}.")
+    return label
+
+
+# ---- images
+
+
+def _sample(task: "DiffusionTask", options: argparse.Namespace, checkpoint: Path) -> Path:
+    """Make the images, write them batch by batch, and return their folder."""
+    labels, guidance = _labels(task, options)
+    sample = partial(
+        task.sample,
+        steps=options.steps,
+        guidance=guidance,
+        sampler=options.sampler,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    starts = range(0, options.count, options.batch_size)
+    traced = min(TRACED_IMAGES, options.count) if options.trace else 0
+    batches = len(starts) + math.ceil(traced / options.batch_size)
+    folder: Path | None = None
+    shown: list[Tensor] = []
+    with _progress_bar(task, batches * options.steps):
+        for start in starts:
+            stop = min(start + options.batch_size, options.count)
+            images = _pixels(sample(stop - start, first=start, classes=labels and labels[start:stop]))
+            folder = folder or _new_folder(options, checkpoint)  # not before it is clear that the options fit
+            for index, image in enumerate(images, start):
+                _write(image, folder / f"{index:06d}.png")
+            shown += images[: GRID_IMAGES - len(shown)]
+        assert folder is not None
+        _write(_grid(shown, labels), folder / "grid.png")
+        if traced:
+            strips = _pixels(sample(traced, classes=labels and labels[:traced], trace=True))
+            _write(_table(strips.flatten(0, 1), columns=strips.shape[1]), folder / "trace.png")
+    return folder
+
+
+@contextmanager
+def _progress_bar(task: "DiffusionTask", total: int) -> Iterator[None]:
+    """Show on a terminal how often the network has run."""
+    with tqdm(total=total, desc="sampling", unit="step", disable=None) as bar:
+
+        def count_run(*_: object) -> None:  # what a hook returns would replace the output
+            bar.update()
+
+        hook = task.backbone.register_forward_hook(count_run)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _pixels(images: Tensor) -> Tensor:
+    if not images.isfinite().all():
+        raise ValueError("The images are not finite: the network diverged in training, or --guidance is too large.")
+    return (images * 255).round().to("cpu", torch.uint8)
+
+
+def _grid(images: Sequence[Tensor], labels: Sequence[int] | None) -> Tensor:
+    """Return a picture in which the images of a class begin a row; of single images a square."""
+    rows: dict[int, list[Tensor]] = {}
+    for image, label in zip(images, labels or [0] * len(images), strict=False):
+        rows.setdefault(label, []).append(image)
+    longest = max(len(row) for row in rows.values())
+    if labels is None or longest == 1:
+        return _table(torch.stack(list(images)), columns=math.ceil(math.sqrt(len(images))))
+    columns = min(longest, GRID_COLUMNS)
+    blank = torch.full_like(images[0], 255)
+    cells = [cell for row in rows.values() for cell in (*row, *[blank] * (-len(row) % columns))]
+    return _table(torch.stack(cells), columns=columns)
+
+
+def _table(images: Tensor, *, columns: int) -> Tensor:
+    """Return images ``[N, C, H, W]`` as one picture, row by row and large enough to be seen."""
+    factor = math.ceil(LEAST_PIXELS / min(images.shape[2:]))
+    enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    picture: Tensor = make_grid(enlarged, nrow=columns, padding=2, pad_value=255)
+    return picture[: images.shape[1]]  # of grey images it makes three channels
+
+
+# ---- files
+
+
+def _new_folder(options: argparse.Namespace, checkpoint: Path) -> Path:
+    """Make a folder that was not there: the given one, or the next free one of the run."""
+    if options.out is not None:
+        return _made(Path(options.out))
+    place = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    for number in count():
+        folder = place / "samples" / (f"seed={options.seed}" + (f"-v{number}" if number else ""))
+        if not folder.exists():
+            break
+    return _made(folder)
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}). Give another folder: --out.") from error
+    return folder
+
+
+def _write(image: Tensor, path: Path) -> None:
+    pixels = image.permute(1, 2, 0).numpy()
+    try:
+        Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}). Give another folder: --out.") from error

@@ -1,0 +1,264 @@
+"""The command `sample`."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dia_lightning.tasks import DIATask, DiffusionTask, load_task
+from tests.cli.conftest import Run
+from tests.tasks.conftest import small_task, small_trainer
+
+NETWORK: dict[str, Any] = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+Fails = Callable[..., str]
+
+
+def write_checkpoint(path: Path, task: DIATask) -> Path:
+    trainer = small_trainer(path.parent)
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(path)
+    return path
+
+
+def tiny_task(*, channels: int = 1, names: tuple[str, ...] = ("cat", "dog", "0"), **options: Any) -> DiffusionTask:
+    arguments: dict[str, Any] = {"conditional": True, "attention": "dia-lstm", "timesteps": 50, **options}
+    task = DiffusionTask("unet", 3, image_shape=[channels, 8, 8], backbone_args=NETWORK, **arguments)
+    task.on_load_checkpoint({"dia_data": {"class_names": list(names)}})
+    return task
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    write_checkpoint(folder / "conditional.ckpt", tiny_task())
+    write_checkpoint(folder / "unconditional.ckpt", tiny_task(channels=3, conditional=False))
+    write_checkpoint(folder / "classes_only.ckpt", tiny_task(label_dropout=0.0))
+    write_checkpoint(folder / "four_channels.ckpt", tiny_task(channels=4))
+    write_checkpoint(folder / "classification.ckpt", small_task())
+    return folder
+
+
+@pytest.fixture
+def checkpoint(written: Path, workplace: Path) -> str:
+    """A checkpoint in a run folder of the working folder."""
+    path = workplace / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    shutil.copy(written / "conditional.ckpt", path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of a GPU round in their own way."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def numbered(folder: str | Path) -> Any:
+    return np.stack([pixels(path) for path in sorted(Path(folder).glob("0*.png"))])
+
+
+def samples(checkpoint: str | Path, count: int, **options: Any) -> Any:
+    """What the task itself makes, in 0..255."""
+    task = load_task(checkpoint)
+    assert isinstance(task, DiffusionTask)
+    return (task.sample(count, **options) * 255).round().int().numpy()
+
+
+def differ(first: Any, second: Any) -> bool:
+    return first.shape != second.shape or bool(np.abs(first - second).max() > 1)
+
+
+def cell(picture: Any, row: int, column: int) -> Any:
+    """An image of 8x8 pixels in a table of images enlarged to 32x32 with gaps of 2."""
+    top, left = 2 + 34 * row, 2 + 34 * column
+    block = picture[top : top + 32, left : left + 32]
+    assert (block == block[::4, ::4].repeat(4, 0).repeat(4, 1)).all()
+    return block[::4, ::4]
+
+
+# ---- images
+
+
+def test_the_images_are_those_of_the_task(run: Run, checkpoint: str) -> None:
+    run("sample", checkpoint, "--count", "5", "--steps", "5", "--seed", "3", "--guidance", "2", "--out", "here")
+    assert [path.name for path in sorted(Path("here").iterdir())] == [*[f"00000{i}.png" for i in range(5)], "grid.png"]
+    assert Image.open("here/000000.png").mode == "L"
+    assert not differ(numbered("here"), samples(checkpoint, 5, steps=5, seed=3, guidance=2.0)[:, 0])
+
+
+def test_colours_stay_colours(run: Run, written: Path) -> None:
+    path = written / "unconditional.ckpt"
+    run("sample", str(path), "--count", "2", "--steps", "3", "--sampler", "dpm++", "--out", "here")
+    assert Image.open("here/grid.png").mode == Image.open("here/000001.png").mode == "RGB"
+    wanted = samples(path, 2, steps=3, sampler="dpm++").transpose(0, 2, 3, 1)
+    assert not differ(numbered("here"), wanted)
+    assert not differ(cell(pixels(Path("here/grid.png")), 0, 1), wanted[1])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_the_batch_size_has_no_influence_and_the_seed_has(run: Run, checkpoint: str, sampler: str) -> None:
+    options = ("--count", "7", "--steps", "5", "--sampler", sampler, "--classes", "dog", "cat", "--trace")
+    for out, batch_size, seed in (("seven", "7", "0"), ("three", "3", "0"), ("one", "1", "0"), ("other", "7", "1")):
+        run("sample", checkpoint, *options, "--batch_size", batch_size, "--seed", seed, "--out", out)
+    for out in ("three", "one"):
+        assert not differ(numbered(out), numbered("seven"))
+        assert not differ(pixels(Path(out, "grid.png")), pixels(Path("seven/grid.png")))
+        assert not differ(pixels(Path(out, "trace.png")), pixels(Path("seven/trace.png")))
+    assert all(differ(*pair) for pair in zip(numbered("other"), numbered("seven"), strict=True))
+
+
+# ---- classes
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (["dog"], [1, 1, 1, 1]),
+        (["1", "cat"], [1, 0, 1, 0]),
+        (["0"], [2, 2, 2, 2]),  # the name of the last class
+        ([], [0, 1, 2, 0]),
+    ],
+)
+def test_classes_are_gone_round_by_name_or_number(
+    run: Run, checkpoint: str, given: list[str], labels: list[int]
+) -> None:
+    run(
+        "sample", checkpoint, *(["--classes", *given] if given else []), "--count", "4", "--steps", "2", "--out", "here"
+    )
+    assert not differ(numbered("here"), samples(checkpoint, 4, steps=2, classes=labels)[:, 0])
+
+
+def test_without_a_class_the_class_is_ignored(run: Run, checkpoint: str, written: Path) -> None:
+    run("sample", checkpoint, "--classes", "none", "--count", "3", "--steps", "2", "--out", "here")
+    without = samples(checkpoint, 3, steps=2, guidance=0.0)[:, 0]
+    assert not differ(numbered("here"), without)
+    assert differ(samples(checkpoint, 3, steps=2)[:, 0], without)
+    run("sample", str(written / "unconditional.ckpt"), "--classes", "none", "--count", "1", "--steps", "2")
+
+
+# ---- pictures
+
+
+def test_each_class_begins_a_row_of_the_grid(run: Run, checkpoint: str) -> None:
+    run("sample", checkpoint, "--count", "7", "--steps", "2", "--batch_size", "2", "--out", "here")
+    grid, images = pixels(Path("here/grid.png")), numbered("here")
+    assert grid.shape == (3 * 34 + 2, 3 * 34 + 2)
+    for row, column, index in ((0, 0, 0), (0, 2, 6), (1, 0, 1), (1, 1, 4), (2, 0, 2), (2, 1, 5)):
+        assert (cell(grid, row, column) == images[index]).all()
+    assert (cell(grid, 1, 2) == 255).all()
+
+
+def test_a_long_row_goes_on_in_the_next_one(run: Run, checkpoint: str) -> None:
+    run("sample", checkpoint, "--classes", "dog", "--count", "18", "--steps", "2", "--out", "here")
+    grid = pixels(Path("here/grid.png"))
+    assert grid.shape == (2 * 34 + 2, 16 * 34 + 2)
+    assert (cell(grid, 1, 1) == pixels(Path("here/000017.png"))).all()
+
+
+def test_single_images_make_a_square(run: Run, checkpoint: str, written: Path) -> None:
+    run("sample", checkpoint, "--count", "3", "--steps", "2", "--out", "classes")
+    run("sample", str(written / "unconditional.ckpt"), "--count", "4", "--steps", "2", "--out", "none")
+    for out in ("classes", "none"):
+        assert pixels(Path(out, "grid.png")).shape[:2] == (70, 70)
+
+
+def test_the_trace_has_a_strip_of_each_of_the_first_images(run: Run, checkpoint: str) -> None:
+    run("sample", checkpoint, "--count", "10", "--steps", "5", "--batch_size", "4", "--trace", "--out", "here")
+    trace = pixels(Path("here/trace.png"))
+    wanted = samples(checkpoint, 8, steps=5, trace=True)[:, :, 0]
+    assert trace.shape == (8 * 34 + 2, 5 * 34 + 2)
+    for row in range(8):
+        for column in range(5):
+            assert not differ(cell(trace, row, column), wanted[row, column])
+
+
+# ---- files
+
+
+def test_the_newest_run_gets_a_folder_per_call(run: Run, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3):
+        run("sample", "last", "--count", "1", "--steps", "2", "--seed", "4", "--trace")
+    folder = Path("runs/tiny/version_0/samples")
+    assert sorted(path.name for path in folder.iterdir()) == ["seed=4", "seed=4-v1", "seed=4-v2"]
+    assert (numbered(folder / "seed=4") == numbered(folder / "seed=4-v2")).all()
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"1 image, grid.png and trace.png: {folder / 'seed=4-v2'}"
+    assert "checkpoint runs/tiny/version_0/checkpoints/last.ckpt" in printed.err
+
+
+def test_a_checkpoint_outside_a_run_has_the_samples_beside_it(run: Run, written: Path, workplace: Path) -> None:
+    shutil.copy(written / "conditional.ckpt", "some.ckpt")
+    run("sample", "some.ckpt", "--count", "1", "--steps", "2")
+    assert Path("samples/seed=0/grid.png").is_file()
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--count 0", "--count must be 1 or more, got 0"),
+        ("--batch_size 0", "--batch_size must be 1 or more, got 0"),
+        ("--seed -1", "seed must be 0 or more, got -1"),
+        ("--steps 0", "steps must divide the 50 timesteps for sampler='ddim', got 0"),
+        ("--steps 7", "got 7. Take 5 or 10, or sampler='dpm++'"),
+        ("--steps 50 --sampler dpm++", "steps must be from 1 to 49"),
+        ("--classes 3", "--classes must be names of classes or in 0..2, got 3"),
+        ("--classes cat -1", "--classes must be names of classes or in 0..2, got -1"),
+        ("--classes dogg", "--classes dogg: the checkpoint knows no such class. Did you mean 'dog'?"),
+        ("--classes none cat", "--classes none: the checkpoint knows no such class. Known: 0, cat, dog."),
+        ("--classes none --guidance 2", "--guidance 2.0 leads to a class, but --classes none to none"),
+        ("--guidance nan", "The images are not finite"),
+        ("--out tiny.yaml", "--out tiny.yaml exists already"),
+        ("--out tiny.yaml/here", "tiny.yaml/here cannot be made (Not a directory)"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(checkpoint: str, fails: Fails, options: str, message: str) -> None:
+    assert message in fails("sample", checkpoint, "--steps", "2", *options.split())
+    assert not list(Path.cwd().rglob("*.png"))
+    assert not list(Path.cwd().rglob("samples"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("classification", "", "holds a ClassificationTask"),
+        ("four_channels", "", "makes images of 4 channels"),
+        ("unconditional", "--classes 1", "--classes needs a conditional task"),
+        ("unconditional", "--guidance 2", "guidance=2.0 needs a conditional task"),
+        ("classes_only", "--classes none", "--classes none needs a task that was trained with label_dropout above 0"),
+        ("nowhere", "", "nowhere.ckpt: there is no such file"),
+    ],
+)
+def test_a_checkpoint_that_does_not_suit_is_one_line(
+    written: Path, fails: Fails, name: str, options: str, message: str
+) -> None:
+    assert message in fails("sample", str(written / f"{name}.ckpt"), "--steps", "2", *options.split())
+
+
+def test_classes_without_names_have_numbers(fails: Fails, workplace: Path) -> None:
+    path = write_checkpoint(workplace / "nameless.ckpt", tiny_task(names=()))
+    assert "it has no names. Give numbers in 0..2" in fails("sample", str(path), "--classes", "cat")
+
+
+def test_a_missing_gpu_is_one_line(checkpoint: str, fails: Fails) -> None:
+    assert "--device cuda: torch sees no GPU here" in fails("sample", checkpoint, "--device", "cuda")
+
+
+def test_a_terminal_sees_every_run_of_the_network(
+    run: Run, checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("sample", checkpoint, "--count", "3", "--steps", "2")
+    assert "sampling" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    run("sample", checkpoint, "--count", "3", "--steps", "2", "--batch_size", "2", "--trace")
+    assert "8/8" in capsys.readouterr().err
