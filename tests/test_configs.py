@@ -21,6 +21,7 @@ from tests.datamodules import tiny_data, tiny_detection
 CONFIGS = Path(__file__).parents[1] / "configs"
 CLASSIFICATION = sorted((CONFIGS / "classification").glob("*.yaml"))
 DETECTION = sorted((CONFIGS / "detection").glob("*.yaml"))
+DIFFUSION = sorted((CONFIGS / "diffusion").glob("*.yaml"))  # they run in tests/tasks/test_diffusion.py
 OVERLAYS = sorted([*(CONFIGS / "logger").glob("*.yaml"), *(CONFIGS / "trainer").glob("*.yaml")])
 DIGITS = CONFIGS / "classification" / "digits.yaml"
 SMOKE = CONFIGS / "trainer" / "smoke.yaml"
@@ -142,7 +143,7 @@ def test_config_is_the_authors_recipe(
     assert config["data"]["init_args"]["batch_size"] == (128 if name.startswith("cifar") else 256)
 
 
-@pytest.mark.parametrize("path", [*CLASSIFICATION, *DETECTION, *OVERLAYS], ids=lambda path: str(path.stem))
+@pytest.mark.parametrize("path", [*CLASSIFICATION, *DETECTION, *DIFFUSION, *OVERLAYS], ids=lambda path: str(path.stem))
 def test_config_names_its_own_command(path: Path) -> None:
     header = path.read_text().partition("\ntrainer:")[0]
     named = re.findall(r"configs/[\w/]+\.yaml", header)
