@@ -75,6 +75,11 @@ def check(model: nn.Module, example_input: Any, *, slow: bool = False) -> Report
     """
     if not any(isinstance(module, AttachedBlock) for module in model.modules()):
         raise ValueError("No attention is attached to this network. Call attach(model, ...) first.")
+    if type(model).__module__.startswith("torchvision.models.detection") and hasattr(model, "backbone"):
+        raise ValueError(
+            "A detector gives losses or lists of boxes, which cannot be compared. Check what carries the attention: "
+            "check(detector.backbone, torch.randn(2, 3, 64, 64))."
+        )
     subject = _Subject(model, example_input)
     rows = []
     for name, examine in _EXAMINATIONS.items():

@@ -162,8 +162,13 @@ def _best(newest: Path) -> Path:
     records = [state for state in callbacks.values() if isinstance(state, dict) and state.get("monitor") is not None]
     for record in records:
         recorded = str(record.get("best_model_path") or "")
+        if not recorded:  # it was never validated
+            continue
         # the run may have been moved: the file beside this one counts before the path of that time
         for candidate in (newest.with_name(os.path.basename(recorded)), Path(recorded)):
-            if recorded and candidate.is_file():
+            if candidate.is_file():
                 return candidate
-    raise ValueError(f"--ckpt_path best: the newest run ({newest.parent}) has no best checkpoint. Give a path.")
+    raise ValueError(
+        f"--ckpt_path best: the newest run ({newest.parent}) has no best checkpoint, perhaps because it was never "
+        "validated. Use --ckpt_path last, or give a path."
+    )

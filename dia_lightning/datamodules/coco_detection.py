@@ -156,8 +156,8 @@ class CocoDetectionDataModule(DetectionDataModule):
         return FileNotFoundError(
             f"{self._places[split][0]} is not a file: expected annotations in COCO's format there (option "
             f"{split}_annotations, relative to root), and their images in {self._places[split][1]} ({split}_images). "
-            "COCO cannot be downloaded from here; unpack its 2017 zip files from https://cocodataset.org/#download in "
-            f"root={self.root} (the argument, else $DIA_DATA, else ~/.cache/dia_lightning)."
+            f"The folder is root={self.root} (the argument, else $DIA_DATA, else ~/.cache/dia_lightning). COCO's own "
+            "files are not downloaded from here: unpack the zip files of 2017 from https://cocodataset.org/#download."
         )
 
 

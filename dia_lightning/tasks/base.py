@@ -28,7 +28,8 @@ class DIATask(LightningModule):
     """Base class of the tasks: optimizer and schedule, hyperparameters that reload, class names in the checkpoint.
 
     Args:
-        optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores the next four.
+        optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores ``lr``,
+            ``momentum``, ``nesterov`` and ``weight_decay``.
         lr: learning rate, positive.
         momentum: of SGD, in [0, 1).
         nesterov: whether SGD uses Nesterov momentum.

@@ -291,7 +291,7 @@ def _detector(
         given += ["backbone"] if backbone is not None else []
         if given:
             raise ValueError(f"{', '.join(given)}: only for a named detector; this one is an object. Leave it out.")
-        return detector
+        return detector.train()  # Lightning keeps the mode, and losses are computed in this one
     if backbone is None:
         raise ValueError("backbone must be a name or a network, got None. Take torchvision/resnet50, for example.")
     if isinstance(backbone, nn.Module) and options["backbone_args"]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from dia_lightning.attention import SqueezeExcitation, attach, check
@@ -35,3 +36,10 @@ def test_check_says_what_does_not_hold() -> None:
     assert "earlier forwards do not matter" in failed
     assert not report.ok
     assert "NO" in str(report)
+
+
+def test_a_detector_is_checked_by_its_backbone() -> None:
+    detector = torchvision.models.detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2)
+    attach(detector, "se")
+    with pytest.raises(ValueError, match=r"check\(detector.backbone"):
+        check(detector, torch.rand(2, 3, 64, 64))

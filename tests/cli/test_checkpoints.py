@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dia_lightning.cli._checkpoints import check_fits, misfit
+from dia_lightning.cli._checkpoints import check_fits, misfit, resolve
 from tests.cli.conftest import Run
 
 Fails = Callable[..., str]
@@ -250,3 +250,10 @@ def test_weights_that_do_not_fit_are_one_sentence() -> None:
         "The weights of x.ckpt do not fit the network of this command (2 differences, the first: size mismatch for "
         "weight). To use them give the options that the network was trained with."
     )
+
+
+def test_a_run_that_was_never_validated_has_no_best_checkpoint(tmp_path: Path) -> None:
+    record = {"ModelCheckpoint": {"monitor": "val/map", "best_model_path": ""}}
+    torch.save({"callbacks": record}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="has no best checkpoint, perhaps because it was never validated"):
+        resolve("best", [tmp_path])

@@ -106,7 +106,7 @@ def test_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str, messa
 
 
 def test_missing_file_is_explained(tmp_path: Path) -> None:
-    message = r"instances_train2017\.json is not a file: .*train_annotations.*train2017.*cocodataset\.org.*\$DIA_DATA"
+    message = r"instances_train2017\.json is not a file: .*train_annotations.*train2017.*\$DIA_DATA.*cocodataset\.org"
     with pytest.raises(FileNotFoundError, match=message):
         CocoDetectionDataModule(root=str(tmp_path)).setup("fit")
     with pytest.raises(FileNotFoundError, match=message):
