@@ -21,7 +21,7 @@ from tests.datamodules import tiny_data, tiny_detection
 CONFIGS = Path(__file__).parents[1] / "configs"
 CLASSIFICATION = sorted((CONFIGS / "classification").glob("*.yaml"))
 DETECTION = sorted((CONFIGS / "detection").glob("*.yaml"))
-DIFFUSION = sorted((CONFIGS / "diffusion").glob("*.yaml"))  # they run in tests/tasks/test_diffusion.py
+DIFFUSION = sorted((CONFIGS / "diffusion").glob("*.yaml"))  # they run in tests/cli/test_diffusion.py
 OVERLAYS = sorted([*(CONFIGS / "logger").glob("*.yaml"), *(CONFIGS / "trainer").glob("*.yaml")])
 DIGITS = CONFIGS / "classification" / "digits.yaml"
 SMOKE = CONFIGS / "trainer" / "smoke.yaml"

@@ -1,7 +1,6 @@
 """DiffusionTask: losses, samples, checkpoints, resume, faults."""
 
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -9,24 +8,19 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
-from torchvision import datasets
 
-from dia_lightning.__main__ import main
 from dia_lightning.callbacks import EMA
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.models.denoisers import get_denoiser
-from dia_lightning.tasks import ClassificationTask, DiffusionTask, NonFiniteLossError, load_task
+from dia_lightning.tasks import DiffusionTask, NonFiniteLossError, load_task
 from dia_lightning.tasks._denoising import seeded_generator
 from dia_lightning.tasks._noise_schedule import NoiseSchedule
-from tests.datamodules import tiny_data
 from tests.datamodules.tiny_data import samples_of
 from tests.tasks.conftest import Given, small_trainer
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 NETWORK: dict[str, Any] = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 PREDICTIONS: list[Any] = ["epsilon", "v_prediction", "sample"]
 SCHEDULES: list[Any] = [("linear", "linear"), ("cosine", "squaredcos_cap_v2")]
@@ -595,111 +589,3 @@ def test_flips_mirror_every_second_image_and_nothing_else() -> None:
 def test_an_unknown_pixel_range_is_refused() -> None:
     with pytest.raises(ValueError, match="pixel_range must be one of standardized, symmetric, got 'unit'"):
         DigitsDataModule(pixel_range="unit")
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder, with tiny data for every config below `data`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dia-lightning"])
-    data = tmp_path / "data"
-    data.mkdir()
-    tiny_data.write_fashion_mnist(data, train=6000)
-    tiny_data.write_image_folder(data, splits=("train", "val", "test"), classes=("all",))
-    tiny_data.write_cifar(data, datasets.CIFAR10, monkeypatch)
-    return tmp_path
-
-
-def tiny_options(config: dict[str, Any]) -> list[str]:
-    options = ["--data.batch_size", "4", "--data.limit", "4", "--data.root", "data", "--data.num_workers", "0"]
-    options += ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "2"]
-    options += [
-        "--model.backbone",
-        "unet",
-        "--model.backbone_args",
-        "{block_out_channels: [8, 16], layers_per_block: 1}",
-    ]
-    if config["data"]["class_path"] == "ImageFolderDataModule":
-        options += ["--data.image_size", "16", "--data.val_split", "0"]
-    return options
-
-
-@pytest.mark.parametrize("path", sorted((CONFIGS / "diffusion").glob("*.yaml")), ids=lambda path: str(path.stem))
-def test_config_trains_and_tests(path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = yaml.safe_load(path.read_text())
-    main(["fit", "-c", str(path), "-c", str(CONFIGS / "trainer" / "smoke.yaml"), *tiny_options(config)])
-    run = Path("runs") / config["trainer"]["logger"][0]["init_args"]["name"] / "version_0"
-    assert [file.name[:6] for file in (run / "checkpoints").glob("best-*.ckpt")] == ["best-e"]
-    printed = capsys.readouterr().out
-    assert printed.count("Test metric") == 1
-    assert "test/loss" in printed
-    task = load_task(run / "checkpoints" / "last.ckpt")
-    assert isinstance(task, DiffusionTask)
-    assert list(task.sample(1, steps=2).shape[1:]) == task.image_shape
-
-
-@pytest.mark.parametrize("path", sorted((CONFIGS / "diffusion").glob("*.yaml")), ids=lambda path: str(path.stem))
-def test_config_describes_a_network_that_suits_its_data(path: Path) -> None:
-    model = yaml.safe_load(path.read_text())["model"]["init_args"]
-    shape = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28), "cifar10_ddpm": (3, 32, 32), "celeba64": (3, 64, 64)}
-    names = ("conditional", "attention", "share")
-    with torch.device("meta"):
-        DiffusionTask(
-            model["backbone"],
-            10,
-            image_shape=list(shape[path.stem]),
-            backbone_args=model.get("backbone_args"),
-            **{name: model[name] for name in names},
-        )
-
-
-def test_a_checkpoint_tests_from_the_command_line_as_in_python(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = CONFIGS / "diffusion" / "digits.yaml"
-    options = [
-        "-c",
-        str(path),
-        "-c",
-        str(CONFIGS / "trainer" / "smoke.yaml"),
-        *tiny_options(yaml.safe_load(path.read_text())),
-    ]
-    main(["fit", *options, "--test_after_fit", "false"])
-    capsys.readouterr()
-    main(["test", *options, "--ckpt_path", "last"])
-    printed = capsys.readouterr().out
-    checkpoint = Path("runs/diffusion_digits/version_0/checkpoints/last.ckpt")
-    data = DigitsDataModule(image_size=8, channels=1, pixel_range="symmetric", augment="none", batch_size=4, limit=4)
-    (result,) = small_trainer(workplace).test(load_task(checkpoint), data, verbose=False)
-    shown = re.search(r"test/loss\s+([\d.]+)", printed)
-    assert shown is not None
-    assert float(shown[1]) == pytest.approx(result["test/loss"], rel=1e-5)
-
-
-def test_the_shape_of_the_images_comes_from_the_data_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--trainer.fast_dev_run", "true"]
-    with pytest.raises(SystemExit):
-        main(["fit", *options, "--model.image_shape", "[1, 8, 8]"])
-    assert "--model.image_shape [1, 8, 8]: the shape of the images comes from the data" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["fit", *options, "--data.image_size", "9"])
-    assert "error: unet has 2 levels and halves images 1 times" in capsys.readouterr().err
-
-
-def test_the_program_says_what_to_install(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(SystemExit):
-        main(["fit", "-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--trainer.fast_dev_run", "true"])
-    assert "Diffusion needs diffusers: pip install 'dia-lightning[diffusion]'" in capsys.readouterr().err
-
-
-def test_predict_says_that_there_is_nothing_to_predict(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["predict", "-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--trainer.accelerator", "cpu"])
-    assert "error: DiffusionTask makes images from noise" in capsys.readouterr().err
-
-
-def test_other_tasks_do_without_the_shape_of_the_images() -> None:
-    assert "image_shape" not in ClassificationTask("cifar_resnet", 3, backbone_args={"depth": 11}).hparams
