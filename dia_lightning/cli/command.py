@@ -4,8 +4,10 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -61,6 +63,7 @@ class DIACLI(LightningCLI):
         parser.link_arguments("data", "model.init_args.num_classes", self._count_classes, apply_on="instantiate")
         # a task that does not take it goes without
         parser.link_arguments("data", "model.init_args.image_shape", _image_shape, apply_on="instantiate")
+        _try_whole_numbers_first(parser)
 
     def _count_classes(self, data: DIADataModule) -> int:
         """Return the number of classes; where the data are not at hand, that of the checkpoint."""
@@ -191,6 +194,19 @@ def run(args: Sequence[str]) -> None:
             DIACLI(args)
     finally:
         adverts.removeFilter(_is_no_advert)
+
+
+def _try_whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Read 1 as one, not as 1.0, where both are possible: ``limit_val_batches`` means one batch by one, all by 1.0.
+
+    ``typing`` takes ``Union[int, float]`` and ``Union[float, int]`` for the same, and hands out the one that any
+    package of the process wrote first; the parser tries types in that order.
+    """
+    for action in parser._actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if int in kinds and float in kinds:
+            others = [kind for kind in kinds if kind is not int]
+            action._typehint = reduce(or_, others, int)  # type: ignore[attr-defined]  # `|` keeps the order
 
 
 def _image_shape(data: DIADataModule) -> list[int] | None:

@@ -38,6 +38,13 @@ def test_a_saved_config_repeats_the_run(run: Run, run_folder: Path) -> None:
     assert read(run_folder.with_name("version_1") / "config.yaml") == read(run_folder / "config.yaml")
 
 
+def test_one_batch_is_not_all_batches(run: Run, workplace: Path) -> None:
+    run("fit", "-c", "tiny.yaml", "--trainer.limit_val_batches", "1", "--trainer.limit_train_batches", "1.0")
+    trainer = read("runs/tiny/version_0/config.yaml")["trainer"]
+    assert repr(trainer["limit_val_batches"]) == "1"
+    assert repr(trainer["limit_train_batches"]) == "1.0"
+
+
 def test_a_second_run_without_a_logger_keeps_the_first_config(run: Run, workplace: Path) -> None:
     monitor = "--trainer.callbacks+=LearningRateMonitor"  # as in the shipped configs; left out without a logger
     for seed in ("1", "2"):
