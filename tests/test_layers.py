@@ -13,7 +13,7 @@ BELOW = {
     "attention": set(),
     "models": {"attention", "_torchvision_guard"},
     "datamodules": {"_coco_tools", "_hyperparameters", "_torchvision_guard"},
-    "callbacks": {"_coco_tools", "datamodules", "models", "attention"},
+    "callbacks": {"_coco_tools", "tasks", "datamodules", "models", "attention"},
     "tasks": {"_coco_tools", "_hyperparameters", "models", "attention"},
     "cli": {"tasks", "callbacks", "datamodules", "models", "attention", "_torchvision_guard"},
 }

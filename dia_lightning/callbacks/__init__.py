@@ -6,6 +6,7 @@ from dia_lightning.callbacks.detection_grid import DetectionGrid
 from dia_lightning.callbacks.detection_writer import DetectionWriter
 from dia_lightning.callbacks.ema import EMA
 from dia_lightning.callbacks.generated_grid import GeneratedGrid
+from dia_lightning.callbacks.generation_scores import GenerationScores
 from dia_lightning.callbacks.prediction_grid import PredictionGrid
 from dia_lightning.callbacks.prediction_writer import PredictionWriter
 from dia_lightning.callbacks.run_summary import RunSummary
@@ -16,6 +17,7 @@ __all__ = [
     "DetectionGrid",
     "DetectionWriter",
     "GeneratedGrid",
+    "GenerationScores",
     "PredictionGrid",
     "PredictionWriter",
     "RunSummary",

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -16,6 +14,7 @@ from dia_lightning.callbacks._class_names import class_names, shorten
 from dia_lightning.callbacks._draw_objects import font
 from dia_lightning.callbacks._pictures import log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
+from dia_lightning.callbacks._sampling import Sampler, Sampling
 
 SMALLEST = 48  # width and height of an enlarged image in pixels
 MOST_COLUMNS = 20  # one per class
@@ -66,33 +65,18 @@ class GeneratedGrid(SampleGrid[Tensor]):
         every_n_epochs: int = 1,
         steps: int = 25,
         guidance: float = 1.0,
-        sampler: Literal["ddim", "ddpm", "dpm++"] = "ddim",
+        sampler: Sampler = "ddim",
         seed: int = 0,
         trace: bool = True,
     ) -> None:
         super().__init__(num_images=num_images, every_n_epochs=every_n_epochs)
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}. Use 0 for the usual noise.")
-        self.steps = steps
-        self.guidance = guidance
-        self.sampler = sampler
-        self.seed = seed
+        self.sampling = Sampling(steps, guidance, sampler, seed)
         self.trace = trace
         self._traces: list[Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what could only fail after an epoch."""
-        task: Any = pl_module
-        if not callable(getattr(task, "sample", None)):
-            raise ValueError(
-                f"GeneratedGrid needs a task with a method sample, which {type(task).__name__} has not. "
-                "Use DiffusionTask, or leave the callback out."
-            )
-        if self.guidance != 1 and task.no_class is None:
-            raise ValueError(
-                f"guidance={self.guidance} of GeneratedGrid needs a task with conditional=True. Use guidance=1."
-            )
-        task.noise.sampler(self.sampler, self.steps)  # refuses steps that do not fit
+        self.sampling.check(pl_module, type(self).__name__)
 
     def _collect(self, trainer: Trainer, batch: Any, outputs: Any, missing: int) -> None:
         """Make the images after the first batch.
@@ -107,22 +91,9 @@ class GeneratedGrid(SampleGrid[Tensor]):
         shown = self._classes(task)
         rows = math.ceil(self.num_images / columns) if shown is None else self.num_images // columns
         count = min(self.num_images, rows * columns)
-        self._spread = list(self._sample(task, count, None if shown is None else shown * rows))
+        self._spread = list(self.sampling.images(task, count, None if shown is None else shown * rows).nan_to_num())
         if self.trace and trainer.testing:
-            self._traces = list(self._sample(task, min(count, columns), shown, trace=True))
-
-    def _sample(self, task: Any, count: int, classes: list[int] | None, **options: bool) -> Tensor:
-        with isolate_rng(), torch.no_grad():
-            images: Tensor = task.sample(
-                count,
-                classes=classes,
-                steps=self.steps,
-                guidance=self.guidance,
-                sampler=self.sampler,
-                seed=self.seed,
-                **options,
-            )
-        return images.float().nan_to_num().clamp(0, 1).cpu()
+            self._traces = list(self.sampling.images(task, min(count, columns), shown, trace=True).nan_to_num())
 
     def _classes(self, task: Any) -> list[int] | None:
         """Return the classes that are drawn, one per column."""
@@ -148,7 +119,9 @@ class GeneratedGrid(SampleGrid[Tensor]):
             names = [shorten(known[label], NAME_LENGTH) for label in classes or []]
             columns = self._columns(task)
             rows = [self._spread[start : start + columns] for start in range(0, len(self._spread), columns)]
-            samples = draw_table(rows, f"{stage}: {when(trainer)}{self._how(len(self._spread))}", headings=names)
+            samples = draw_table(
+                rows, f"{stage}: {when(trainer)}{len(self._spread)} samples, {self.sampling}", headings=names
+            )
             if self._traces:
                 title = f"{stage}: what the network takes noise for at timestep t"
                 headings = [f"t = {timestep}" for timestep in self._timesteps(task, len(self._traces[0]))]
@@ -157,13 +130,9 @@ class GeneratedGrid(SampleGrid[Tensor]):
         if self.trace and trainer.testing:
             log_picture(trainer, f"{stage}/denoising", denoising)
 
-    def _how(self, count: int) -> str:
-        guidance = "" if self.guidance == 1 else f", guidance {self.guidance:g}"
-        return f"{count} samples, {self.steps} steps of {self.sampler}{guidance}"
-
     def _timesteps(self, task: Any, count: int) -> list[int]:
         """Return the timesteps of a trace, which are spread evenly over the steps."""
-        every = task.noise.sampler(self.sampler, self.steps).timesteps.tolist()
+        every = self.sampling.scheduler(task).timesteps.tolist()
         return [every[round(position)] for position in np.linspace(0, len(every) - 1, count).tolist()]
 
 

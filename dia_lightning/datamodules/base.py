@@ -214,10 +214,25 @@ class DIADataModule(LightningDataModule, ABC):
         """Return batches of the folder to predict, or of the test set, in order."""
         return self._loader("predict")
 
+    def evaluation_dataloader(self, split: Split, *, count: int | None = None) -> DataLoader[Any]:
+        """Return batches of any split as evaluation sees it: in order, without augmentation, with the index.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            count: so many samples, or all if there are fewer, chosen evenly over the classes; ``None`` for all.
+        """
+        source, positions = self._chosen(split)
+        if count is not None:
+            positions = positions[balanced_subset(source.labels[positions], count, self.split_seed)]
+        return self._loader_of(self.make_samples(source, positions, role="eval"))
+
     # How it is done
 
     def _loader(self, name: _Loaded) -> DataLoader[Any]:
-        dataset, train = self._dataset(name), name == "train"
+        return self._loader_of(self._dataset(name), role=_ROLES[name])
+
+    def _loader_of(self, dataset: Samples, *, role: Role = "eval") -> DataLoader[Any]:
+        train = role == "train"
         size = self.hparams["batch_size"]  # read here, because the batch size finder changes it
         if not train and self.eval_batch_size is not None:
             size = self.eval_batch_size
@@ -228,7 +243,7 @@ class DIADataModule(LightningDataModule, ABC):
             shuffle=train,
             sampler=None if train else self._padded_sampler(dataset),
             num_workers=workers,
-            collate_fn=self.collate_function(_ROLES[name]),
+            collate_fn=self.collate_function(role),
             pin_memory=runs_on_cuda(self.trainer) if self.pin_memory is None else self.pin_memory,
             drop_last=train and self.drop_last,
             timeout=WORKER_TIMEOUT if workers > 0 else 0,
@@ -258,11 +273,14 @@ class DIADataModule(LightningDataModule, ABC):
 
     def _dataset(self, name: _Loaded) -> Samples:
         if name not in self._samples:
-            source, positions = self._select(name)
-            if self.limit is not None:
-                positions = positions[balanced_subset(source.labels[positions], self.limit, self.split_seed)]
-            self._samples[name] = self.make_samples(source, positions, role=_ROLES[name])
+            self._samples[name] = self.make_samples(*self._chosen(name), role=_ROLES[name])
         return self._samples[name]
+
+    def _chosen(self, name: _Loaded) -> tuple[Source, Positions]:
+        source, positions = self._select(name)
+        if self.limit is not None:
+            positions = positions[balanced_subset(source.labels[positions], self.limit, self.split_seed)]
+        return source, positions
 
     def _select(self, name: _Loaded) -> tuple[Source, Positions]:
         if name == "predict" and self.predict_folder is not None:

@@ -110,6 +110,11 @@ class DIATask(LightningModule):
         """Shape (C, H, W) of the images, from the data module or the checkpoint."""
         return self._data.get("image_shape")
 
+    @property
+    def normalization(self) -> tuple[list[float], list[float]] | None:
+        """Mean and deviation per channel that images were normalised by, from the data module or the checkpoint."""
+        return (self._data["mean"], self._data["std"]) if {"mean", "std"} <= set(self._data) else None
+
     # ---- data
 
     def setup(self, stage: str) -> None:

@@ -302,7 +302,7 @@ def test_impossible_arguments_are_refused(options: dict[str, Any], message: str)
 
 def test_the_callback_can_be_copied_and_pickled() -> None:
     grid = grid_of()
-    assert copy.deepcopy(grid).steps == pickle.loads(pickle.dumps(grid)).steps == 4
+    assert copy.deepcopy(grid).sampling.steps == pickle.loads(pickle.dumps(grid)).sampling.steps == 4
 
 
 # ---- two processes

@@ -13,6 +13,7 @@ from torchvision import datasets
 from dia_lightning.__main__ import main
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.tasks import ClassificationTask, DiffusionTask, load_task
+from tests.callbacks.random_inception import write_inception_weights
 from tests.datamodules import tiny_data
 from tests.tasks.conftest import small_trainer
 
@@ -96,6 +97,35 @@ def test_a_checkpoint_tests_from_the_command_line_as_in_python(
     shown = re.search(r"test/loss\s+([\d.]+)", printed)
     assert shown is not None
     assert float(shown[1]) == pytest.approx(result["test/loss"], rel=1e-5)
+
+
+SCORES = {"classifier": ["test/frechet_distance", "test/class_agreement"], "fid": ["test/fid", "test/kid"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((CONFIGS / "scores").glob("*.yaml")), ids=lambda path: str(path.stem))
+def test_config_adds_scores_to_a_test(path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-c", str(CONFIGS / "diffusion" / "digits.yaml"), "-c", str(CONFIGS / "trainer" / "smoke.yaml")]
+    options += ["--trainer.enable_progress_bar", "false", "--data.limit", "10", "-c", str(path)]
+    options += ["--trainer.callbacks.num_samples", "10", "--trainer.callbacks.steps", "2"]
+    if path.stem == "fid":
+        options += ["--trainer.callbacks.inception", str(write_inception_weights(workplace / "inception.pth"))]
+    else:  # where the config expects the classifier
+        trainer = small_trainer(workplace, max_epochs=0)
+        trainer.fit(ClassificationTask("cifar_resnet", 10), DigitsDataModule(image_size=8, batch_size=10))
+        trainer.save_checkpoint("runs/digits/version_0/checkpoints/last.ckpt")
+    main(["test", *options])
+    printed = capsys.readouterr().out
+    for name in (*SCORES[path.stem], "test/generated_images"):
+        assert name in printed
+
+
+def test_a_classifier_that_is_not_there_is_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configs = ["-c", str(CONFIGS / "diffusion" / "digits.yaml"), "-c", str(CONFIGS / "scores" / "classifier.yaml")]
+    with pytest.raises(SystemExit):
+        main(["test", *configs, "--trainer.accelerator", "cpu"])
+    message = "There is no classifier 'runs/digits/version_0/checkpoints/last.ckpt'. Train one on the same classes"
+    assert message in capsys.readouterr().err
 
 
 def test_the_shape_of_the_images_comes_from_the_data_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,6 +240,18 @@ def test_limit_keeps_the_classes_even_in_every_split() -> None:
 # Loaders
 
 
+def test_any_split_can_be_seen_as_in_evaluation() -> None:
+    data = DigitsDataModule(image_size=8, batch_size=100, augment="strong", split_seed=1)
+    images, labels, index = (torch.cat(column) for column in zip(*data.evaluation_dataloader("train"), strict=True))
+    assert index.tolist() == list(range(1297))
+    again = torch.cat([batch[0] for batch in data.evaluation_dataloader("train")])
+    assert torch.equal(images, again)  # no augmentation
+    assert len(labels) == 1297
+    _, few, _ = next(iter(data.evaluation_dataloader("test", count=20)))
+    assert few.bincount().tolist() == [2] * 10
+    assert sum(len(batch[0]) for batch in data.evaluation_dataloader("val", count=1000)) == 250
+
+
 def test_training_is_shuffled_and_drops_the_last_batch() -> None:
     data = _tiny(augment="none", limit=20)
     data.setup("fit")

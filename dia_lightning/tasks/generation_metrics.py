@@ -1,0 +1,123 @@
+"""How far generated images are from real ones, by the features of a frozen network."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+_SUBSETS, _SUBSET_SIZE = 100, 1000  # of the kernel distance, as its authors have them
+_SPLITS = 10  # of the Inception score
+_LOCAL: dict[str, Any] = {"sync_on_compute": False}  # features of all processes come in already
+
+
+@dataclass(frozen=True)
+class DescribedImages:
+    """What a network made of a set of images.
+
+    Args:
+        features: ``[N, D]``.
+        logits: ``[N, K]``.
+        labels: class of each image ``[N]``, that it has or that it was asked to have; -1 where there is none.
+    """
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+def frechet_distance(images: DescribedImages, reference: DescribedImages) -> float:
+    """Return the squared Fréchet distance between normal distributions fitted to the features of two sets.
+
+    It falls with the number of images even if both sets have the same origin: compare sets of equal size only. Of
+    Inception's features it is the FID, of any others it is not.
+
+    Raises:
+        ValueError: if a set has fewer than two images.
+
+    Source:
+        arXiv 1706.08500, equation 6; by torchmetrics.
+    """
+    _check_counts(images, reference)
+    metric = FrechetInceptionDistance(_Given(images.features.shape[1]), **_LOCAL)
+    metric.update(reference.features.double(), real=True)
+    metric.update(images.features.double(), real=False)
+    return float(metric.compute())
+
+
+def kernel_distance(images: DescribedImages, reference: DescribedImages) -> tuple[float, float]:
+    """Return mean and standard deviation of the kernel distance over 100 random subsets of up to 1000 images.
+
+    Of Inception's features it is the KID. Other than the Fréchet distance it does not depend on the number of images.
+
+    Raises:
+        ValueError: if a set has fewer than two images.
+
+    Source:
+        arXiv 1801.01401; by torchmetrics.
+    """
+    _check_counts(images, reference)
+    size = min(_SUBSET_SIZE, len(images.features), len(reference.features))
+    with _repeatable():
+        given = _Given(images.features.shape[1])
+        metric = KernelInceptionDistance(given, subsets=_SUBSETS, subset_size=size, **_LOCAL)
+        metric.update(reference.features, real=True)
+        metric.update(images.features, real=False)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def inception_score(images: DescribedImages) -> tuple[float, float]:
+    """Return mean and standard deviation of the Inception score over 10 parts of the images.
+
+    Raises:
+        ValueError: if there are fewer than ten images.
+
+    Source:
+        arXiv 1606.03498; by torchmetrics.
+    """
+    if len(images.logits) < _SPLITS:
+        raise ValueError(f"The Inception score needs {_SPLITS} images or more, got {len(images.logits)}.")
+    with _repeatable():
+        metric = InceptionScore(_Given(images.logits.shape[1]), splits=_SPLITS, **_LOCAL)
+        metric.update(images.logits)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def class_agreement(images: DescribedImages) -> float:
+    """Return the share of images, in [0, 1], that the network takes for the class that they should be of."""
+    return float((images.logits.argmax(1) == images.labels).double().mean())
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Draw the same random subsets each time, and leave out the advice that features are kept, which is meant."""
+    with isolate_rng(), warnings.catch_warnings():
+        torch.manual_seed(0)
+        warnings.filterwarnings("ignore", message="Metric .* will save all extracted features")
+        yield
+
+
+class _Given(nn.Module):
+    """Stands for the network in a metric of torchmetrics that gets features in place of images."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _check_counts(*sets: DescribedImages) -> None:
+    for images in sets:
+        if len(images.features) < 2:
+            raise ValueError(f"Sets of images are compared from two images on, got {len(images.features)}.")
