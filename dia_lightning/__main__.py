@@ -21,6 +21,7 @@ commands:
   models     list networks and attention units with their parameters; --cost NAME compares kinds of attention
   check      check what holds on a network with attention: dia-lightning check torchvision/resnet50
   export     write a network to ONNX, torch.export or safetensors: dia-lightning export best network.onnx
+             or a diffusion task to a folder for diffusers: dia-lightning export best my_model
   sample     make images with a trained diffusion task: dia-lightning sample best --classes 3 7 --trace
 
 Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. What the command

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from dia_lightning.attention import attach
 from dia_lightning.cli import _checkpoints
 from dia_lightning.cli._errors import PROGRAM
 from dia_lightning.models import get_model
+
+if TYPE_CHECKING:  # imports Lightning, which --help does without
+    from dia_lightning.tasks import DIATask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +28,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, help="height and width (default: the checkpoint's, 32 or 224)")
 
 
-def network_and_images(options: argparse.Namespace, batch: int) -> tuple[nn.Module, Tensor]:
+def task_of(options: argparse.Namespace) -> "DIATask | None":
+    """Return the task of the checkpoint that the options name, or ``None`` if they name a network.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    name: str = options.network
+    if name not in ("last", "best") and Path(name).suffix != ".ckpt":
+        return None
+    from dia_lightning.tasks import load_task
+
+    path = _checkpoints.resolve(name, [Path(options.runs)])
+    sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
+    return load_task(path)
+
+
+def network_and_images(
+    options: argparse.Namespace, batch: int, task: "DIATask | None" = None
+) -> tuple[nn.Module, Tensor]:
     """Return the network that the options name, in evaluation mode, and random images ``[batch, C, H, W]`` for it.
+
+    Args:
+        options: the arguments of the command.
+        batch: how many images.
+        task: the task of the checkpoint, if it was loaded already.
 
     Raises:
         ValueError: if there is no such network or checkpoint.
@@ -33,16 +60,14 @@ def network_and_images(options: argparse.Namespace, batch: int) -> tuple[nn.Modu
     torch.manual_seed(0)
     name: str = options.network
     shape = [3, *[224 if "/" in name else 32] * 2]
-    if name in ("last", "best") or Path(name).suffix == ".ckpt":
-        from dia_lightning.tasks import ClassificationTask, load_task  # imports Lightning
-
-        path = _checkpoints.resolve(name, [Path(options.runs)])
-        sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
-        task = load_task(path)
-        if not isinstance(task, ClassificationTask):
-            raise ValueError(f"{path} must hold a ClassificationTask, but holds a {type(task).__name__}.")
-        network, shape = task.backbone, task.image_shape or shape
-    else:
+    task = task_of(options) if task is None else task
+    if task is None:
         network = attach(get_model(name), options.attention, share=options.share)
+    else:
+        from dia_lightning.tasks import ClassificationTask
+
+        if not isinstance(task, ClassificationTask):
+            raise ValueError(f"{name} must hold a ClassificationTask, but holds a {type(task).__name__}.")
+        network, shape = task.backbone, task.image_shape or shape
     size = shape[1:] if options.image_size is None else [options.image_size] * 2
     return network.eval(), torch.rand(batch, shape[0], *size)

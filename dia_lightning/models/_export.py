@@ -32,10 +32,10 @@ _SNIPPETS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that a network was written to.
+    """A file or folder that a network was written to.
 
     Args:
-        path: the file.
+        path: the file or folder.
         difference: largest difference between the outputs of the network and of the file, on the example.
         snippet: Python code that loads the file without this package's training code.
     """
@@ -78,7 +78,10 @@ def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Expo
         ".safetensors": _write_weights,
     }
     if path.suffix not in writers:
-        raise ValueError(f"The ending of {str(path)!r} must be one of {', '.join(writers)}.")
+        raise ValueError(
+            f"The ending of {str(path)!r} must be one of {', '.join(writers)}, as in 'network.onnx'; folders are for "
+            "diffusion tasks."
+        )
     require_images(images)
     modes = {module: module.training for module in network.modules()}  # a frozen norm has its own
     path.parent.mkdir(parents=True, exist_ok=True)

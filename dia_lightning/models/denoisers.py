@@ -30,6 +30,8 @@ _DITS: dict[str, dict[str, Any]] = {
     "dit_l": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
     "dit_xl": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
+#: What is said where diffusers is needed and not installed.
+DIFFUSERS_MISSING = "Diffusion needs diffusers: pip install 'dia-lightning[diffusion]'."
 #: Arguments of diffusers' classes that are made here.
 _MADE_HERE = {
     "self", "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "num_class_embeds",
@@ -101,6 +103,17 @@ def predict(network: nn.Module, images: Tensor, timesteps: Tensor, labels: Tenso
     return prediction
 
 
+def keep_labels(network: nn.Module) -> nn.Module:
+    """Let a transformer drop no labels in training, in place, and return it.
+
+    Every block of diffusers' would drop labels of its own; tasks drop them once for all blocks.
+    """
+    for module in network.modules():
+        if type(module).__name__ == "LabelEmbedding":
+            module.dropout_prob = 0.0  # type: ignore[assignment]
+    return network
+
+
 def check_image_shape(image_shape: Sequence[int] | None) -> tuple[int, int, int]:
     """Return a shape (C, H, W) as a tuple.
 
@@ -124,7 +137,7 @@ def require_diffusers() -> ModuleType:
     try:
         import diffusers
     except ImportError as error:
-        raise ImportError("Diffusion needs diffusers: pip install 'dia-lightning[diffusion]'.") from error
+        raise ImportError(DIFFUSERS_MISSING) from error
     return diffusers  # type: ignore[no-any-return]
 
 
@@ -187,10 +200,7 @@ def _dit(
         )
     labels = 1 if num_classes is None else num_classes
     network = build(sample_size=height, in_channels=channels, out_channels=channels, num_embeds_ada_norm=labels, **args)
-    for module in network.modules():
-        if type(module).__name__ == "LabelEmbedding":
-            module.dropout_prob = 0.0  # type: ignore[assignment]  # every block would drop labels of its own; the task drops them once for all
-    return network
+    return keep_labels(network)
 
 
 def _check_arguments(name: str, build: type[nn.Module], given: dict[str, Any], own: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ else:
     Backbone = Attention = str
 
 
-#: Arguments that every task hands on to ``attach``.
+#: Arguments that every task hands on to ``attach``, beside the attention and its own.
 _ATTACHING = ("share", "plug", "branches", "sites", "identity", "branch_norm")
 
 
@@ -31,12 +31,21 @@ def attach_if_any(network: nn.Module, arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if it cannot be attached.
     """
-    attention, attention_args = arguments["attention"], arguments["attention_args"] or {}
-    options = {name: arguments[name] for name in _ATTACHING}
-    check_is_no_mark("attention", attention)
-    if attention is not None:
-        attach(network, attention, **options, **attention_args)
-    elif options["identity"] or attention_args or options["plug"] is not None or options["share"] == "block":
+    check_is_no_mark("attention", arguments["attention"])
+    found = attach_arguments(arguments)
+    if found["attention"] is not None:
+        attach(network, **found)
+    elif arguments["attention_args"] or found["identity"] or found["plug"] is not None or found["share"] == "block":
         rank_zero_info(
             "attention is None: the network is plain, and attention_args, share, plug and identity are unused."
         )
+
+
+def attach_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``attach`` is called with beside the network; ``attention`` is ``None`` for a plain one.
+
+    Args:
+        arguments: those of a task, or its hyperparameters.
+    """
+    options = {name: arguments[name] for name in ("attention", *_ATTACHING)}
+    return dict(**options, **(arguments["attention_args"] or {}))  # refuses a name that is in both

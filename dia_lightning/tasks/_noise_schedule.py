@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from dia_lightning.models._denoising import check_divides
 from dia_lightning.models.denoisers import require_diffusers
 
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
@@ -107,16 +108,7 @@ class NoiseSchedule:
             if not 1 <= steps < total:
                 raise ValueError(f"steps must be from 1 to {total - 1} for sampler='dpm++', got {steps}.")
             return
-        # diffusers would round the distance of the steps down and begin where part of the image should be seen
-        fitting = [number for number in range(2, total + 1) if total % number == 0]
-        if steps not in fitting:
-            below = max((number for number in fitting if number < steps), default=fitting[0])
-            above = min((number for number in fitting if number > steps), default=fitting[-1])
-            near = " or ".join(str(number) for number in sorted({below, above}))
-            raise ValueError(
-                f"steps must divide the {total} timesteps for sampler={sampler!r}, got {steps}. Take {near}, or "
-                "sampler='dpm++', which takes any number."
-            )
+        check_divides(steps, total, sampler=f"sampler={sampler!r}", otherwise="sampler='dpm++', which takes any number")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

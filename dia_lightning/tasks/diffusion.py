@@ -1,6 +1,7 @@
 """Image generation by diffusion."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,8 +12,8 @@ from torchmetrics import MeanMetric
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning._hyperparameters import check_is_no_mark
+from dia_lightning.models._denoising import Denoising, check_least, class_labels, evaluating, seeded_generator
 from dia_lightning.models.denoisers import check_image_shape, get_denoiser, predict
-from dia_lightning.tasks._denoising import Denoising, class_labels, evaluating, seeded_generator
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any
 from dia_lightning.tasks._noise_schedule import BetaSchedule, LossWeighting, NoiseSchedule, Prediction, Sampler
 from dia_lightning.tasks._weights import load_weights
@@ -190,22 +191,14 @@ class DiffusionTask(DIATask):
         Raises:
             ValueError: if a number is out of its range or does not fit the task.
         """
-        for name, value, least in (
-            ("count", count, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("first", first, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}.")
+        for name, value, least in (("count", count, 1), ("batch_size", batch_size, 1), ("first", first, 0)):
+            check_least(name, value, least)
         if guidance != 1 and self.no_class is not None and self.label_dropout == 0:
             raise ValueError(f"guidance={guidance} needs a task that was trained with label_dropout above 0.")
         labels = class_labels(count, classes, first=first, no_class=self.no_class)
         denoising = Denoising(
             self.backbone,
-            self.noise,
-            sampler=sampler,
-            steps=steps,
+            partial(self.noise.sampler, sampler, steps),
             guidance=guidance,
             no_class=self.no_class,
             seed=seed,
@@ -216,8 +209,10 @@ class DiffusionTask(DIATask):
             for start in range(0, count, batch_size):
                 chosen = range(start, min(start + batch_size, count))
                 part = None if labels is None else labels[chosen.start : chosen.stop].to(self.device)
-                parts.append(denoising.run([first + i for i in chosen], part, self.shape, bar, trace))
-        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+                indices = [first + i for i in chosen]
+                count_steps = partial(bar.update, len(indices))
+                parts.append(denoising.run(indices, part, self.shape, after_step=count_steps, trace=trace))
+        return torch.cat(parts)
 
     # ---- losses
 

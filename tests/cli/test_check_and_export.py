@@ -1,11 +1,14 @@
 """The commands `check` and `export`."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dia_lightning.tasks import load_task
+from dia_lightning.models.pipelines import DIAPipeline
+from dia_lightning.tasks import DiffusionTask, load_task
 from tests.cli.conftest import Run
 from tests.tasks.conftest import small_task, small_trainer
 
@@ -16,6 +19,17 @@ def checkpoint(tmp_path: Path) -> Path:
 
     trainer = small_trainer(tmp_path / "runs")
     trainer.fit(small_task(), DigitsDataModule(image_size=16, batch_size=32, limit=64))
+    return tmp_path / "runs" / "last.ckpt"
+
+
+@pytest.fixture
+def diffusion_checkpoint(tmp_path: Path) -> Path:
+    from dia_lightning.datamodules import DigitsDataModule
+
+    network = {"block_out_channels": [8, 16], "layers_per_block": 1}
+    task = DiffusionTask("unet", 10, image_shape=[1, 8, 8], backbone_args=network, conditional=True, attention="se")
+    data = DigitsDataModule(image_size=8, channels=1, pixel_range="symmetric", batch_size=10, limit=20)
+    small_trainer(tmp_path / "runs").fit(task, data)
     return tmp_path / "runs" / "last.ckpt"
 
 
@@ -43,11 +57,45 @@ def test_the_network_of_a_checkpoint_is_exported(
     torch.testing.assert_close(loaded(images), load_task(checkpoint)(images))
 
 
+def test_a_diffusion_task_becomes_a_folder_for_diffusers(
+    run: Run, diffusion_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("export", "last", "my_model", "--runs", str(diffusion_checkpoint.parent))
+    summary, snippet = capsys.readouterr().out.split("\n\n")
+    assert float(summary.rpartition(" ")[2]) < 1e-5
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert len(names["images"]) == 4
+    pipeline = DIAPipeline.from_pretrained(tmp_path / "my_model")
+    task = load_task(diffusion_checkpoint)
+    assert isinstance(task, DiffusionTask)
+    images = pipeline(class_labels=["3", 7], num_inference_steps=4, guidance_scale=1.5, output_type="pt").images
+    assert torch.equal(images, task.sample(2, classes=[3, 7], steps=4, guidance=1.5))
+
+
+def test_a_diffusion_task_needs_a_new_folder(
+    fails: Callable[..., str], diffusion_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for path, message in {
+        "my_model.onnx": "is written to a folder, got 'my_model.onnx'. Leave .onnx out: 'my_model'",
+        "runs": "'runs' exists already, and nothing is overwritten. Give a new folder",
+        "mine.txt/model": "mine.txt/model cannot be written (Not a directory). Give another path",
+    }.items():
+        assert message in fails("export", str(diffusion_checkpoint), path)
+
+
+def test_check_refuses_a_diffusion_task(fails: Callable[..., str], diffusion_checkpoint: Path) -> None:
+    message = fails("check", str(diffusion_checkpoint))
+    assert "last.ckpt must hold a ClassificationTask, but holds a DiffusionTask" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("export", "nowhere.ckpt", "n.onnx"), "nowhere.ckpt: there is no such file"),
         (("export", "resnet164", "n.h5"), "must be one of .onnx, .pt2, .safetensors"),
+        (("export", "resnet164", "model"), "as in 'network.onnx'; folders are for diffusion tasks"),
         (("check", "resnet146"), "did you mean resnet164"),
         (("check", "torchvision/vgg11"), "No residual block is known in VGG"),
         (("check", "resnet164", "--attention", "dia"), "Did you mean 'dia-lstm'"),

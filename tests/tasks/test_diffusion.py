@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dia_lightning.callbacks import EMA
 from dia_lightning.datamodules import DigitsDataModule
+from dia_lightning.models._denoising import seeded_generator
 from dia_lightning.models.denoisers import get_denoiser
 from dia_lightning.tasks import DiffusionTask, NonFiniteLossError, load_task
-from dia_lightning.tasks._denoising import seeded_generator
 from dia_lightning.tasks._noise_schedule import NoiseSchedule
 from tests.datamodules.tiny_data import samples_of
 from tests.tasks.conftest import Given, small_trainer
@@ -365,6 +365,9 @@ def test_a_trace_ends_with_the_sample(sampler: Any) -> None:
         ({"count": 0}, "count must be 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"first": -1}, "first must be 0 or more, got -1"),
+        ({"guidance": math.nan}, "guidance must be a finite number, got nan"),
+        ({"guidance": math.inf}, "guidance must be a finite number, got inf"),
     ],
 )
 def test_what_cannot_be_sampled_is_said(options: dict[str, Any], message: str) -> None:

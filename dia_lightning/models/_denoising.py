@@ -1,17 +1,16 @@
 """From noise to images, step by step."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning.models.denoisers import predict
-from dia_lightning.tasks._noise_schedule import NoiseSchedule, Sampler
 
 #: How many predictions of the final image a trace has.
 TRACE_LENGTH = 8
@@ -28,60 +27,67 @@ class Denoising:
 
     Args:
         network: predicts noise, velocity or image, on the device to sample on.
-        schedule: the noise that it was trained with.
-        sampler: ``"ddim"``, ``"ddpm"`` or ``"dpm++"``.
-        steps: how often the network runs per image.
+        new_scheduler: returns a scheduler whose steps are set, a new one at every call.
         guidance: weight w of the class, ``no class + w (class - no class)``.
         no_class: label that stands for no class; ``None`` for an unconditional network.
-        seed: of the noise.
+        seed: of the noise, 0 or more.
 
     Raises:
-        ValueError: if the number of steps does not fit, or guidance is asked of an unconditional network.
+        ValueError: if guidance is no number or asked of an unconditional network, or the scheduler refuses its steps.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        schedule: NoiseSchedule,
+        new_scheduler: Callable[[], Any],
         *,
-        sampler: Sampler,
-        steps: int,
         guidance: float,
         no_class: int | None,
         seed: int,
     ) -> None:
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance}. 1 is none.")
         if guidance != 1 and no_class is None:
             raise ValueError(f"guidance={guidance} needs a conditional task; this one knows no classes. Leave it out.")
+        check_least("seed", seed, 0)
         self.network = network
         self.guidance = guidance
         self.no_class = no_class
         self.seed = seed
-        self.steps = steps
-        self._new_scheduler = partial(schedule.sampler, sampler, steps)
-        self._new_scheduler()  # refuses what does not fit
+        #: How often the network runs per image.
+        self.steps = len(new_scheduler().timesteps)  # refuses what does not fit
+        self._new_scheduler = new_scheduler
 
     def run(
-        self, indices: Sequence[int], labels: Tensor | None, shape: tuple[int, int, int], bar: "tqdm[Any]", trace: bool
+        self,
+        indices: Sequence[int],
+        labels: Tensor | None,
+        shape: tuple[int, int, int],
+        *,
+        after_step: Callable[[], object],
+        trace: bool = False,
     ) -> Tensor:
-        """Return the images ``[B, C, H, W]`` of some indices in about [-1, 1], or their trace ``[B, K, C, H, W]``."""
+        """Return the images ``[B, C, H, W]`` of some indices in [0, 1], or their trace ``[B, K, C, H, W]``."""
         # one generator per image, on the CPU: the same image in every batch and on every device
         generators = [seeded_generator(self.seed, index) for index in indices]
         parameter = next(self.network.parameters())
         images = torch.stack([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
-        images = images.to(parameter.device)
         scheduler = self._new_scheduler()  # of DPM-Solver++ one per batch, since it remembers steps
+        images = images.to(parameter.device) * scheduler.init_noise_sigma
+        random = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         shown = set(np.linspace(0, self.steps - 1, min(TRACE_LENGTH, self.steps)).round().astype(int).tolist())
         predictions = []
         for number, timestep in enumerate(scheduler.timesteps):
-            prediction = self._guided(images.to(parameter.dtype), timestep.to(parameter.device), labels).float()
-            step = scheduler.step(prediction, timestep, images, generator=generators)
+            noisy = scheduler.scale_model_input(images, timestep).to(parameter.dtype)
+            prediction = self._guided(noisy, timestep.to(parameter.device), labels).float()
+            step = scheduler.step(prediction, timestep, images, **random)
             images = step.prev_sample
             if trace and number in shown:
                 # DPM-Solver++ keeps its predictions of the image itself
                 clean = getattr(step, "pred_original_sample", None)
                 predictions.append(scheduler.model_outputs[-1] if clean is None else clean)
-            bar.update(len(indices))
-        return torch.stack(predictions, 1) if trace else images
+            after_step()
+        return ((torch.stack(predictions, 1) if trace else images) / 2 + 0.5).clamp(0, 1)
 
     def _guided(self, images: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
         timesteps = timestep.expand(len(images))
@@ -131,3 +137,37 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ValueError: if it is below ``least``.
+    """
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}.")
+
+
+def check_divides(steps: int, timesteps: int, *, sampler: str, otherwise: str) -> None:
+    """Refuse numbers of steps that DDIM and DDPM cannot spread over all timesteps.
+
+    diffusers would round the distance of the steps down and begin where part of the image should be seen.
+
+    Args:
+        steps: how often the network runs per image.
+        timesteps: number of noise levels T.
+        sampler: what the message calls the sampler.
+        otherwise: the way out beside other numbers, for the message.
+
+    Raises:
+        ValueError: if ``steps`` is less than 2 or does not divide ``timesteps``.
+    """
+    fitting = [number for number in range(2, timesteps + 1) if timesteps % number == 0]
+    if steps not in fitting:
+        below = max((number for number in fitting if number < steps), default=fitting[0])
+        above = min((number for number in fitting if number > steps), default=fitting[-1])
+        near = " or ".join(str(number) for number in sorted({below, above}))
+        raise ValueError(
+            f"steps must divide the {timesteps} timesteps for {sampler}, got {steps}. Take {near}, or {otherwise}."
+        )

@@ -1,0 +1,305 @@
+"""Trained denoisers as pipelines of diffusers, which one line loads.
+
+diffusers writes the path of this module into the folders of its pipelines, and finds the classes here again.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dia_lightning.attention import attach
+from dia_lightning.models import _denoising
+from dia_lightning.models.denoisers import DIFFUSERS_MISSING, keep_labels
+
+try:
+    from diffusers import (
+        ConfigMixin,
+        DDIMScheduler,
+        DDPMScheduler,
+        DiffusionPipeline,
+        DiTTransformer2DModel,
+        ImagePipelineOutput,
+        ModelMixin,  # diffusers asks this module for it, to find out how its networks are loaded
+        SchedulerMixin,
+        UNet2DModel,
+    )
+except ImportError as error:
+    raise ImportError(DIFFUSERS_MISSING) from error
+
+_OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class _Attached(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is typed in part only
+    """What networks of diffusers with attention have in common: a config that holds the arguments of ``attach``."""
+
+    def __init__(self, *, dia: Mapping[str, Any] | None = None, **network: Any) -> None:
+        super().__init__(**network)
+        if dia is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the arguments of attach, as dia={{'attention': 'dia-lstm'}}; a network "
+                "without has none in its config. Load it with the class of diffusers and call attach(network, ...)."
+            )
+        attach(self, **dia)
+        self.register_to_config(dia=dict(dia))
+
+    @staticmethod
+    def _get_init_keys(network: type) -> set[str]:
+        """Return which entries of a config are arguments; diffusers itself looks at the last class alone."""
+        return {name for kind in network.__mro__ for name in inspect.signature(kind.__init__).parameters}  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, output_loading_info: bool = False, device_map: Any = None, **options: Any
+    ) -> Any:
+        """Load a network from a folder, as diffusers does, and refuse a file that does not have all of its weights.
+
+        Args:
+            path: the folder.
+            output_loading_info: whether to return also what diffusers noticed.
+            device_map: not possible here.
+            **options: as ``ModelMixin.from_pretrained`` takes them, for example ``torch_dtype``.
+
+        Raises:
+            ValueError: if the file has no weights of the attention, or others than the network has; or for a
+                ``device_map``.
+        """
+        if device_map is not None:
+            raise ValueError(
+                f"device_map={device_map!r} is not possible with attention. Leave it out, and call .to(device) after."
+            )
+        # with low memory diffusers would write weights past the taps that hold the layers with attention
+        options["low_cpu_mem_usage"] = False
+        network, found = super().from_pretrained(path, output_loading_info=True, **options)
+        strange = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+        if strange:  # memory that nobody has written to would be left in what is missing
+            raise ValueError(
+                f"The weights in {str(path)!r} are not those of a {cls.__name__} with dia={network.config.dia} "
+                f"({len(strange)} differ, the first: {strange[0]}). Load plain weights with the class of diffusers, "
+                "then call attach(network, ...)."
+            )
+        return (network, found) if output_loading_info else network
+
+
+class DIAUNet2DModel(_Attached, UNet2DModel):  # type: ignore[misc]
+    """diffusers' ``UNet2DModel`` with attention, which is saved and loaded as that is.
+
+    Args:
+        dia: arguments of :func:`~dia_lightning.attention.attach`: ``{"attention": "dia-lstm", "share": "stage", ...}``.
+        **network: arguments of ``UNet2DModel``.
+
+    Raises:
+        ValueError: if ``dia`` is missing or cannot be attached.
+
+    Example:
+        >>> import tempfile
+        >>> network = DIAUNet2DModel(
+        ...     sample_size=8, block_out_channels=(8, 16), down_block_types=("DownBlock2D",) * 2,
+        ...     up_block_types=("UpBlock2D",) * 2, norm_num_groups=4, dia={"attention": "dia-lstm"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     network.save_pretrained(folder)
+        ...     loaded = DIAUNet2DModel.from_pretrained(folder)
+        >>> loaded.config.dia
+        {'attention': 'dia-lstm'}
+    """
+
+
+class DIADiTTransformer2DModel(_Attached, DiTTransformer2DModel):  # type: ignore[misc]
+    """diffusers' ``DiTTransformer2DModel`` with attention, which is saved and loaded as that is.
+
+    In training it drops no labels by itself.
+
+    Args:
+        dia: arguments of :func:`~dia_lightning.attention.attach`: ``{"attention": "dia-lstm", "share": "stage", ...}``.
+        **network: arguments of ``DiTTransformer2DModel``.
+
+    Raises:
+        ValueError: if ``dia`` is missing or cannot be attached.
+
+    Example:
+        >>> network = DIADiTTransformer2DModel(
+        ...     sample_size=8, in_channels=1, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        ...     num_embeds_ada_norm=10, dia={"attention": "dia-lstm"})
+        >>> [name for name, _ in network.named_modules() if name.endswith(".dia")]
+        ['transformer_blocks.0.dia']
+    """
+
+    def __init__(self, *, dia: Mapping[str, Any] | None = None, **network: Any) -> None:
+        super().__init__(dia=dia, **network)
+        keep_labels(self)
+
+
+class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Makes images with a trained denoiser, with or without attention, conditional or not.
+
+    ``dia-lightning export`` writes the folders that it loads. It gives the images of
+    :meth:`~dia_lightning.tasks.DiffusionTask.sample` and takes its arguments by the names that diffusers' pipelines
+    have.
+
+    Samplers are swapped as in diffusers: ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+    pipe.scheduler.config, timestep_spacing="linspace")``. A scheduler that does not know ``clip_sample``, but
+    ``thresholding``, is used with thresholding at 1, whatever it says: without, pixels go astray at high noise levels.
+
+    Args:
+        unet: the network, a U-Net or a transformer.
+        scheduler: a scheduler of diffusers with the noise that the network was trained with. A ``DDPMScheduler``
+            becomes a ``DDIMScheduler``, as in ``DDIMPipeline``; for ancestral sampling set ``pipe.scheduler``.
+        id2label: of a conditional network, names of its K classes by number 0..K - 1.
+        supports_guidance: whether a conditional network was also trained without the class.
+
+    Raises:
+        ValueError: if ``id2label`` does not fit the network.
+        ImportError: if diffusers is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from diffusers import DDIMScheduler
+        >>> network = DIAUNet2DModel(
+        ...     sample_size=8, block_out_channels=(8, 16), down_block_types=("DownBlock2D",) * 2,
+        ...     up_block_types=("UpBlock2D",) * 2, norm_num_groups=4, num_class_embeds=3, dia={"attention": "dia-lstm"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     DIAPipeline(network, DDIMScheduler(), id2label={0: "cat", 1: "dog"}).save_pretrained(folder)
+        ...     pipe = DIAPipeline.from_pretrained(folder)
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> images = pipe(class_labels=["cat", "dog"], num_inference_steps=2, guidance_scale=1.5, seed=0).images
+        >>> [image.size for image in images]
+        [(8, 8), (8, 8)]
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel | DiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        supports_guidance: bool = True,
+    ) -> None:
+        super().__init__()
+        # JSON makes texts of the numbers
+        names = {int(label): name for label, name in (id2label or {}).items()}
+        _check_names(names, unet.config)
+        if isinstance(scheduler, DDPMScheduler):
+            scheduler = DDIMScheduler.from_config(scheduler.config)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        if id2label is not None:  # other pipelines warn of entries that they do not know
+            self.register_to_config(id2label=names, supports_guidance=supports_guidance)
+        #: Numbers of the classes by name.
+        self.labels = {name: label for label, name in names.items()}
+        self.no_class = len(names) or None
+        self.supports_guidance = supports_guidance
+
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 25,
+        seed: int = 0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Make images.
+
+        Args:
+            batch_size: how many images, all at once; by default one per class label, or 1.
+            class_labels: of a conditional network, the class of all images or of each, by number or name; ``None`` goes
+                round the classes.
+            guidance_scale: weight of the class: 1 is none, more makes images more typical and less diverse, 0 ignores
+                the class. Other values than 1 run the network twice.
+            num_inference_steps: how often the network runs per image; for DDIM and DDPM a divisor of the number of
+                timesteps.
+            seed: 0 or more. Image i depends on ``seed`` and i alone, as in ``DiffusionTask.sample``: the images are the
+                same in batches of any size and on any device, up to rounding.
+            output_type: ``"pil"``, ``"np"`` (``[B, H, W, C]`` in [0, 1]) or ``"pt"`` (``[B, C, H, W]`` in [0, 1]).
+            return_dict: whether to return an ``ImagePipelineOutput``, or a tuple that holds the images.
+
+        Returns:
+            The images, as ``.images`` or as the first item.
+
+        Raises:
+            ValueError: if a number is out of its range or does not fit the network.
+        """
+        shape = image_shape_of(self.unet)
+        _check_output_type(output_type, channels=shape[0])
+        chosen = self._numbers(class_labels)
+        count = (len(chosen) if isinstance(chosen, list) else 1) if batch_size is None else batch_size
+        _denoising.check_least("batch_size", count, 1)
+        if guidance_scale != 1 and self.no_class is not None and not self.supports_guidance:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a network that was also trained without the class."
+            )
+        denoising = _denoising.Denoising(
+            self.unet,
+            lambda: self._new_scheduler(num_inference_steps),
+            guidance=guidance_scale,
+            no_class=self.no_class,
+            seed=seed,
+        )
+        labels = _denoising.class_labels(count, chosen, first=0, no_class=self.no_class)
+        labels = None if labels is None else labels.to(self.unet.device)
+        with self.progress_bar(total=denoising.steps) as bar, _denoising.evaluating(self.unet):
+            images = denoising.run(range(count), labels, shape, after_step=bar.update)
+        found: Any = images
+        if output_type != "pt":
+            found = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            found = self.numpy_to_pil(found)
+        return ImagePipelineOutput(images=found) if return_dict else (found,)
+
+    def _numbers(self, labels: int | str | Sequence[int | str] | None) -> int | list[int] | None:
+        """Return classes by number."""
+        if labels is None or self.no_class is None or isinstance(labels, int):
+            return labels  # type: ignore[return-value]  # names of an unconditional network are refused later
+        if isinstance(labels, str):
+            return self._number(labels)
+        return [label if isinstance(label, int) else self._number(label) for label in labels]
+
+    def _number(self, name: str) -> int:
+        if name not in self.labels:
+            raise ValueError(f"class_labels must be numbers or some of {', '.join(self.labels)}, got {name!r}.")
+        return self.labels[name]
+
+    def _new_scheduler(self, steps: int) -> Any:
+        kind, config = type(self.scheduler), self.scheduler.config
+        known = inspect.signature(kind.__init__).parameters
+        # at high noise levels the predicted image leaves [-1, 1] by far
+        clips = "thresholding" not in known or "clip_sample" in known
+        scheduler = kind.from_config(config, **({} if clips else {"thresholding": True, "sample_max_value": 1.0}))
+        _denoising.check_least("num_inference_steps", steps, 1)
+        if isinstance(scheduler, (DDIMScheduler, DDPMScheduler)) and scheduler.config.timestep_spacing == "leading":
+            total = scheduler.config.num_train_timesteps
+            _denoising.check_divides(
+                steps, total, sampler=kind.__name__, otherwise="another scheduler, such as DPM-Solver++"
+            )
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+
+def image_shape_of(network: Any) -> tuple[int, int, int]:
+    """Return the shape (C, H, W) of the images of a network of diffusers, from its config.
+
+    Raises:
+        ValueError: if the config does not have it.
+    """
+    channels, size = network.config.in_channels, network.config.sample_size
+    if size is None:
+        raise ValueError("The config of the network has no sample_size. Build it with sample_size=(H, W).")
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, height, width
+
+
+def _check_names(names: Mapping[int, str], config: Mapping[str, Any]) -> None:
+    transformer = "num_embeds_ada_norm" in config
+    classes = config["num_embeds_ada_norm"] if transformer else (config["num_class_embeds"] or 1) - 1
+    if transformer and classes == 1 and not names:  # diffusers has no transformer without labels
+        return
+    if sorted(names) != list(range(classes)):
+        raise ValueError(
+            f"id2label must give the names of the network's {classes} classes by number from 0 on, got {dict(names)}."
+        )
+
+
+def _check_output_type(output_type: str, *, channels: int) -> None:
+    if output_type not in _OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
+    if output_type == "pil" and channels not in (1, 3):
+        raise ValueError(f"output_type='pil' needs images of 1 or 3 channels, got {channels}. Take 'np' or 'pt'.")
