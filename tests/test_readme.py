@@ -57,6 +57,7 @@ def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str])
             quick += ["-c", "configs/trainer/smoke.yaml"]
         main([*command, *quick])
     assert (workplace / "network.onnx").is_file()
+    assert (workplace / "digits_pipeline" / "model_index.json").is_file()
     assert list((workplace / "runs" / "wandb").glob("offline-run-*"))
     for results in ("predictions*.csv", "detections*.images.json"):
         assert "photos/grey.png" in "".join(path.read_text() for path in workplace.rglob(results))
@@ -64,5 +65,5 @@ def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_configs_that_the_readme_names_are_there() -> None:
     for names in re.findall(r"^\| (`.*?`) \|", README, re.MULTILINE):
-        for name in re.findall(r"`((?:classification|detection|diffusion|logger|trainer)/[\w*.]+)`", names):
+        for name in re.findall(r"`((?:classification|detection|diffusion|scores|logger|trainer)/[\w*.]+)`", names):
             assert list((ROOT / "configs").glob(name)), name
