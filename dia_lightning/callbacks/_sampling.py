@@ -1,14 +1,15 @@
 """How a callback lets a diffusion task make images."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-Sampler = Literal["ddim", "ddpm", "dpm++"]
+from dia_lightning.tasks import Sampler
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,19 @@ class Sampling:
         Raises:
             ValueError: if the task makes no images, or the options do not fit it.
         """
-        maker: Any = task
-        if not callable(getattr(maker, "sample", None)):
+        if not callable(getattr(task, "sample", None)):
             raise ValueError(
                 f"{callback} needs a task with a method sample, which {type(task).__name__} has not. "
                 "Use DiffusionTask, or leave the callback out."
             )
-        if self.guidance != 1 and maker.no_class is None:
-            raise ValueError(
-                f"guidance={self.guidance} of {callback} needs a task with conditional=True. Use guidance=1."
-            )
-        self.scheduler(maker)  # refuses steps that do not fit
+        try:
+            self.denoising(task)
+        except ValueError as error:
+            raise ValueError(f"{callback}: {error}") from error
 
-    def scheduler(self, task: Any) -> Any:
-        """Return diffusers' scheduler for these options."""
-        return task.noise.sampler(self.sampler, self.steps)
+    def denoising(self, task: Any) -> Any:
+        """Return what the task runs for these options."""
+        return task.denoising(steps=self.steps, guidance=self.guidance, sampler=self.sampler, seed=self.seed)
 
     def images(self, task: Any, count: int, classes: list[int] | None, **options: Any) -> Tensor:
         """Return what the task makes, in [0, 1] and on the CPU; training keeps its random numbers."""
@@ -77,3 +76,8 @@ class Sampling:
     def __str__(self) -> str:
         guidance = "" if self.guidance == 1 else f", guidance {self.guidance:g}"
         return f"{self.steps} steps of {self.sampler}{guidance}"
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Tell whether every process has a part of the weights only, so that the network runs in training steps alone."""
+    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))

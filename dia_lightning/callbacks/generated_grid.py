@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -14,7 +14,8 @@ from dia_lightning.callbacks._class_names import class_names, shorten
 from dia_lightning.callbacks._draw_objects import font
 from dia_lightning.callbacks._pictures import log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
-from dia_lightning.callbacks._sampling import Sampler, Sampling
+from dia_lightning.callbacks._sampling import Sampling, is_sharded
+from dia_lightning.tasks import Sampler
 
 SMALLEST = 48  # width and height of an enlarged image in pixels
 MOST_COLUMNS = 20  # one per class
@@ -30,9 +31,10 @@ class GeneratedGrid(SampleGrid[Tensor]):
     evenly. The picture is named ``val/samples`` or ``test/samples``; ``test/denoising`` shows for the images of its
     first row what the network takes them for, step by step, from pure noise on, with the timestep above. With
     :class:`EMA` the images come from the averaged weights, wherever it stands among the callbacks. In a distributed run
-    rank zero makes the images while the others wait, so that it has to have the whole network.
+    rank zero makes the images while the others wait; where each process has a part of the network only (FSDP) nothing
+    is drawn.
 
-    The task is a :class:`~dia_lightning.tasks.DiffusionTask`, or has its ``sample``, ``noise`` and ``no_class``.
+    The task is a :class:`~dia_lightning.tasks.DiffusionTask`, or has its ``sample``, ``denoising`` and ``no_class``.
     Training goes on with the random numbers that it would have without this callback.
 
     Args:
@@ -75,8 +77,13 @@ class GeneratedGrid(SampleGrid[Tensor]):
         self._traces: list[Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what could only fail after an epoch."""
+        """Refuse what could only fail after an epoch, and say where there will be no pictures."""
         self.sampling.check(pl_module, type(self).__name__)
+        if is_sharded(trainer):
+            rank_zero_warn(
+                f"GeneratedGrid draws nothing with {type(trainer.strategy).__name__}: no process has the whole "
+                "network. Make images from a checkpoint, with dia-lightning sample."
+            )
 
     def _collect(self, trainer: Trainer, batch: Any, outputs: Any, missing: int) -> None:
         """Make the images after the first batch.
@@ -84,7 +91,7 @@ class GeneratedGrid(SampleGrid[Tensor]):
         By then every callback has had its turn at the start of the epoch and none at the end: averaged weights are in
         the model, whatever the order of the callbacks.
         """
-        if self._spread:
+        if self._spread or is_sharded(trainer):
             return
         task: Any = trainer.lightning_module
         columns = self._columns(task)
@@ -124,16 +131,12 @@ class GeneratedGrid(SampleGrid[Tensor]):
             )
             if self._traces:
                 title = f"{stage}: what the network takes noise for at timestep t"
-                headings = [f"t = {timestep}" for timestep in self._timesteps(task, len(self._traces[0]))]
+                denoised = self.sampling.denoising(task)
+                headings = [f"t = {denoised.timesteps[step]:g}" for step in denoised.traced_steps()]
                 denoising = draw_table([list(trace) for trace in self._traces], title, headings=headings, names=names)
         log_picture(trainer, f"{stage}/samples", samples)
         if self.trace and trainer.testing:
             log_picture(trainer, f"{stage}/denoising", denoising)
-
-    def _timesteps(self, task: Any, count: int) -> list[int]:
-        """Return the timesteps of a trace, which are spread evenly over the steps."""
-        every = self.sampling.scheduler(task).timesteps.tolist()
-        return [every[round(position)] for position in np.linspace(0, len(every) - 1, count).tolist()]
 
 
 def draw_table(

@@ -1,7 +1,6 @@
 """Scores of what a diffusion task generates."""
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,10 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning.callbacks._sampling import Sampler, Sampling
+from dia_lightning.callbacks._described_images import ImageBatch, describe, labels_in_shares, real_batches
+from dia_lightning.callbacks._sampling import Sampling, is_sharded
+from dia_lightning.tasks import Sampler
 from dia_lightning.tasks.generation_metrics import (
     DescribedImages,
     class_agreement,
@@ -36,9 +35,9 @@ class GenerationScores(Callback):
     latter two with ``_std``.
 
     Fréchet distances depend on the number of images, ``test/generated_images``. So every score stands beside the same
-    of as many real images that were not trained on, chosen evenly over the classes: its name ends in ``_real``, and
-    ``test/real_images`` tells if there were fewer. The reference of all distances are the training images without
-    augmentation.
+    of as many real images that were not trained on: its name ends in ``_real``, and ``test/real_images`` tells if there
+    were fewer. The reference of all distances are the training images without augmentation, and a conditional task is
+    asked for the classes in the shares that they have there.
 
     The networks that judge are frozen, and neither in the checkpoint nor in the optimizer; training goes on with the
     random numbers that it would have without this callback. With :class:`EMA` the images come from the averaged
@@ -52,8 +51,8 @@ class GenerationScores(Callback):
         inception: ``"download"``, or the file ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity.
         num_samples: number of generated images, 10 or more; 50,000 are usual for the FID.
         batch_size: images at a time, for sampling.
-        every_n_epochs: score after every n-th training epoch too, where that has a validation, as ``val/...``; ``None``
-            scores in the test only.
+        every_n_epochs: score at every validation of every n-th training epoch too, as ``val/...``; ``None`` scores in
+            the test only.
         steps: how often the network runs per image; for ``"ddim"`` and ``"ddpm"`` a divisor of the task's timesteps.
         guidance: weight of the class; 1 is none.
         sampler: ``"ddim"``, ``"ddpm"`` or ``"dpm++"``.
@@ -102,7 +101,7 @@ class GenerationScores(Callback):
         self.every_n_epochs = every_n_epochs
         self.sampling = Sampling(steps, guidance, sampler, seed)
         self._judges: list[ImageFeatures] = []
-        self._unchanging: dict[tuple[str, str, ImageFeatures], DescribedImages] = {}  # real images
+        self._known: dict[tuple[str, ImageFeatures], _Real] = {}  # what does not change between epochs
         self._scores: dict[str, float] = {}
 
     # ---- when
@@ -110,22 +109,36 @@ class GenerationScores(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the networks that judge, and refuse what could only fail after an epoch."""
         self.sampling.check(pl_module, type(self).__name__)
-        data = getattr(trainer, "datamodule", None)
+        if is_sharded(trainer):
+            raise ValueError(
+                f"GenerationScores cannot make images with {type(trainer.strategy).__name__}: no process has the whole "
+                "network. Leave it out, and test the checkpoint on one device or with DDP."
+            )
+        data: Any = getattr(trainer, "datamodule", None)
         if not (hasattr(data, "evaluation_dataloader") and hasattr(data, "denormalize")):
             raise ValueError(
                 f"GenerationScores needs a data module with evaluation_dataloader and denormalize, got "
                 f"{type(data).__name__}. Use one of this package's, or leave the callback out."
             )
+        data.evaluation_dataloader("train")  # says if there are no training data
+        self._known = {}  # the data may be others
         if not self._judges:
             with isolate_rng():  # networks begin with random weights
                 self._judges = list(self._load_judges(trainer))
-        names = getattr(data, "class_names", None)
         for judge in self._judges:
-            if judge.class_names is not None and names is not None and list(names) != list(judge.class_names):
-                raise ValueError(
-                    f"The classifier {self.classifier} knows the classes {_brief(judge.class_names)}, but the data "
-                    f"have {_brief(names)}. Take a classifier that was trained on the same classes."
-                )
+            self._check_judge(judge, getattr(data, "class_names", None), getattr(pl_module, "shape", None))
+
+    def _check_judge(self, judge: ImageFeatures, names: Any, shape: Any) -> None:
+        if judge.class_names is not None and names is not None and list(names) != list(judge.class_names):
+            raise ValueError(
+                f"The classifier {self.classifier} knows the classes {_brief(judge.class_names)}, but the data have "
+                f"{_brief(names)}. Take a classifier that was trained on the same classes."
+            )
+        if shape is not None and shape[0] not in judge.known_channels:
+            raise ValueError(
+                f"{type(judge).__name__} knows images of {' or '.join(map(str, judge.known_channels))} channels, "
+                f"but the task makes images of {shape[0]}."
+            )
 
     def on_test_batch_end(
         self,
@@ -144,7 +157,8 @@ class GenerationScores(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the scores."""
         stage = "test" if trainer.testing else "val"
-        pl_module.log_dict({f"{stage}/{name}": value for name, value in self._scores.items()}, batch_size=1)
+        named = {f"{stage}/{name}": value for name, value in self._scores.items()}
+        pl_module.log_dict(named, batch_size=1, sync_dist=True)  # equal in all processes
         self._scores = {}
 
     on_validation_batch_end = on_test_batch_end
@@ -162,116 +176,96 @@ class GenerationScores(Callback):
             yield ClassifierFeatures(self.classifier)
         if self.inception is not None:
             weights = None if self.inception == DOWNLOAD else self.inception
-            if weights is None and not trainer.is_global_zero:
-                trainer.strategy.barrier("download")  # rank zero fetches the file, then all read it
-            judge = InceptionFeatures(weights)
-            if weights is None and trainer.is_global_zero:
-                trainer.strategy.barrier("download")
+            if trainer.local_rank > 0:
+                trainer.strategy.barrier("weights of Inception")  # one process fetches the file, then all read it
+            try:
+                judge = InceptionFeatures(weights)
+            finally:
+                if trainer.local_rank == 0:
+                    trainer.strategy.barrier("weights of Inception")
             yield judge
 
     # ---- what
 
     def _score(self, trainer: Trainer, task: Any) -> dict[str, float]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         stage = "test" if trainer.testing else "val"
-        quick = int(getattr(trainer, "fast_dev_run", 0)) or None  # batches of everything
-        count = self.num_samples if quick is None else min(self.num_samples, quick * self.batch_size)
-        images: dict[str, Callable[[], Iterable[_Batch]]] = {
-            "generated": lambda: self._generated(trainer, task, count),
-            "real": lambda: _real(data, data.evaluation_dataloader(stage, count=count), quick),
-            "reference": lambda: _real(data, data.evaluation_dataloader("train"), quick),
-        }
         scores: dict[str, float] = {}
         for judge in self._judges:
             judge.to(task.device)
-            described = {}
-            for name, make in images.items():
-                key = (stage, name, judge)
-                described[name] = self._unchanging.get(key) or _describe(judge, make(), name, trainer, task)
-                if name != "generated":
-                    self._unchanging[key] = described[name]
+            score = _inception_scores if isinstance(judge, InceptionFeatures) else _classifier_scores
+            reference, real = self._known.get((stage, judge)) or self._real(trainer, judge, stage, score)
+            self._known[stage, judge] = reference, real
+            generated = describe(judge, self._generated(trainer, task, reference), "generated", trainer)
             judge.cpu()
-            by_inception = isinstance(judge, InceptionFeatures)
-            scores |= _inception_scores(described) if by_inception else _classifier_scores(described)
-            sizes = {name: len(part.labels) for name, part in described.items()}
-            scores |= {f"{name}_images": float(sizes[name]) for name in ("generated", "real")}
-            rank_zero_info(_sentence(stage, scores, sizes))
+            found = score(generated, reference)
+            found |= {name: value for name, value in real.items() if name.removesuffix("_real") in found}
+            found |= {"generated_images": float(len(generated.labels)), "real_images": real["real_images"]}
+            rank_zero_info(_sentence(stage, found, len(reference.labels)))
+            scores |= found
         return scores
 
-    def _generated(self, trainer: Trainer, task: Any, count: int) -> "Iterator[_Batch]":
+    def _real(self, trainer: Trainer, judge: ImageFeatures, stage: str, score: "_Score") -> "_Real":
+        """Return the training images as a judge sees them, and the scores of other real images."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        quick = _batches_of_a_quick_run(trainer)
+        known = next((known for (_, other), (known, _) in self._known.items() if other is judge), None)
+        reference = known or describe(judge, real_batches(data, "train", None, quick), "training", trainer)
+        real = describe(judge, real_batches(data, stage, self._count(trainer), quick), "real", trainer)
+        scores = {f"{name}_real": value for name, value in score(real, reference).items()}
+        return reference, scores | {"real_images": float(len(real.labels))}
+
+    def _count(self, trainer: Trainer) -> int:
+        quick = _batches_of_a_quick_run(trainer)
+        return self.num_samples if quick is None else min(self.num_samples, quick * self.batch_size)
+
+    def _generated(self, trainer: Trainer, task: Any, reference: DescribedImages) -> Iterator[ImageBatch]:
         """Yield this process's part of the images; all processes make equally many, the surplus is marked by -1."""
+        count = self._count(trainer)
+        labels = torch.full((count,), -1) if task.no_class is None else labels_in_shares(reference.labels, count)
         share = -(-count // trainer.world_size)
         start = trainer.global_rank * share
         for first in range(start, start + share, self.batch_size):
             index = torch.arange(first, min(first + self.batch_size, start + share))
-            labels = torch.full_like(index, -1) if task.no_class is None else index % task.no_class
-            classes = None if task.no_class is None else labels.tolist()
+            asked = labels[index.clamp(max=count - 1)]
+            classes = None if task.no_class is None else asked.tolist()
             images = self.sampling.images(task, len(index), classes, first=first, batch_size=self.batch_size)
             if not images.isfinite().all():
                 raise ValueError(
                     f"The task makes images that are not finite, with {self.sampling}: its network diverged, or "
                     "guidance is too large."
                 )
-            yield images, labels, torch.where(index < count, index, -1)
+            yield images, asked, torch.where(index < count, index, -1)
 
 
-_Batch = tuple[Tensor, Tensor, Tensor]  # images [B, C, H, W] in [0, 1], labels [B], index [B]
+_Score = Callable[[DescribedImages, DescribedImages], dict[str, float]]
+_Real = tuple[DescribedImages, dict[str, float]]
 
 
-def _real(data: Any, loader: Iterable[Any], batches: int | None) -> Iterator[_Batch]:
-    for images, labels, index in islice(loader, batches):
-        yield data.denormalize(images), labels, index
+def _batches_of_a_quick_run(trainer: Trainer) -> int | None:
+    """Return how many batches ``fast_dev_run`` asks for."""
+    return int(getattr(trainer, "fast_dev_run", 0)) or None
 
 
-def _describe(
-    judge: ImageFeatures, batches: Iterable[_Batch], name: str, trainer: Trainer, task: Any
-) -> DescribedImages:
-    """Return what a judge makes of images, gathered from all processes and in the order of their index."""
-    parts: list[tuple[Tensor, ...]] = []
-    # a bar for rank zero, on a terminal
-    bar = tqdm(desc=f"scoring {name} images", unit="image", disable=None if trainer.is_global_zero else True)
-    with bar, torch.no_grad():
-        for images, labels, index in batches:
-            pixels = (images * 255).round().to(torch.uint8)  # as in a PNG file; real ones become what they were
-            parts.append((*judge(pixels.to(task.device)), labels.to(task.device), index.to(task.device)))
-            bar.update(len(index))
-    gathered = [_gather(trainer, torch.cat(column)) for column in zip(*parts, strict=True)]
-    features, logits, labels, index = gathered
-    order = index.argsort()[int((index < 0).sum()) :]
-    return DescribedImages(features[order].float(), logits[order].float(), labels[order])
-
-
-def _gather(trainer: Trainer, own: Tensor) -> Tensor:
-    everything: Tensor = trainer.strategy.all_gather(own)
-    return everything.reshape(-1, *own.shape[1:]).cpu()
-
-
-def _classifier_scores(images: dict[str, DescribedImages]) -> dict[str, float]:
-    generated, real, reference = images["generated"], images["real"], images["reference"]
-    scores = {
-        "frechet_distance": frechet_distance(generated, reference),
-        "frechet_distance_real": frechet_distance(real, reference),
-    }
-    if (generated.labels >= 0).all():  # of an unconditional task nobody asked for a class
-        scores |= {"class_agreement": class_agreement(generated), "class_agreement_real": class_agreement(real)}
+def _classifier_scores(images: DescribedImages, reference: DescribedImages) -> dict[str, float]:
+    scores = {"frechet_distance": frechet_distance(images, reference)}
+    if (images.labels >= 0).all():  # of an unconditional task nobody asks for a class
+        scores["class_agreement"] = class_agreement(images)
     return scores
 
 
-def _inception_scores(images: dict[str, DescribedImages]) -> dict[str, float]:
-    scores: dict[str, float] = {}
-    for name, ending in (("generated", ""), ("real", "_real")):
-        distances = {"fid": frechet_distance(images[name], images["reference"])}
-        distances["kid"], distances["kid_std"] = kernel_distance(images[name], images["reference"])
-        distances["inception_score"], distances["inception_score_std"] = inception_score(images[name])
-        scores |= {f"{score}{ending}": value for score, value in distances.items()}
-    return scores
+def _inception_scores(images: DescribedImages, reference: DescribedImages) -> dict[str, float]:
+    kid, inception = kernel_distance(images, reference), inception_score(images)
+    scores = {"fid": frechet_distance(images, reference), "kid": kid[0], "inception_score": inception[0]}
+    deviations = {"kid_std": kid[1], "inception_score_std": inception[1]}
+    return scores | {name: value for name, value in deviations.items() if value is not None}
 
 
-def _sentence(stage: str, scores: dict[str, float], sizes: dict[str, int]) -> str:
+def _sentence(stage: str, scores: dict[str, float], references: int) -> str:
     values = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if not name.endswith("_images"))
+    generated, real = int(scores["generated_images"]), int(scores["real_images"])
     return (
-        f"{stage}: {values} ({sizes['generated']} generated and {sizes['real']} real images, each compared with "
-        f"{sizes['reference']} training images)"
+        f"{stage}: {values} ({generated} generated and {real} real images, each compared with {references} training "
+        "images)"
     )
 
 

@@ -219,11 +219,12 @@ class DIADataModule(LightningDataModule, ABC):
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
-            count: so many samples, or all if there are fewer, chosen evenly over the classes; ``None`` for all.
+            count: so many samples, or all if there are fewer, drawn with the shares that the classes have; ``None`` for
+                all.
         """
         source, positions = self._chosen(split)
-        if count is not None:
-            positions = positions[balanced_subset(source.labels[positions], count, self.split_seed)]
+        if count is not None and count < len(positions):
+            positions = positions[stratified_split(source.labels[positions], count, self.split_seed)[1]]
         return self._loader_of(self.make_samples(source, positions, role="eval"))
 
     # How it is done

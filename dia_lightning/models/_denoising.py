@@ -54,8 +54,10 @@ class Denoising:
         self.guidance = guidance
         self.no_class = no_class
         self.seed = seed
+        #: Noise levels from the first step to the last.
+        self.timesteps: list[float] = new_scheduler().timesteps.tolist()  # refuses what does not fit
         #: How often the network runs per image.
-        self.steps = len(new_scheduler().timesteps)  # refuses what does not fit
+        self.steps = len(self.timesteps)
         self._new_scheduler = new_scheduler
 
     def run(
@@ -75,7 +77,7 @@ class Denoising:
         scheduler = self._new_scheduler()  # of DPM-Solver++ one per batch, since it remembers steps
         images = images.to(parameter.device) * scheduler.init_noise_sigma
         random = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        shown = set(np.linspace(0, self.steps - 1, min(TRACE_LENGTH, self.steps)).round().astype(int).tolist())
+        shown = set(self.traced_steps())
         predictions = []
         for number, timestep in enumerate(scheduler.timesteps):
             noisy = scheduler.scale_model_input(images, timestep).to(parameter.dtype)
@@ -88,6 +90,11 @@ class Denoising:
                 predictions.append(scheduler.model_outputs[-1] if clean is None else clean)
             after_step()
         return ((torch.stack(predictions, 1) if trace else images) / 2 + 0.5).clamp(0, 1)
+
+    def traced_steps(self) -> list[int]:
+        """Return the numbers of the steps that a trace shows, spread evenly from the first to the last."""
+        numbers: list[int] = np.linspace(0, self.steps - 1, min(TRACE_LENGTH, self.steps)).round().astype(int).tolist()
+        return numbers
 
     def _guided(self, images: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
         timesteps = timestep.expand(len(images))
@@ -124,6 +131,15 @@ def class_labels(count: int, classes: int | Sequence[int] | None, *, first: int,
     if wrong:
         raise ValueError(f"classes must be in 0..{no_class - 1}, got {wrong[0]}.")
     return torch.tensor(chosen)
+
+
+def ddpm_variance(steps: int, total: int) -> str:
+    """Return which of DDPM's two variances suits a number of steps.
+
+    Source:
+        arXiv 2010.02502 (DDIM), table 1: the larger one is better with all the steps, and much worse with few.
+    """
+    return "fixed_large" if steps == total else "fixed_small"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ diffusers writes the path of this module into the folders of its pipelines, and 
 """
 
 import inspect
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -251,22 +252,30 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
             return labels  # type: ignore[return-value]  # names of an unconditional network are refused later
         if isinstance(labels, str):
             return self._number(labels)
-        return [label if isinstance(label, int) else self._number(label) for label in labels]
+        return [self._number(label) for label in labels]
 
-    def _number(self, name: str) -> int:
-        if name not in self.labels:
-            raise ValueError(f"class_labels must be numbers or some of {', '.join(self.labels)}, got {name!r}.")
-        return self.labels[name]
+    def _number(self, label: int | str) -> int:
+        if label in self.labels:
+            return self.labels[str(label)]
+        try:
+            return operator.index(label)  # type: ignore[arg-type]  # numbers of numpy and torch too
+        except TypeError:
+            names = ", ".join(self.labels)
+            raise ValueError(f"class_labels must be numbers or some of {names}, got {label!r}.") from None
 
     def _new_scheduler(self, steps: int) -> Any:
         kind, config = type(self.scheduler), self.scheduler.config
-        known = inspect.signature(kind.__init__).parameters
-        # at high noise levels the predicted image leaves [-1, 1] by far
-        clips = "thresholding" not in known or "clip_sample" in known
-        scheduler = kind.from_config(config, **({} if clips else {"thresholding": True, "sample_max_value": 1.0}))
+        known, total = inspect.signature(kind.__init__).parameters, config.num_train_timesteps
         _denoising.check_least("num_inference_steps", steps, 1)
+        if steps > total:
+            raise ValueError(f"num_inference_steps must be at most the {total} timesteps of the network, got {steps}.")
+        changed: dict[str, Any] = {}
+        if "thresholding" in known and "clip_sample" not in known:
+            changed = {"thresholding": True, "sample_max_value": 1.0}
+        elif kind is DDPMScheduler and steps == total:  # as DiffusionTask.sample does
+            changed = {"variance_type": _denoising.ddpm_variance(steps, total)}
+        scheduler = kind.from_config(config, **changed)
         if isinstance(scheduler, (DDIMScheduler, DDPMScheduler)) and scheduler.config.timestep_spacing == "leading":
-            total = scheduler.config.num_train_timesteps
             _denoising.check_divides(
                 steps, total, sampler=kind.__name__, otherwise="another scheduler, such as DPM-Solver++"
             )
@@ -296,6 +305,8 @@ def _check_names(names: Mapping[int, str], config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"id2label must give the names of the network's {classes} classes by number from 0 on, got {dict(names)}."
         )
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"id2label must give every class a name of its own, got {dict(names)}.")
 
 
 def _check_output_type(output_type: str, *, channels: int) -> None:

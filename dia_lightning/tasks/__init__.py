@@ -1,6 +1,7 @@
 """Tasks: LightningModules that train a backbone, with or without attention."""
 
 from dia_lightning.tasks._load import load_task
+from dia_lightning.tasks._noise_schedule import Sampler
 from dia_lightning.tasks._pipeline_export import export_pipeline
 from dia_lightning.tasks.base import DIATask, NonFiniteLossError
 from dia_lightning.tasks.classification import ClassificationTask
@@ -13,6 +14,7 @@ __all__ = [
     "DetectionTask",
     "DiffusionTask",
     "NonFiniteLossError",
+    "Sampler",
     "export_pipeline",
     "load_task",
 ]

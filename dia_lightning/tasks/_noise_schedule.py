@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from dia_lightning.models._denoising import check_divides
+from dia_lightning.models._denoising import check_divides, ddpm_variance
 from dia_lightning.models.denoisers import require_diffusers
 
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
@@ -93,8 +93,7 @@ class NoiseSchedule:
         if name == "ddim":
             scheduler = diffusers.DDIMScheduler(clip_sample=True, **self._config)
         elif name == "ddpm":
-            # the larger of the two variances is better with all the steps and much worse with few (DDIM, table 1)
-            variance = "fixed_large" if steps == self.timesteps else "fixed_small"
+            variance = ddpm_variance(steps, self.timesteps)
             scheduler = diffusers.DDPMScheduler(clip_sample=True, variance_type=variance, **self._config)
         else:
             # at high noise levels the predicted image leaves [-1, 1] by far, and this one does not know clip_sample

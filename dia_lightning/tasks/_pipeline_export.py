@@ -1,5 +1,6 @@
 """A diffusion task as a pipeline of diffusers."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from dia_lightning.tasks.diffusion import DiffusionTask
 _STOCK_SNIPPET = (
     "from diffusers import DDIMPipeline  # or DDPMPipeline, for all {timesteps} steps\n"
     "pipe = DDIMPipeline.from_pretrained({path!r})\n"
-    "images = pipe(batch_size=4, num_inference_steps={steps}).images"
+    "images = pipe(batch_size=4, num_inference_steps={steps}{output}).images"
 )
 _SNIPPET = (
     "from dia_lightning.models.pipelines import DIAPipeline\n"
     "pipe = DIAPipeline.from_pretrained({path!r})\n"
-    "images = pipe(batch_size=4, {conditions}num_inference_steps={steps}, seed=0).images"
+    "images = pipe(batch_size=4, {conditions}num_inference_steps={steps}, seed=0{output}).images"
 )
 #: Endings of what classifiers are exported to.
 _FILES = (".onnx", ".pt2", ".safetensors")
@@ -57,9 +58,13 @@ def export_pipeline(task: DiffusionTask, folder: str | Path) -> Exported:
     _check_new(folder)
     require_diffusers()
     pipeline = _pipeline(task)
-    pipeline.save_pretrained(folder)
-    loaded = type(pipeline).from_pretrained(folder)
-    return Exported(folder, _difference(task, loaded.unet), _snippet(task, folder, pipeline))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
+        made = Path(unfinished, folder.name)
+        pipeline.save_pretrained(made)
+        difference = _difference(task, type(pipeline).from_pretrained(made).unet)
+        made.replace(folder)  # whole or not at all
+    return Exported(folder, difference, _snippet(task, folder, pipeline))
 
 
 def _check_new(folder: Path) -> None:
@@ -80,7 +85,7 @@ def _pipeline(task: DiffusionTask) -> Any:
     network = _rebuilt(task)
     timesteps = task.noise.timesteps
     if type(network) is UNet2DModel and task.no_class is None:
-        # as many steps as a DDPMPipeline takes if it is not told
+        # for all steps: a DDPMPipeline is meant for these
         return DDPMPipeline(network, task.noise.sampler("ddpm", timesteps))
     names = None
     if task.no_class is not None:
@@ -153,4 +158,5 @@ def _snippet(task: DiffusionTask, folder: Path, pipeline: Any) -> str:
     steps = max((number for number in range(2, 26) if total % number == 0), default=total)
     template = _SNIPPET if hasattr(pipeline, "labels") else _STOCK_SNIPPET
     conditions = "" if task.no_class is None else f"class_labels={next(iter(pipeline.labels))!r}, "
-    return template.format(path=str(folder), timesteps=total, steps=steps, conditions=conditions)
+    output = "" if task.shape[0] in (1, 3) else ', output_type="np"'  # others are no pictures
+    return template.format(path=str(folder), timesteps=total, steps=steps, conditions=conditions, output=output)

@@ -193,16 +193,8 @@ class DiffusionTask(DIATask):
         """
         for name, value, least in (("count", count, 1), ("batch_size", batch_size, 1), ("first", first, 0)):
             check_least(name, value, least)
-        if guidance != 1 and self.no_class is not None and self.label_dropout == 0:
-            raise ValueError(f"guidance={guidance} needs a task that was trained with label_dropout above 0.")
         labels = class_labels(count, classes, first=first, no_class=self.no_class)
-        denoising = Denoising(
-            self.backbone,
-            partial(self.noise.sampler, sampler, steps),
-            guidance=guidance,
-            no_class=self.no_class,
-            seed=seed,
-        )
+        denoising = self.denoising(steps=steps, guidance=guidance, sampler=sampler, seed=seed)
         parts = []
         bar = tqdm(total=count * steps, desc="sampling", unit="step", disable=not progress)
         with bar, evaluating(self.backbone):
@@ -213,6 +205,17 @@ class DiffusionTask(DIATask):
                 count_steps = partial(bar.update, len(indices))
                 parts.append(denoising.run(indices, part, self.shape, after_step=count_steps, trace=trace))
         return torch.cat(parts)
+
+    def denoising(self, *, steps: int, guidance: float, sampler: Sampler, seed: int) -> Denoising:
+        """Return what :meth:`sample` runs for these options, whose ``timesteps`` are known before.
+
+        Raises:
+            ValueError: if a number is out of its range or does not fit the task.
+        """
+        if guidance != 1 and self.no_class is not None and self.label_dropout == 0:
+            raise ValueError(f"guidance={guidance} needs a task that was trained with label_dropout above 0.")
+        new_scheduler = partial(self.noise.sampler, sampler, steps)
+        return Denoising(self.backbone, new_scheduler, guidance=guidance, no_class=self.no_class, seed=seed)
 
     # ---- losses
 

@@ -14,7 +14,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 _SUBSETS, _SUBSET_SIZE = 100, 1000  # of the kernel distance, as its authors have them
-_SPLITS = 10  # of the Inception score
+_PARTS, _PART = 10, 10  # of the Inception score: how many, and how many images at least
 _LOCAL: dict[str, Any] = {"sync_on_compute": False}  # features of all processes come in already
 
 
@@ -52,10 +52,11 @@ def frechet_distance(images: DescribedImages, reference: DescribedImages) -> flo
     return float(metric.compute())
 
 
-def kernel_distance(images: DescribedImages, reference: DescribedImages) -> tuple[float, float]:
-    """Return mean and standard deviation of the kernel distance over 100 random subsets of up to 1000 images.
+def kernel_distance(images: DescribedImages, reference: DescribedImages) -> tuple[float, float | None]:
+    """Return mean and standard deviation of the kernel distance over 100 random subsets of 1000 images.
 
     Of Inception's features it is the KID. Other than the Fréchet distance it does not depend on the number of images.
+    Sets of up to 1000 images are compared as a whole, without a deviation.
 
     Raises:
         ValueError: if a set has fewer than two images.
@@ -65,17 +66,21 @@ def kernel_distance(images: DescribedImages, reference: DescribedImages) -> tupl
     """
     _check_counts(images, reference)
     size = min(_SUBSET_SIZE, len(images.features), len(reference.features))
+    subsets = _SUBSETS if min(len(images.features), len(reference.features)) > size else 1
     with _repeatable():
         given = _Given(images.features.shape[1])
-        metric = KernelInceptionDistance(given, subsets=_SUBSETS, subset_size=size, **_LOCAL)
-        metric.update(reference.features, real=True)
-        metric.update(images.features, real=False)
+        metric = KernelInceptionDistance(given, subsets=subsets, subset_size=size, **_LOCAL)
+        metric.update(reference.features.double(), real=True)
+        metric.update(images.features.double(), real=False)
         mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+    return float(mean), float(deviation) if subsets > 1 else None
 
 
-def inception_score(images: DescribedImages) -> tuple[float, float]:
-    """Return mean and standard deviation of the Inception score over 10 parts of the images.
+def inception_score(images: DescribedImages) -> tuple[float, float | None]:
+    """Return mean and standard deviation of the Inception score over 10 equal parts of the images.
+
+    A part has ten images or more, so that fewer than 100 images are fewer parts, of which one has no deviation. The
+    score of a part is at most its number of images: below some thousands of images it tells little.
 
     Raises:
         ValueError: if there are fewer than ten images.
@@ -83,13 +88,14 @@ def inception_score(images: DescribedImages) -> tuple[float, float]:
     Source:
         arXiv 1606.03498; by torchmetrics.
     """
-    if len(images.logits) < _SPLITS:
-        raise ValueError(f"The Inception score needs {_SPLITS} images or more, got {len(images.logits)}.")
+    if len(images.logits) < _PART:
+        raise ValueError(f"The Inception score needs {_PART} images or more, got {len(images.logits)}.")
+    parts = min(_PARTS, len(images.logits) // _PART)
     with _repeatable():
-        metric = InceptionScore(_Given(images.logits.shape[1]), splits=_SPLITS, **_LOCAL)
-        metric.update(images.logits)
+        metric = InceptionScore(_Given(images.logits.shape[1]), splits=parts, **_LOCAL)
+        metric.update(images.logits[: len(images.logits) // parts * parts].double())
         mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+    return float(mean), float(deviation) if parts > 1 else None
 
 
 def class_agreement(images: DescribedImages) -> float:

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,8 @@ class ImageFeatures(nn.Module, ABC):
 
     #: Names of the K classes, where they mean something to the user.
     class_names: Sequence[str] | None = None
+    #: Channels of images that can be described.
+    known_channels: tuple[int, ...] = (1, 3)
 
     def freeze(self) -> None:
         """Switch gradients and training mode off."""
@@ -70,6 +71,7 @@ class ClassifierFeatures(ImageFeatures):
                 "this package."
             )
         self.channels, *self.size = task.image_shape
+        self.known_channels = (1, 3) if self.channels in (1, 3) else (self.channels,)
         mean, std = task.normalization
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
@@ -132,27 +134,35 @@ class InceptionFeatures(ImageFeatures):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError("FID needs torch-fidelity: pip install 'dia-lightning[diffusion]'.") from error
-        if weights is not None:
-            _check_holds_weights_only(Path(weights))
+        path = _fetched(URL_INCEPTION_V3) if weights is None else Path(weights)
+        _check_holds_weights_only(path)
         try:
             self.network: Any = FeatureExtractorInceptionV3(
-                "inception-v3-compat",
-                ["2048", "logits_unbiased"],
-                feature_extractor_weights_path=None if weights is None else str(weights),
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
-        except URLError as error:
-            raise ValueError(
-                f"The weights of Inception cannot be downloaded ({error.reason}). Fetch {URL_INCEPTION_V3} "
-                "elsewhere and give the file."
-            ) from error
         except RuntimeError as error:  # of load_state_dict, with a line per tensor
-            raise ValueError(f"{weights} does not hold the weights of torch-fidelity's Inception network.") from error
+            raise ValueError(f"{path} does not hold the weights of torch-fidelity's Inception network.") from error
         self.freeze()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features ``[B, 2048]`` and logits ``[B, 1008]`` of images ``[B, C, H, W]`` uint8."""
         features, logits = self.network(images.expand(-1, 3, -1, -1))
         return features, logits
+
+
+def _fetched(url: str) -> Path:
+    """Return the file of a URL in torch's cache, downloaded if it is not there; its name ends in its checksum."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2])
+    except (OSError, RuntimeError) as error:  # no network, a full disk; another checksum
+        raise ValueError(
+            f"The weights of Inception cannot be downloaded ({error}). Fetch {url} elsewhere and give the file."
+        ) from error
+    return path
 
 
 def _check_holds_weights_only(path: Path) -> None:
@@ -162,4 +172,6 @@ def _check_holds_weights_only(path: Path) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file that is none fails in many ways
-        raise ValueError(f"{path} is no file of weights ({type(error).__name__}).") from error
+        raise ValueError(
+            f"{path} is no file of weights ({type(error).__name__}). Delete it, or give another."
+        ) from error

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as network
 
 from dia_lightning.tasks.image_features import InceptionFeatures
@@ -12,8 +13,14 @@ from dia_lightning.tasks.image_features import InceptionFeatures
 def write_inception_weights(path: Path) -> Path:
     """Write a file as torch-fidelity's, with random weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(network.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        torch.manual_seed(0)
-        torch.save(InceptionFeatures().network.state_dict(), path)
+        patch.setattr("dia_lightning.tasks.image_features._fetched", lambda _: path)
+        patch.setattr("dia_lightning.tasks.image_features._check_holds_weights_only", lambda _: None)
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        judge = InceptionFeatures()
+    torch.manual_seed(0)
+    for module in judge.modules():
+        if isinstance(module, nn.Conv2d):  # the usual start makes features that are nearly nothing
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(judge.network.state_dict(), path)
     return path

@@ -275,7 +275,7 @@ def test_a_task_that_makes_no_images_is_refused_before_training(tmp_path: Path) 
     [
         ({"steps": 30}, "steps must divide the 1000 timesteps for sampler='ddim', got 30. Take 25 or 40"),
         ({"sampler": "euler"}, r"sampler must be one of ddim, ddpm, dpm\+\+, got 'euler'"),
-        ({"guidance": 2.0}, r"guidance=2.0 of GeneratedGrid needs a task with conditional=True"),
+        ({"guidance": 2.0}, r"GeneratedGrid: guidance=2.0 needs a conditional task"),
     ],
 )
 def test_options_that_do_not_fit_the_task_are_refused_before_training(

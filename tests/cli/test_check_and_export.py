@@ -80,9 +80,17 @@ def test_a_diffusion_task_needs_a_new_folder(
     for path, message in {
         "my_model.onnx": "is written to a folder, got 'my_model.onnx'. Leave .onnx out: 'my_model'",
         "runs": "'runs' exists already, and nothing is overwritten. Give a new folder",
-        "mine.txt/model": "mine.txt/model cannot be written (Not a directory). Give another path",
+        "mine.txt/model": "mine.txt/model cannot be written (File exists). Give another path",
     }.items():
         assert message in fails("export", str(diffusion_checkpoint), path)
+
+
+def test_the_size_of_generated_images_is_not_a_choice(
+    fails: Callable[..., str], diffusion_checkpoint: Path, tmp_path: Path
+) -> None:
+    message = fails("export", str(diffusion_checkpoint), "my_model", "--image_size", "16")
+    assert "--image_size 16: a diffusion task makes images of the size that it was trained with, 8x8" in message
+    assert not (tmp_path / "my_model").exists()
 
 
 def test_check_refuses_a_diffusion_task(fails: Callable[..., str], diffusion_checkpoint: Path) -> None:

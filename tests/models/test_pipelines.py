@@ -124,6 +124,8 @@ def test_classes_are_given_by_number_or_name(tmp_path: Path) -> None:
     one = made(pipeline, 2, class_labels="dog", num_inference_steps=2)
     assert torch.equal(one, made(pipeline, 2, class_labels=[1, 1], num_inference_steps=2))
     assert len(made(pipeline, class_labels="dog", num_inference_steps=2)) == 1
+    for labels in (torch.tensor([1, 2, 0]), np.array([1, 2, 0])):
+        assert torch.equal(made(pipeline, class_labels=labels, num_inference_steps=2), by_number)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -172,6 +174,15 @@ def test_ancestral_sampling_is_swapped_in_as_in_diffusers(tmp_path: Path) -> Non
     pipeline = exported(task, tmp_path)
     pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     assert torch.equal(made(pipeline, 2, num_inference_steps=8), task.sample(2, steps=8, sampler="ddpm"))
+
+
+def test_ancestral_sampling_has_the_variance_of_the_task_at_all_steps_too(tmp_path: Path) -> None:
+    task = tiny_task(attention="dia-lstm", timesteps=30)
+    pipeline = exported(task, tmp_path)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    for steps in (10, 30):
+        images = made(pipeline, 2, num_inference_steps=steps)
+        assert torch.equal(images, task.sample(2, steps=steps, sampler="ddpm")), steps
 
 
 def test_a_sampler_of_another_scale_is_run_as_in_a_loop_with_its_scheduler(tmp_path: Path) -> None:
@@ -295,6 +306,7 @@ def test_loading_also_tells_what_diffusers_noticed(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"num_inference_steps": 30}, "must divide the 1000 timesteps for DDIMScheduler, got 30. Take 25 or 40"),
+        ({"num_inference_steps": 1001}, "must be at most the 1000 timesteps of the network, got 1001"),
         ({"num_inference_steps": 0}, "num_inference_steps must be 1 or more, got 0"),
         ({"class_labels": 3}, r"classes must be in 0\.\.2, got 3"),
         ({"class_labels": [0]}, "one for each of the 2 images, got 1"),
@@ -336,6 +348,8 @@ def test_names_have_to_fit_the_network(kind: str, names: dict[int, str] | None) 
     network, _ = networks(kind)
     with pytest.raises(ValueError, match="names of the network's 3 classes by number from 0 on"):
         DIAPipeline(network, DDIMScheduler(), id2label=names)
+    with pytest.raises(ValueError, match="a name of its own"):
+        DIAPipeline(network, DDIMScheduler(), id2label={0: "a", 1: "a", 2: "b"})
 
 
 def test_without_diffusers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +455,16 @@ def test_what_no_config_describes_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         export_pipeline(tiny_task(backbone(), **options), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> float:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("dia_lightning.tasks._pipeline_export._difference", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_pipeline(tiny_task(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
