@@ -220,3 +220,13 @@ def test_overlay_runs(overlay: str, workplace: Path, monkeypatch: pytest.MonkeyP
 
         wandb.finish()
         assert list((workplace / "runs" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize("path", [*CLASSIFICATION, *DETECTION, *DIFFUSION], ids=lambda path: str(path.stem))
+def test_config_keeps_the_newest_epoch_whether_it_was_validated_or_not(path: Path) -> None:
+    last = [
+        item["init_args"]
+        for item in read(path)["trainer"]["callbacks"]
+        if item.get("init_args", {}).get("filename") == "last"
+    ]
+    assert [item["save_on_train_epoch_end"] for item in last] == [True]

@@ -1,12 +1,13 @@
 """Scores of what a diffusion task generates."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dia_lightning.callbacks._described_images import ImageBatch, describe, labels_in_shares, real_batches
@@ -121,12 +122,23 @@ class GenerationScores(Callback):
                 f"{type(data).__name__}. Use one of this package's, or leave the callback out."
             )
         data.evaluation_dataloader("train")  # says if there are no training data
+        self._warn_if_rare(trainer, stage)
         self._known = {}  # the data may be others
         if not self._judges:
             with isolate_rng():  # networks begin with random weights
                 self._judges = list(self._load_judges(trainer))
         for judge in self._judges:
             self._check_judge(judge, getattr(data, "class_names", None), getattr(pl_module, "shape", None))
+
+    def _warn_if_rare(self, trainer: Trainer, stage: str) -> None:
+        validated = trainer.check_val_every_n_epoch
+        if stage != "fit" or self.every_n_epochs is None or validated is None or self.every_n_epochs % validated == 0:
+            return
+        both = math.lcm(self.every_n_epochs, validated)
+        rank_zero_warn(
+            f"every_n_epochs={self.every_n_epochs} of GenerationScores, but there is a validation after every "
+            f"{validated} epochs only, so scores come after every {both} epochs. Change one of the two."
+        )
 
     def _check_judge(self, judge: ImageFeatures, names: Any, shape: Any) -> None:
         if judge.class_names is not None and names is not None and list(names) != list(judge.class_names):
@@ -200,7 +212,7 @@ class GenerationScores(Callback):
             found = score(generated, reference)
             found |= {name: value for name, value in real.items() if name.removesuffix("_real") in found}
             found |= {"generated_images": float(len(generated.labels)), "real_images": real["real_images"]}
-            rank_zero_info(_sentence(stage, found, len(reference.labels)))
+            rank_zero_info(f"{_sentence(stage, found, len(reference.labels))}; {self.sampling}")
             scores |= found
         return scores
 

@@ -1,6 +1,7 @@
 """The command ``sample``: images that a trained diffusion task makes, as PNG files."""
 
 import argparse
+import csv
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning.cli import _checkpoints
@@ -23,9 +23,8 @@ if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.tasks import DiffusionTask
 
 GRID_IMAGES = 256  # more are hard to look at
-GRID_COLUMNS = 16
+MOST_COLUMNS = 20  # one per class
 TRACED_IMAGES = 8
-LEAST_PIXELS = 32  # of an image in a grid
 
 
 def run(args: Sequence[str]) -> None:
@@ -81,7 +80,10 @@ def _load(path: str, device: str) -> "DiffusionTask":
         raise ValueError("--device cuda: torch sees no GPU here. Use --device cpu.")
     task = load_task(path)
     if not isinstance(task, DiffusionTask):
-        raise ValueError(f"Images are made by a DiffusionTask, but {path} holds a {type(task).__name__}.")
+        raise ValueError(
+            f"Images are made by a DiffusionTask, but {path} holds a {type(task).__name__}. Give another checkpoint, "
+            "or the folder of the diffusion runs: --runs runs/NAME."
+        )
     if task.shape[0] not in (1, 3):
         raise ValueError(f"{path} makes images of {task.shape[0]} channels; only those of 1 or 3 become PNG files.")
     if device == "auto":
@@ -161,10 +163,12 @@ def _sample(task: "DiffusionTask", options: argparse.Namespace, checkpoint: Path
                 _write(image, folder / f"{index:06d}.png")
             shown += images[: GRID_IMAGES - len(shown)]
         assert folder is not None
-        _write(_grid(shown, labels), folder / "grid.png")
+        if labels is not None:
+            _write_classes(task, labels, folder / "classes.csv")
+        _save(_grid(task, shown, labels, options), folder / "grid.png")
         if traced:
             strips = _pixels(sample(traced, classes=labels and labels[:traced], trace=True))
-            _write(_table(strips.flatten(0, 1), columns=strips.shape[1]), folder / "trace.png")
+            _save(_strips(task, strips, labels, options), folder / "trace.png")
     return folder
 
 
@@ -189,26 +193,41 @@ def _pixels(images: Tensor) -> Tensor:
     return (images * 255).round().to("cpu", torch.uint8)
 
 
-def _grid(images: Sequence[Tensor], labels: Sequence[int] | None) -> Tensor:
-    """Return a picture in which the images of a class begin a row; of single images a square."""
-    rows: dict[int, list[Tensor]] = {}
-    for image, label in zip(images, labels or [0] * len(images), strict=False):
-        rows.setdefault(label, []).append(image)
-    longest = max(len(row) for row in rows.values())
-    if labels is None or longest == 1:
-        return _table(torch.stack(list(images)), columns=math.ceil(math.sqrt(len(images))))
-    columns = min(longest, GRID_COLUMNS)
-    blank = torch.full_like(images[0], 255)
-    cells = [cell for row in rows.values() for cell in (*row, *[blank] * (-len(row) % columns))]
-    return _table(torch.stack(cells), columns=columns)
+def _grid(
+    task: "DiffusionTask", images: Sequence[Tensor], labels: Sequence[int] | None, options: argparse.Namespace
+) -> Image.Image:
+    """Return a picture of the images in the order of the files, with one column per class if there are several."""
+    from dia_lightning.callbacks.generated_grid import draw_table
+
+    columns, headings = math.ceil(math.sqrt(len(images))), []
+    if labels is not None:
+        turn = _names(task, labels[: len(options.classes or range(task.no_class or 1))])
+        if 1 < len(turn) <= MOST_COLUMNS:
+            columns, headings = len(turn), turn
+    rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
+    guidance = "" if options.guidance == 1 else f", guidance {options.guidance:g}"
+    classes = "" if headings or labels is None or len(set(labels)) > 1 else f" of {_names(task, labels[:1])[0]}"
+    title = f"{len(images)} samples{classes}, {options.steps} steps of {options.sampler}{guidance}, seed {options.seed}"
+    return draw_table(rows, title, headings=headings)
 
 
-def _table(images: Tensor, *, columns: int) -> Tensor:
-    """Return images ``[N, C, H, W]`` as one picture, row by row and large enough to be seen."""
-    factor = math.ceil(LEAST_PIXELS / min(images.shape[2:]))
-    enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    picture: Tensor = make_grid(enlarged, nrow=columns, padding=2, pad_value=255)
-    return picture[: images.shape[1]]  # of grey images it makes three channels
+def _strips(
+    task: "DiffusionTask", traces: Tensor, labels: Sequence[int] | None, options: argparse.Namespace
+) -> Image.Image:
+    from dia_lightning.callbacks.generated_grid import draw_table
+
+    made = task.denoising(steps=options.steps, guidance=1.0, sampler=options.sampler, seed=options.seed)
+    return draw_table(
+        [list(trace) for trace in traces],
+        "what the network takes noise for at timestep t",
+        headings=[f"t = {made.timesteps[step]:g}" for step in made.traced_steps()],
+        names=[] if labels is None else _names(task, labels[: len(traces)]),
+    )
+
+
+def _names(task: "DiffusionTask", labels: Sequence[int]) -> list[str]:
+    names = task.class_names
+    return [str(label) if names is None else names[label] for label in labels]
 
 
 # ---- files
@@ -236,7 +255,24 @@ def _made(folder: Path) -> Path:
 
 def _write(image: Tensor, path: Path) -> None:
     pixels = image.permute(1, 2, 0).numpy()
+    _save(Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels), path)
+
+
+def _write_classes(task: "DiffusionTask", labels: Sequence[int], path: Path) -> None:
+    lines = [["file", "label", "class"]]
+    lines += [[f"{i:06d}.png", str(label), _names(task, [label])[0]] for i, label in enumerate(labels)]
+    with _writing(path), path.open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with _writing(path):
+        image.save(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(path)
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}). Give another folder: --out.") from error

@@ -146,7 +146,7 @@ def test_the_logged_sentence_tells_how_many_images_were_compared(
 ) -> None:
     with caplog.at_level("INFO"):
         scores_of(diffusion(), tmp_path, digits(limit=100), classifier=classifier)
-    assert "(40 generated and 40 real images, each compared with 100 training images)" in caplog.text
+    assert "(40 generated and 40 real images, each compared with 100 training images); 2 steps of ddim" in caplog.text
 
 
 # ---- the scores by Inception
@@ -308,6 +308,13 @@ def test_epochs_in_between_are_not_scored(classifier: str, tmp_path: Path) -> No
     scores = GenerationScores(classifier=classifier, every_n_epochs=2, num_samples=20)
     small_trainer(tmp_path, max_epochs=4, callbacks=[scores]).fit(Counter(images), digits(limit=50))
     assert asked == [1, 3]
+
+
+def test_epochs_that_validation_skips_are_warned_about(classifier: str, tmp_path: Path) -> None:
+    scores = GenerationScores(classifier=classifier, every_n_epochs=2)
+    trainer = small_trainer(tmp_path, callbacks=[scores], max_epochs=1, check_val_every_n_epoch=5)
+    with pytest.warns(UserWarning, match="validation after every 5 epochs only, so scores come after every 10 epochs"):
+        trainer.fit(diffusion(), digits(limit=50))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before EMA", "after EMA"])

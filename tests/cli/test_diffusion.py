@@ -128,6 +128,13 @@ def test_a_classifier_that_is_not_there_is_named(workplace: Path, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+def test_epochs_without_validation_are_kept_too(workplace: Path) -> None:
+    options = ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "5", "--test_after_fit", "false"]
+    main(["fit", "-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--data.limit", "64", *options])
+    checkpoint = torch.load("runs/diffusion_digits/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, 2)
+
+
 def test_the_shape_of_the_images_comes_from_the_data_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--trainer.fast_dev_run", "true"]
     with pytest.raises(SystemExit):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dia_lightning.callbacks import generated_grid
 from dia_lightning.tasks import DIATask, DiffusionTask, load_task
 from tests.cli.conftest import Run
 from tests.tasks.conftest import small_task, small_trainer
@@ -76,12 +77,19 @@ def differ(first: Any, second: Any) -> bool:
     return first.shape != second.shape or bool(np.abs(first - second).max() > 1)
 
 
-def cell(picture: Any, row: int, column: int) -> Any:
-    """An image of 8x8 pixels in a table of images enlarged to 32x32 with gaps of 2."""
-    top, left = 2 + 34 * row, 2 + 34 * column
-    block = picture[top : top + 32, left : left + 32]
-    assert (block == block[::4, ::4].repeat(4, 0).repeat(4, 1)).all()
-    return block[::4, ::4]
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the tables in pictures were made of."""
+    tables: list[dict[str, Any]] = []
+    draw = generated_grid.draw_table
+
+    def note(rows: Any, title: str, **options: Any) -> Image.Image:
+        values = [np.stack([image.numpy()[0].astype(int) for image in row]) for row in rows]
+        tables.append({"rows": values, "title": title, **options})
+        return draw(rows, title, **options)
+
+    monkeypatch.setattr(generated_grid, "draw_table", note)
+    return tables
 
 
 # ---- images
@@ -89,7 +97,8 @@ def cell(picture: Any, row: int, column: int) -> Any:
 
 def test_the_images_are_those_of_the_task(run: Run, checkpoint: str) -> None:
     run("sample", checkpoint, "--count", "5", "--steps", "5", "--seed", "3", "--guidance", "2", "--out", "here")
-    assert [path.name for path in sorted(Path("here").iterdir())] == [*[f"00000{i}.png" for i in range(5)], "grid.png"]
+    files = [*[f"00000{i}.png" for i in range(5)], "classes.csv", "grid.png"]
+    assert [path.name for path in sorted(Path("here").iterdir())] == files
     assert Image.open("here/000000.png").mode == "L"
     assert not differ(numbered("here"), samples(checkpoint, 5, steps=5, seed=3, guidance=2.0)[:, 0])
 
@@ -97,10 +106,11 @@ def test_the_images_are_those_of_the_task(run: Run, checkpoint: str) -> None:
 def test_colours_stay_colours(run: Run, written: Path) -> None:
     path = written / "unconditional.ckpt"
     run("sample", str(path), "--count", "2", "--steps", "3", "--sampler", "dpm++", "--out", "here")
-    assert Image.open("here/grid.png").mode == Image.open("here/000001.png").mode == "RGB"
+    assert Image.open("here/000001.png").mode == "RGB"
+    colours = pixels(Path("here/grid.png")).reshape(-1, 3)
+    assert all((colours == colour).all(1).any() for colour in pixels(Path("here/000001.png")).reshape(-1, 3))
     wanted = samples(path, 2, steps=3, sampler="dpm++").transpose(0, 2, 3, 1)
     assert not differ(numbered("here"), wanted)
-    assert not differ(cell(pixels(Path("here/grid.png")), 0, 1), wanted[1])
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
@@ -147,37 +157,45 @@ def test_without_a_class_the_class_is_ignored(run: Run, checkpoint: str, written
 # ---- pictures
 
 
-def test_each_class_begins_a_row_of_the_grid(run: Run, checkpoint: str) -> None:
-    run("sample", checkpoint, "--count", "7", "--steps", "2", "--batch_size", "2", "--out", "here")
-    grid, images = pixels(Path("here/grid.png")), numbered("here")
-    assert grid.shape == (3 * 34 + 2, 3 * 34 + 2)
-    for row, column, index in ((0, 0, 0), (0, 2, 6), (1, 0, 1), (1, 1, 4), (2, 0, 2), (2, 1, 5)):
-        assert (cell(grid, row, column) == images[index]).all()
-    assert (cell(grid, 1, 2) == 255).all()
+def test_the_grid_has_a_column_per_class_in_the_order_of_the_files(
+    run: Run, checkpoint: str, drawn: list[dict[str, Any]]
+) -> None:
+    run("sample", checkpoint, "--count", "7", "--steps", "2", "--batch_size", "2", "--guidance", "2", "--out", "here")
+    (grid,) = drawn
+    assert grid["headings"] == ["cat", "dog", "0"]
+    assert [len(row) for row in grid["rows"]] == [3, 3, 1]
+    assert (np.concatenate(grid["rows"]) == numbered("here")).all()
+    assert grid["title"] == "7 samples, 2 steps of ddim, guidance 2, seed 0"
+    assert Path("here/classes.csv").read_text().splitlines()[:3] == [
+        "file,label,class",
+        "000000.png,0,cat",
+        "000001.png,1,dog",
+    ]
 
 
-def test_a_long_row_goes_on_in_the_next_one(run: Run, checkpoint: str) -> None:
-    run("sample", checkpoint, "--classes", "dog", "--count", "18", "--steps", "2", "--out", "here")
-    grid = pixels(Path("here/grid.png"))
-    assert grid.shape == (2 * 34 + 2, 16 * 34 + 2)
-    assert (cell(grid, 1, 1) == pixels(Path("here/000017.png"))).all()
-
-
-def test_single_images_make_a_square(run: Run, checkpoint: str, written: Path) -> None:
-    run("sample", checkpoint, "--count", "3", "--steps", "2", "--out", "classes")
+def test_images_of_one_class_or_of_none_make_a_square(
+    run: Run, checkpoint: str, written: Path, drawn: list[dict[str, Any]]
+) -> None:
+    run("sample", checkpoint, "--classes", "dog", "--count", "18", "--steps", "2", "--out", "dogs")
     run("sample", str(written / "unconditional.ckpt"), "--count", "4", "--steps", "2", "--out", "none")
-    for out in ("classes", "none"):
-        assert pixels(Path(out, "grid.png")).shape[:2] == (70, 70)
+    dogs, none = drawn
+    assert [len(row) for row in dogs["rows"]] == [5, 5, 5, 3]
+    assert dogs["title"].startswith("18 samples of dog, ")
+    assert [len(row) for row in none["rows"]] == [2, 2]
+    assert dogs["headings"] == none["headings"] == []
+    assert not Path("none/classes.csv").exists()
 
 
-def test_the_trace_has_a_strip_of_each_of_the_first_images(run: Run, checkpoint: str) -> None:
+def test_the_trace_has_a_strip_of_each_of_the_first_images(
+    run: Run, checkpoint: str, drawn: list[dict[str, Any]]
+) -> None:
     run("sample", checkpoint, "--count", "10", "--steps", "5", "--batch_size", "4", "--trace", "--out", "here")
-    trace = pixels(Path("here/trace.png"))
+    trace = drawn[1]
     wanted = samples(checkpoint, 8, steps=5, trace=True)[:, :, 0]
-    assert trace.shape == (8 * 34 + 2, 5 * 34 + 2)
-    for row in range(8):
-        for column in range(5):
-            assert not differ(cell(trace, row, column), wanted[row, column])
+    assert not differ(np.stack(trace["rows"]), wanted)
+    assert trace["headings"] == ["t = 40", "t = 30", "t = 20", "t = 10", "t = 0"]
+    assert trace["names"] == ["cat", "dog", "0", "cat", "dog", "0", "cat", "dog"]
+    assert Image.open("here/trace.png").size[0] > 5 * 48
 
 
 # ---- files
