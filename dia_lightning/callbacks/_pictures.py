@@ -22,9 +22,10 @@ from dia_lightning.callbacks._run_folder import run_folder
 def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | None) -> Path | None:
     """Write a picture to the run folder and send it to every logger that takes pictures.
 
-    The file is ``<run folder>/pictures/<name>/step=<global step>.png``, whatever loggers there are. Loggers with a
-    ``log_image`` method (Weights & Biases) and loggers whose experiment has ``add_image`` (TensorBoard) get it too.
-    A full disk or a lost logger gives a warning, the latter once, because no picture is worth a training run.
+    The file is ``<run folder>/pictures/<name>/step=<step>.png``, whatever loggers there are; the step is that of the
+    weights, in a test of a checkpoint the checkpoint's. Loggers with a ``log_image`` method (Weights & Biases) and loggers
+    whose experiment has ``add_image`` (TensorBoard) get it too. A full disk or a lost logger gives a warning, the latter
+    once, because no picture is worth a training run.
 
     Call it on every rank, because the ranks agree on the run folder; only rank zero's picture is used.
 
@@ -54,7 +55,7 @@ def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | Non
     if not trainer.is_global_zero or picture is None:
         return None
     image = _render(picture) if isinstance(picture, Figure) else picture.convert("RGB")
-    step = trainer.global_step
+    step = _step_of_the_weights(trainer)
     path = folder / "pictures" / name / f"step={step:06d}.png"
     written = write_picture(image, path, name)
     for logger in trainer.loggers:
@@ -85,8 +86,13 @@ def log_boxes(trainer: Trainer, name: str, images: list[Image.Image], boxes: Seq
     """
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):
-            send = partial(logger.log_image, key=name, images=images, step=trainer.global_step, boxes=boxes)
+            send = partial(logger.log_image, key=name, images=images, step=_step_of_the_weights(trainer), boxes=boxes)
             _try(logger, name, send)
+
+
+def _step_of_the_weights(trainer: Trainer) -> int:
+    trained: int | None = getattr(trainer.lightning_module, "trained_steps", None)
+    return trainer.global_step if trained is None else trained
 
 
 _lost: WeakSet[Logger] = WeakSet()  # loggers that a warning was about

@@ -81,6 +81,8 @@ class DIATask(LightningModule):
         self._warmup_epochs = warmup_epochs
         self._warmup_steps = warmup_steps
         self._data: dict[str, Any] = {}
+        #: Optimizer steps behind the weights of a checkpoint that was loaded; ``None`` while it trains on.
+        self.trained_steps: int | None = None
         self._last_finite_loss: Tensor | None = None
         self._seen = 0
 
@@ -133,6 +135,7 @@ class DIATask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read it back, and compare it with the data at hand."""
+        self.trained_steps = checkpoint.get("global_step")
         stored = checkpoint.get("dia_data", {})
         for name, value in stored.items():
             present = self._data.get(name, value)
@@ -234,6 +237,7 @@ class DIATask(LightningModule):
 
     def on_train_start(self) -> None:
         """Say so if a resumed schedule ends at another epoch than the training."""
+        self.trained_steps = None
         schedules = self.lr_schedulers()
         schedule = schedules[0] if isinstance(schedules, list) else schedules
         main = schedule._schedulers[-1] if isinstance(schedule, SequentialLR) else schedule

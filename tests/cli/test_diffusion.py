@@ -135,6 +135,16 @@ def test_epochs_without_validation_are_kept_too(workplace: Path) -> None:
     assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, 2)
 
 
+def test_pictures_of_a_test_carry_the_step_of_the_weights(workplace: Path) -> None:
+    options = ["-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--data.limit", "64"]
+    main(["fit", *options, "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"])
+    pictures = Path("runs/diffusion_digits/version_0/pictures")
+    assert [path.name for path in pictures.glob("test/samples/*")] == ["step=000002.png"]  # the best of one validation
+    main(["test", *options, "--ckpt_path", "runs/diffusion_digits/version_0/checkpoints/last.ckpt"])
+    pictures = Path("runs/diffusion_digits/version_1/pictures")
+    assert [path.name for path in pictures.glob("test/samples/*")] == ["step=000003.png"]
+
+
 def test_the_shape_of_the_images_comes_from_the_data_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--trainer.fast_dev_run", "true"]
     with pytest.raises(SystemExit):
