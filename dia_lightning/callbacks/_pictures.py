@@ -23,9 +23,9 @@ def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | Non
     """Write a picture to the run folder and send it to every logger that takes pictures.
 
     The file is ``<run folder>/pictures/<name>/step=<step>.png``, whatever loggers there are; the step is that of the
-    weights, in a test of a checkpoint the checkpoint's. Loggers with a ``log_image`` method (Weights & Biases) and loggers
-    whose experiment has ``add_image`` (TensorBoard) get it too. A full disk or a lost logger gives a warning, the latter
-    once, because no picture is worth a training run.
+    weights, in a test of a checkpoint the checkpoint's. Loggers with a ``log_image`` method (Weights & Biases) and
+    loggers whose experiment has ``add_image`` (TensorBoard) get it too. A full disk or a lost logger gives a warning,
+    the latter once, because no picture is worth a training run.
 
     Call it on every rank, because the ranks agree on the run folder; only rank zero's picture is used.
 
