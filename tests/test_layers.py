@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 BELOW = {
     "attention": set(),
     "models": {"attention", "_torchvision_guard"},
+    "analysis": {"attention", "models"},
     "datamodules": {"_coco_tools", "_hyperparameters", "_torchvision_guard"},
     "callbacks": {"_coco_tools", "tasks", "datamodules", "models", "attention"},
     "tasks": {"_coco_tools", "_hyperparameters", "models", "attention"},
@@ -19,7 +20,11 @@ BELOW = {
 }
 # ... and which of the other packages it must do without.
 UPPER = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "matplotlib", "jsonargparse", "timm", "diffusers"}
-WITHOUT = {"attention": UPPER | {"torchvision", "numpy", "sklearn"}, "models": UPPER - {"timm", "diffusers"}}
+WITHOUT = {
+    "attention": UPPER | {"torchvision", "numpy", "sklearn"},
+    "models": UPPER - {"timm", "diffusers"},
+    "analysis": UPPER - {"matplotlib"},
+}
 
 FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob("*.py"))]
 

@@ -5,6 +5,7 @@ from dia_lightning.attention._check import check
 from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import list_attention, register_attention
 from dia_lightning.attention._unit import AttentionUnit
+from dia_lightning.attention._watch import AttentionLayer, attention_layers, watch_maps
 from dia_lightning.attention.cbam import CBAM
 from dia_lightning.attention.dia_lstm import DIALSTM
 from dia_lightning.attention.efficient_channel import EfficientChannelAttention
@@ -17,6 +18,7 @@ __all__ = [
     "CBAM",
     "DIALSTM",
     "EAN_MASKS",
+    "AttentionLayer",
     "AttentionUnit",
     "EfficientChannelAttention",
     "SpatialGroupEnhance",
@@ -24,8 +26,10 @@ __all__ = [
     "SqueezeExcitation",
     "StyleRecalibration",
     "attach",
+    "attention_layers",
     "check",
     "detach",
     "list_attention",
     "register_attention",
+    "watch_maps",
 ]

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import nn
@@ -90,8 +91,10 @@ def attach(
     with_norm = not identity if branch_norm is None else branch_norm
     chains = _chains(stages, plugged, share)
     units = [_new_unit(build, chain[0], identity) for chain in chains]  # all, before the network is touched
+    stage_of = {place.path: number for number, stage in enumerate(stages) for place in stage}
+    layers = count()
     for unit, chain in zip(units, chains, strict=True):
-        taps = _insert_taps(chain, plugged, with_norm)
+        taps = _insert_taps(chain, plugged, with_norm, stage_of[chain[0].path], layers)
         _place_unit(unit, chain[0].block, taps)
     return model
 
@@ -187,7 +190,9 @@ def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -
     return _like(unit, place.block)
 
 
-def _insert_taps(chain: list[Place], plugged: dict[str, bool], with_norm: bool) -> list[Tap]:
+def _insert_taps(
+    chain: list[Place], plugged: dict[str, bool], with_norm: bool, stage: int, layers: Iterator[int]
+) -> list[Tap]:
     """Turn the blocks of a chain into attached ones and return their taps in the order of the blocks."""
     taps = []
     state = Chain()
@@ -201,6 +206,8 @@ def _insert_taps(chain: list[Place], plugged: dict[str, bool], with_norm: bool) 
                 before=site.before,
                 channels_last=site.channels_last,
                 branch_norm=norm,
+                stage=stage,
+                layer=next(layers),
             )
             tap.training = place.block.training
             place.block.set_submodule(site.path, tap)

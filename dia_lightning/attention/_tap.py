@@ -1,6 +1,7 @@
 """What stands in the place of a layer that ends a residual branch."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +25,13 @@ class Tap(nn.Module):
         before: whether the site's input is multiplied, and not its output.
         channels_last: whether channels are the last dimension of the features.
         branch_norm: a norm between the site and the unit, for branches that do not end in one.
+        stage: number of the stage that the site belongs to, from 0 on, whatever units are shared.
+        layer: number of the tap in the network, in the order in which those of a stage run.
     """
 
     unit_norm: nn.Module | None
+    #: Is given the map and the state after it, in every call; it must not change them.
+    watcher: Callable[[Tensor, Any], None] | None
 
     def __init__(
         self,
@@ -36,6 +41,8 @@ class Tap(nn.Module):
         before: bool = False,
         channels_last: bool = False,
         branch_norm: nn.Module | None = None,
+        stage: int = 0,
+        layer: int = 0,
     ) -> None:
         super().__init__()
         self.chain = chain
@@ -44,6 +51,9 @@ class Tap(nn.Module):
         self.add_module(TAPPED, site)
         self.branch_norm = branch_norm
         self.unit_norm = None
+        self.stage = stage
+        self.layer = layer
+        self.watcher = None
         self.register_load_state_dict_post_hook(_name_as_in_plain_network)  # type: ignore[no-untyped-call]
 
     @property
@@ -104,6 +114,8 @@ class Tap(nn.Module):
             attention_map, frame.state = frame.unit(features, frame.state)
         else:
             attention_map, frame.state = frame.unit(features, frame.state, norm=self.unit_norm)
+        if self.watcher is not None:
+            self.watcher(attention_map, frame.state)
         return attention_map
 
     def state_dict(  # type: ignore[override]  # torch types the three overloads of its own signature only

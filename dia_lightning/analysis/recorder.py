@@ -1,0 +1,150 @@
+"""What the attention maps of a network are over many images."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dia_lightning.analysis._moments import StageMoments
+from dia_lightning.attention import AttentionLayer, AttentionUnit, attention_layers, watch_maps
+
+
+@dataclass(frozen=True)
+class RecordedStage:
+    """The layers of a stage, and sums over their maps.
+
+    Args:
+        stage: number of the stage, from 0 on.
+        layers: names of the sites, in the order in which they run.
+        moments: the sums.
+        bound: what maps are between 0 and: 1, or more with an identity start.
+    """
+
+    stage: int
+    layers: list[str]
+    moments: StageMoments
+    bound: float
+
+
+class MapRecorder(AbstractContextManager["MapRecorder"]):
+    """Sums over the attention maps of every forward within the context, for correlations and statistics.
+
+    Works with any unit, shared per stage or one per block, and with any code that runs the network. Outputs do not
+    change, and memory does not grow with the number of images. A map is a vector of N values per image: of maps that
+    vary over positions the mean per channel; of maps that are the same for all channels, the positions.
+
+    Args:
+        network: a network that :func:`~dia_lightning.attention.attach` was applied to.
+        replicates: of the bootstrap that gives intervals; 0 for none.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: if no attention is attached, or a number is negative.
+
+    Example:
+        >>> from dia_lightning.attention import attach
+        >>> from dia_lightning.models import get_model
+        >>> network = attach(get_model("cifar_resnet", depth=20, block="basic"), "se", share="block").eval()
+        >>> with MapRecorder(network) as recorder, torch.no_grad():
+        ...     for _ in range(3):
+        ...         _ = network(torch.randn(8, 3, 32, 32))
+        >>> recorder.images, [stage.layers[0] for stage in recorder.stages]
+        (24, ['layer1.0.bn2', 'layer2.0.bn2', 'layer3.0.bn2'])
+    """
+
+    def __init__(self, network: nn.Module, *, replicates: int = 200, seed: int = 0) -> None:
+        for name, value in (("replicates", replicates), ("seed", seed)):
+            if value < 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}.")
+        self.network = network
+        self.replicates = replicates
+        self.layers = attention_layers(network)
+        #: Which images of the next forward count ``[B]``; ``None`` for all. Padding of distributed runs does not.
+        self.counted: Tensor | None = None
+        self._random = np.random.default_rng(seed)
+        self._bound = _bound(network)
+        self._members = _members(self.layers)
+        self._moments: dict[int, StageMoments] = {}
+        self._arrived: dict[int, Tensor] = {}
+        self._weights: Tensor | None = None
+        self._watch: AbstractContextManager[Any] | None = None
+
+    @property
+    def images(self) -> int:
+        """Number of images that were recorded."""
+        return 0 if not self._moments else int(next(iter(self._moments.values())).images[0])
+
+    @property
+    def stages(self) -> list[RecordedStage]:
+        """What was recorded, stage by stage.
+
+        Raises:
+            ValueError: if there was no forward within the context.
+        """
+        if not self._moments:
+            raise ValueError("Nothing was recorded. Run the network within the context of the recorder.")
+        return [
+            RecordedStage(stage, [self.layers[number].path for number in self._members[stage]], moments, self._bound)
+            for stage, moments in sorted(self._moments.items())
+        ]
+
+    def __enter__(self) -> "MapRecorder":
+        self._watch = watch_maps(self.network, self._see)
+        self._watch.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._watch is not None
+        self._watch.__exit__(kind, error, trace)
+        self._arrived = {}
+
+    def _see(self, layer: int, attention_map: Tensor, state: Any) -> None:
+        stage = self.layers[layer].stage
+        members = self._members[stage]
+        if layer == members[0]:  # a new forward: forget what an abandoned one left
+            for number in members:
+                self._arrived.pop(number, None)
+        self._arrived[layer] = _as_vectors(attention_map.detach())
+        if layer == 0 or self._weights is None:
+            self._weights = self._new_weights(len(attention_map))
+        if layer == members[-1] and all(number in self._arrived for number in members):
+            self._add(stage, torch.stack([self._arrived.pop(number) for number in members], 1))
+
+    def _add(self, stage: int, maps: Tensor) -> None:
+        assert self._weights is not None
+        maps, weights = maps.cpu(), self._weights
+        if self.counted is not None:
+            counted = self.counted.cpu()
+            maps, weights = maps[counted], weights[:, counted]
+        if stage not in self._moments:
+            self._moments[stage] = StageMoments(maps.shape[1], maps.shape[2], replicates=self.replicates)
+        self._moments[stage].add(maps, weights, bound=self._bound)
+
+    def _new_weights(self, batch: int) -> Tensor:
+        drawn = torch.from_numpy(self._random.poisson(1.0, (self.replicates, batch)))
+        return torch.cat([torch.ones(1, batch, dtype=drawn.dtype), drawn])
+
+
+def _as_vectors(attention_map: Tensor) -> Tensor:
+    """Return a map ``[B, C or 1, H or 1, W or 1]`` as ``[B, N]``."""
+    channels = attention_map.shape[1]
+    return attention_map.flatten(1) if channels == 1 else attention_map.flatten(2).mean(2)
+
+
+def _members(layers: list[AttentionLayer]) -> dict[int, list[int]]:
+    members: dict[int, list[int]] = {}
+    for number, layer in enumerate(layers):
+        members.setdefault(layer.stage, []).append(number)
+    return members
+
+
+def _bound(network: nn.Module) -> float:
+    """Return the factor of the identity start, or 1."""
+    scales = [unit.scale for unit in network.modules() if isinstance(unit, AttentionUnit)]
+    return max([1.0, *(float(scale) for scale in scales if scale is not None)])
