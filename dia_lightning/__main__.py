@@ -8,7 +8,13 @@ from dia_lightning import __version__
 from dia_lightning.cli._errors import fail, is_for_the_user, message_of
 
 #: Commands that do without Lightning, and the module of each.
-LIGHT_COMMANDS = {"models": "networks", "check": "check", "export": "export", "sample": "sample"}
+LIGHT_COMMANDS = {
+    "models": "networks",
+    "check": "check",
+    "export": "export",
+    "sample": "sample",
+    "analyze": "analyze",
+}
 
 USAGE = """\
 usage: dia-lightning COMMAND [options]
@@ -23,6 +29,7 @@ commands:
   export     write a network to ONNX, torch.export or safetensors: dia-lightning export best network.onnx
              or a diffusion task to a folder for diffusers: dia-lightning export best my_model
   sample     make images with a trained diffusion task: dia-lightning sample best --classes 3 7 --trace
+  analyze    see what the attention of a trained classifier does: dia-lightning analyze best --split test
 
 Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. What the command
 line says counts before the config, the config before the checkpoint of --ckpt_path (a file, 'last' or 'best').

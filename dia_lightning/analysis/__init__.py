@@ -1,6 +1,41 @@
-"""What shared attention does: how maps of different layers agree, and what they are."""
+"""What shared attention does: how maps of different layers agree, what they are, and what it does to gradients."""
 
-from dia_lightning.analysis.correlation import StageCorrelation, map_correlation, mean_correlation
+from dia_lightning.analysis._curves import draw_gates, draw_gradients, draw_relative_change
+from dia_lightning.analysis._heat_maps import draw_correlation, draw_importance
+from dia_lightning.analysis.correlation import (
+    Protocol,
+    StageCorrelation,
+    map_correlation,
+    mean_correlation,
+    mean_interval,
+)
+from dia_lightning.analysis.gates import StageGates, gate_statistics
+from dia_lightning.analysis.gradients import GradientFlow, RelativeChange, gradient_flow, relative_change
+from dia_lightning.analysis.importance import StageImportance, map_importance
+from dia_lightning.analysis.recommendation import Recommendation, recommend
 from dia_lightning.analysis.recorder import MapRecorder, RecordedStage
 
-__all__ = ["MapRecorder", "RecordedStage", "StageCorrelation", "map_correlation", "mean_correlation"]
+__all__ = [
+    "GradientFlow",
+    "MapRecorder",
+    "Protocol",
+    "Recommendation",
+    "RecordedStage",
+    "RelativeChange",
+    "StageCorrelation",
+    "StageGates",
+    "StageImportance",
+    "draw_correlation",
+    "draw_gates",
+    "draw_gradients",
+    "draw_importance",
+    "draw_relative_change",
+    "gate_statistics",
+    "gradient_flow",
+    "map_correlation",
+    "map_importance",
+    "mean_correlation",
+    "mean_interval",
+    "recommend",
+    "relative_change",
+]

@@ -1,5 +1,8 @@
 """Sums over the attention maps of a stage, from which correlations and statistics follow."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -62,9 +65,17 @@ class StageMoments:
         for layer in range(maps.shape[1]):
             self.counts[layer] += torch.bincount(bins[:, layer].flatten(), minlength=BINS)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name."""
-        return dict(self.__dict__)
+    def combine(self, combined: Callable[[Tensor, Literal["sum", "min", "max"]], Tensor]) -> None:
+        """Add the images of other processes, which drew their bootstrap with other seeds.
+
+        Args:
+            combined: returns the sum, minimum or maximum of a tensor over all processes.
+        """
+        for name, own in list(self.__dict__.items()):
+            how: Literal["sum", "min", "max"] = "sum"
+            if name in ("lowest", "highest"):
+                how = "min" if name == "lowest" else "max"
+            setattr(self, name, combined(own, how))
 
 
 def _correlations(maps: Tensor) -> tuple[Tensor, Tensor]:

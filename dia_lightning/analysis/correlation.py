@@ -25,6 +25,7 @@ class StageCorrelation:
         mean: of all pairs of different layers; NaN for a single layer.
         interval: of the mean, 95 %, by bootstrap over images; NaN without replicates.
         undefined: share of images and pairs that were left out, because one of the maps did not vary.
+        replicates: the mean in each replicate of the bootstrap ``[R]``; NaN where it is not defined.
     """
 
     stage: int
@@ -33,13 +34,14 @@ class StageCorrelation:
     mean: float
     interval: tuple[float, float]
     undefined: float
+    replicates: Tensor
 
 
 def map_correlation(stages: list[RecordedStage], protocol: Protocol = "per-image") -> list[StageCorrelation]:
     """Return the Pearson correlation between layers' maps, stage by stage.
 
-    Which protocol the paper's "up to 0.85" (arXiv 2210.16101, abstract) rests on is not known. The first two are raised
-    by differences between channels that are the same in every image; the third is free of them.
+    Which protocol the paper's "up to 0.85" (arXiv 2210.16101, abstract) rests on is not known. The first two count
+    differences between channels that are the same in every image; the third is free of them.
 
     Args:
         stages: of a :class:`MapRecorder`.
@@ -64,17 +66,33 @@ def mean_correlation(stages: list[StageCorrelation]) -> float:
     return float(pairs.nanmean())
 
 
+def mean_interval(stages: list[StageCorrelation]) -> tuple[float, float]:
+    """Return the interval of :func:`mean_correlation`, 95 %, by bootstrap over images; NaN without replicates.
+
+    Args:
+        stages: of one recorder, whose replicates draw the same images in all stages.
+    """
+    counts = torch.stack([(~_pairs(stage.matrix).isnan()).sum() for stage in stages]).double()
+    means = torch.stack([stage.replicates for stage in stages])[counts > 0]
+    return _interval((means * counts[counts > 0, None]).sum(0) / counts.sum())
+
+
 def _of_stage(recorded: RecordedStage, protocol: Protocol) -> StageCorrelation:
     moments = recorded.moments
     matrices = _per_image(moments) if protocol == "per-image" else _pooled(moments, centred=protocol == "centred")
     means = torch.stack([_pairs(matrix).nanmean() for matrix in matrices])
-    replicates = means[1:][~means[1:].isnan()]
-    interval = (float("nan"), float("nan"))
-    if len(replicates) > 0:
-        low, high = replicates.quantile(torch.tensor([_LEAST, _MOST], dtype=replicates.dtype)).tolist()
-        interval = (low, high)
     undefined = 1 - float(_pairs(moments.correlated[0]).mean() / moments.images[0]) if len(matrices[0]) > 1 else 0.0
-    return StageCorrelation(recorded.stage, recorded.layers, matrices[0], float(means[0]), interval, undefined)
+    return StageCorrelation(
+        recorded.stage, recorded.layers, matrices[0], float(means[0]), _interval(means[1:]), undefined, means[1:]
+    )
+
+
+def _interval(replicates: Tensor) -> tuple[float, float]:
+    replicates = replicates[~replicates.isnan()]
+    if len(replicates) == 0:
+        return float("nan"), float("nan")
+    low, high = replicates.quantile(torch.tensor([_LEAST, _MOST], dtype=replicates.dtype)).tolist()
+    return low, high
 
 
 def _per_image(moments: StageMoments) -> Tensor:

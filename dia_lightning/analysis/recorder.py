@@ -22,12 +22,14 @@ class RecordedStage:
         layers: names of the sites, in the order in which they run.
         moments: the sums.
         bound: what maps are between 0 and: 1, or more with an identity start.
+        kept: maps of the first images ``[K, L, N]``, float32.
     """
 
     stage: int
     layers: list[str]
     moments: StageMoments
     bound: float
+    kept: Tensor
 
 
 class MapRecorder(AbstractContextManager["MapRecorder"]):
@@ -40,6 +42,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
     Args:
         network: a network that :func:`~dia_lightning.attention.attach` was applied to.
         replicates: of the bootstrap that gives intervals; 0 for none.
+        keep: of how many images, the first, the maps themselves are kept, which :func:`map_importance` needs.
         seed: of the bootstrap.
 
     Raises:
@@ -56,12 +59,13 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         (24, ['layer1.0.bn2', 'layer2.0.bn2', 'layer3.0.bn2'])
     """
 
-    def __init__(self, network: nn.Module, *, replicates: int = 200, seed: int = 0) -> None:
-        for name, value in (("replicates", replicates), ("seed", seed)):
+    def __init__(self, network: nn.Module, *, replicates: int = 200, keep: int = 0, seed: int = 0) -> None:
+        for name, value in (("replicates", replicates), ("keep", keep), ("seed", seed)):
             if value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}.")
         self.network = network
         self.replicates = replicates
+        self.keep = keep
         self.layers = attention_layers(network)
         #: Which images of the next forward count ``[B]``; ``None`` for all. Padding of distributed runs does not.
         self.counted: Tensor | None = None
@@ -69,6 +73,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self._bound = _bound(network)
         self._members = _members(self.layers)
         self._moments: dict[int, StageMoments] = {}
+        self._kept: dict[int, list[Tensor]] = {}
         self._arrived: dict[int, Tensor] = {}
         self._weights: Tensor | None = None
         self._watch: AbstractContextManager[Any] | None = None
@@ -88,7 +93,13 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         if not self._moments:
             raise ValueError("Nothing was recorded. Run the network within the context of the recorder.")
         return [
-            RecordedStage(stage, [self.layers[number].path for number in self._members[stage]], moments, self._bound)
+            RecordedStage(
+                stage,
+                [self.layers[number].path for number in self._members[stage]],
+                moments,
+                self._bound,
+                torch.cat(self._kept[stage]),
+            )
             for stage, moments in sorted(self._moments.items())
         ]
 
@@ -124,6 +135,12 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
             maps, weights = maps[counted], weights[:, counted]
         if stage not in self._moments:
             self._moments[stage] = StageMoments(maps.shape[1], maps.shape[2], replicates=self.replicates)
+            self._kept[stage] = [maps[:0].float()]
+        if len(maps) == 0:  # a batch of nothing but padding
+            return
+        missing = self.keep - sum(map(len, self._kept[stage]))
+        if missing > 0:
+            self._kept[stage].append(maps[:missing].float())
         self._moments[stage].add(maps, weights, bound=self._bound)
 
     def _new_weights(self, batch: int) -> Tensor:

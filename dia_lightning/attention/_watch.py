@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from dia_lightning.attention._chain import AttachedBlock
 from dia_lightning.attention._tap import Tap
 
 #: Called with the number of the layer, its map and the state after it.
@@ -18,10 +19,12 @@ class AttentionLayer(NamedTuple):
     Args:
         path: of the site in the network.
         stage: number of its stage, from 0 on.
+        block: path of the block around it; the empty text if the network itself is the block.
     """
 
     path: str
     stage: int
+    block: str
 
 
 def attention_layers(network: nn.Module) -> list[AttentionLayer]:
@@ -38,9 +41,9 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
         >>> from dia_lightning.models import get_model
         >>> network = attach(get_model("cifar_resnet", depth=20, block="basic"), "se", share="block")
         >>> [layer for layer in attention_layers(network) if layer.stage == 2][0]
-        AttentionLayer(path='layer3.0.bn2', stage=2)
+        AttentionLayer(path='layer3.0.bn2', stage=2, block='layer3.0')
     """
-    return [AttentionLayer(path, tap.stage) for path, tap in _taps(network)]
+    return _layers(network, _taps(network))
 
 
 @contextmanager
@@ -77,10 +80,16 @@ def watch_maps(network: nn.Module, watcher: Watcher) -> Iterator[list[AttentionL
     try:
         for number, (_, tap) in enumerate(taps):
             tap.watcher = _numbered(watcher, number)
-        yield [AttentionLayer(path, tap.stage) for path, tap in taps]
+        yield _layers(network, taps)
     finally:
         for _, tap in taps:
             tap.watcher = None
+
+
+def _layers(network: nn.Module, taps: list[tuple[str, Tap]]) -> list[AttentionLayer]:
+    blocks = [path for path, module in network.named_modules() if isinstance(module, AttachedBlock)]
+    around = {path: [block for block in blocks if not block or path.startswith(f"{block}.")] for path, _ in taps}
+    return [AttentionLayer(path, tap.stage, max(around[path], key=len)) for path, tap in taps]
 
 
 def _numbered(watcher: Watcher, number: int) -> Callable[[Tensor, Any], None]:

@@ -1,4 +1,4 @@
-"""Callbacks for pictures, averaged weights and predictions."""
+"""Callbacks for pictures, averaged weights, predictions and attention maps."""
 
 from dia_lightning.callbacks._run_folder import run_folder
 from dia_lightning.callbacks.confusion_matrix import ConfusionMatrix
@@ -7,6 +7,7 @@ from dia_lightning.callbacks.detection_writer import DetectionWriter
 from dia_lightning.callbacks.ema import EMA
 from dia_lightning.callbacks.generated_grid import GeneratedGrid
 from dia_lightning.callbacks.generation_scores import GenerationScores
+from dia_lightning.callbacks.map_correlation import MapCorrelation
 from dia_lightning.callbacks.prediction_grid import PredictionGrid
 from dia_lightning.callbacks.prediction_writer import PredictionWriter
 from dia_lightning.callbacks.run_summary import RunSummary
@@ -18,6 +19,7 @@ __all__ = [
     "DetectionWriter",
     "GeneratedGrid",
     "GenerationScores",
+    "MapCorrelation",
     "PredictionGrid",
     "PredictionWriter",
     "RunSummary",

@@ -3,11 +3,9 @@
 import argparse
 import csv
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning.cli import _checkpoints
-from dia_lightning.cli._errors import PROGRAM, UserError
+from dia_lightning.cli import _checkpoint_argument
+from dia_lightning.cli._errors import UserError
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.tasks import DiffusionTask
@@ -40,21 +38,17 @@ def run(args: Sequence[str]) -> None:
     for name in ("count", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}.")
-    if options.out is not None and Path(options.out).exists():
-        raise ValueError(f"--out {options.out} exists already, and nothing is overwritten. Give a new folder.")
-    path = _checkpoints.resolve(options.checkpoint, [Path(options.runs)])
-    sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
-    task = _load(path, options.device)
-    folder = _sample(task, options, Path(path))
+    path = _checkpoint_argument.checkpoint_of(options)
+    task = _load(path, _checkpoint_argument.device_of(options))
+    folder = _sample(task, options, path)
     images = f"{options.count} image{'s' if options.count > 1 else ''}"
     print(f"{images}{', grid.png and trace.png' if options.trace else ' and grid.png'}: {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dia-lightning sample", description="Make images with a trained diffusion task.")
+    _checkpoint_argument.add_arguments(parser, out="samples/seed=SEED")
     add = parser.add_argument
-    add("checkpoint", help="a checkpoint file, or 'last' or 'best' for a run's")
-    add("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
     add("--count", type=int, default=64, help="how many images (default: 64)")
     add(
         "--classes",
@@ -67,17 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--sampler", default="ddim", choices=("ddim", "ddpm", "dpm++"), help="(default: ddim)")
     add("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
     add("--batch_size", type=int, default=64, help="images at a time; has no influence on them (default: 64)")
-    add("--device", default="auto", choices=("cpu", "cuda", "auto"), help="(default: auto, a GPU if there is one)")
-    add("--out", metavar="FOLDER", help="a new folder (default: samples/seed=SEED in the folder of the run)")
     add("--trace", action="store_true", help="also draw how the first images come out of the noise")
     return parser
 
 
-def _load(path: str, device: str) -> "DiffusionTask":
+def _load(path: Path, device: str) -> "DiffusionTask":
     from dia_lightning.tasks import DiffusionTask, load_task
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here. Use --device cpu.")
     task = load_task(path)
     if not isinstance(task, DiffusionTask):
         raise ValueError(
@@ -86,8 +76,6 @@ def _load(path: str, device: str) -> "DiffusionTask":
         )
     if task.shape[0] not in (1, 3):
         raise ValueError(f"{path} makes images of {task.shape[0]} channels; only those of 1 or 3 become PNG files.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return task.to(device)
 
 
@@ -158,7 +146,8 @@ def _sample(task: "DiffusionTask", options: argparse.Namespace, checkpoint: Path
         for start in starts:
             stop = min(start + options.batch_size, options.count)
             images = _pixels(sample(stop - start, first=start, classes=labels and labels[start:stop]))
-            folder = folder or _new_folder(options, checkpoint)  # not before it is clear that the options fit
+            if folder is None:  # not before it is clear that the options fit
+                folder = _checkpoint_argument.new_folder(options, checkpoint, f"samples/seed={options.seed}")
             for index, image in enumerate(images, start):
                 _write(image, folder / f"{index:06d}.png")
             shown += images[: GRID_IMAGES - len(shown)]
@@ -231,26 +220,6 @@ def _names(task: "DiffusionTask", labels: Sequence[int]) -> list[str]:
 
 
 # ---- files
-
-
-def _new_folder(options: argparse.Namespace, checkpoint: Path) -> Path:
-    """Make a folder that was not there: the given one, or the next free one of the run."""
-    if options.out is not None:
-        return _made(Path(options.out))
-    place = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    for number in count():
-        folder = place / "samples" / (f"seed={options.seed}" + (f"-v{number}" if number else ""))
-        if not folder.exists():
-            break
-    return _made(folder)
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}). Give another folder: --out.") from error
-    return folder
 
 
 def _write(image: Tensor, path: Path) -> None:

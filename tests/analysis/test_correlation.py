@@ -1,57 +1,22 @@
 """Correlation between layers, against maps that are made to have a known one, and against numpy."""
 
 import pickle
-from collections.abc import Sequence
-from typing import Any, TypeAlias, get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dia_lightning.analysis import MapRecorder, map_correlation, mean_correlation
+from dia_lightning.analysis import MapRecorder, map_correlation, mean_correlation, mean_interval
 from dia_lightning.analysis.correlation import Protocol
 from dia_lightning.attention import attach
 from dia_lightning.models import get_model
+from tests.analysis.scripted_maps import Maps, Script, play, recorded, scripted_network
 
-Maps: TypeAlias = npt.NDArray[np.float64]
 LAYERS, CHANNELS = 3, 40
 KNOWN = np.array([[1.0, 0.8, -0.3], [0.8, 1.0, 0.1], [-0.3, 0.1, 1.0]])
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.end = nn.BatchNorm2d(CHANNELS, dtype=torch.float64)
-
-    def forward(self, features: Tensor) -> Tensor:
-        branch: Tensor = self.end(features)
-        return features + branch
-
-
-class Script(nn.Module):
-    """A unit that reads its maps from a script: one per call, ``[B, C]`` each."""
-
-    maps: list[Tensor]
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-
-    def forward(self, features: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return Script.maps.pop(0)[:, :, None, None], None
-
-
-def recorded(batches: Sequence[Maps], **options: Any) -> MapRecorder:
-    """Record a network whose maps are given ``[B, L, C]``, batch by batch."""
-    network = nn.Sequential(*(Block() for _ in range(LAYERS)))
-    attach(network, Script, sites=["*.end"])
-    recorder = MapRecorder(network, **options)
-    with recorder:
-        for batch in batches:
-            Script.maps = list(torch.from_numpy(batch).unbind(1))
-            network(torch.ones(len(batch), CHANNELS, 2, 2, dtype=torch.float64))
-    return recorder
 
 
 def with_known_correlation(images: int, *, along: str) -> Maps:
@@ -172,27 +137,25 @@ def test_maps_that_never_vary_are_left_out_and_counted() -> None:
 
 def test_images_that_do_not_count_are_left_out() -> None:
     maps = with_known_correlation(30, along="pooled")
-    network = nn.Sequential(*(Block() for _ in range(LAYERS)))
-    attach(network, Script, sites=["*.end"])
+    network = scripted_network(LAYERS, CHANNELS)
     with MapRecorder(network) as recorder:
         recorder.counted = torch.arange(40) < 30
         padded = np.concatenate([maps, 100 * np.ones((10, LAYERS, CHANNELS))])
-        Script.maps = list(torch.from_numpy(padded).unbind(1))
-        network(torch.ones(40, CHANNELS, 2, 2, dtype=torch.float64))
+        play(network, padded)
+        recorder.counted = torch.zeros(5, dtype=torch.bool)  # as the last batch of a process may be
+        play(network, padded[:5])
     assert recorder.images == 30
     np.testing.assert_allclose(map_correlation(recorder.stages, "pooled")[0].matrix.numpy(), KNOWN, atol=1e-6)
 
 
 def test_an_abandoned_forward_leaves_nothing_behind() -> None:
     maps = with_known_correlation(30, along="per-image")
-    network = nn.Sequential(*(Block() for _ in range(LAYERS)))
-    attach(network, Script, sites=["*.end"])
+    network = scripted_network(LAYERS, CHANNELS)
     with MapRecorder(network) as recorder:
         Script.maps = [torch.ones(4, CHANNELS, dtype=torch.float64)]
         with pytest.raises(IndexError):
             network(torch.ones(4, CHANNELS, 2, 2, dtype=torch.float64))
-        Script.maps = list(torch.from_numpy(maps).unbind(1))
-        network(torch.ones(30, CHANNELS, 2, 2, dtype=torch.float64))
+        play(network, maps)
     assert recorder.images == 30
     np.testing.assert_allclose(map_correlation(recorder.stages)[0].matrix.numpy(), KNOWN, atol=1e-6)
 
@@ -207,6 +170,35 @@ def test_the_mean_over_stages_counts_every_pair_once() -> None:
     assert mean_correlation(stages) == pytest.approx((3 * first.mean + second.mean) / 4)
     assert np.isnan(third.mean)  # a single layer
     assert all(np.isnan(bound) for bound in first.interval)  # no replicates
+    assert all(np.isnan(bound) for bound in mean_interval(stages))
+
+
+def test_the_interval_of_the_mean_over_stages_is_that_of_its_replicates() -> None:
+    random = np.random.default_rng(4)
+    recorders = [recorded([random.normal(size=(40, layers, CHANNELS))], seed=5) for layers in (3, 2, 1)]
+    stages = [map_correlation(recorder.stages)[0] for recorder in recorders]
+    first, second = (stage.replicates.numpy() for stage in stages[:2])
+    expected = np.quantile((3 * first + second) / 4, [0.025, 0.975])
+    assert mean_interval(stages) == pytest.approx(tuple(expected))
+    assert mean_interval(stages)[0] < mean_correlation(stages) < mean_interval(stages)[1]
+
+
+def test_maps_of_the_first_images_are_kept_if_asked_for() -> None:
+    maps = np.random.default_rng(0).normal(size=(9, LAYERS, CHANNELS))
+    (stage,) = recorded([maps[:2], maps[2:6], maps[6:]], keep=5).stages
+    np.testing.assert_array_equal(stage.kept.numpy(), maps[:5].astype(np.float32))
+    assert recorded([maps]).stages[0].kept.shape == (0, LAYERS, CHANNELS)
+
+
+def test_sums_of_parts_combine_to_those_of_all_images() -> None:
+    maps = np.random.default_rng(0).normal(size=(20, LAYERS, CHANNELS))
+    (whole,), (mine,), (other,) = (recorded([part], replicates=0).stages for part in (maps, maps[:8], maps[8:]))
+    parts = {name: getattr(other.moments, name) for name in vars(other.moments)}
+    kinds: dict[str, Callable[..., Tensor]] = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
+    names = iter(vars(mine.moments))
+    mine.moments.combine(lambda own, how: kinds[how](own, parts[next(names)]))
+    for name, expected in vars(whole.moments).items():
+        torch.testing.assert_close(getattr(mine.moments, name), expected)
 
 
 @pytest.mark.parametrize("unit", ["se", "eca", "cbam", "sge", "srm", "spa"])

@@ -1,0 +1,86 @@
+"""What the commands ``sample`` and ``analyze`` have in common: a checkpoint, a device, a new folder for the results."""
+
+import argparse
+import sys
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from dia_lightning.cli import _checkpoints
+from dia_lightning.cli._errors import PROGRAM, UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """Add the options that say which checkpoint, where it runs, and where the results go.
+
+    Args:
+        parser: of the command.
+        out: the default folder, for the help.
+    """
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint file, or 'last' or 'best' for a run's")
+    add("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
+    add("--device", default="auto", choices=("cpu", "cuda", "auto"), help="(default: auto, a GPU if there is one)")
+    add("--out", metavar="FOLDER", help=f"a new folder (default: {out} in the folder of the run)")
+
+
+def checkpoint_of(options: argparse.Namespace) -> Path:
+    """Return the checkpoint that the options name, and say which it is.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or the folder for the results is not new.
+    """
+    if options.out is not None and Path(options.out).exists():
+        raise ValueError(f"--out {options.out} exists already, and nothing is overwritten. Give a new folder.")
+    path = _checkpoints.resolve(options.checkpoint, [Path(options.runs)])
+    sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
+    return Path(path)
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """Return ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: if a GPU is asked for and there is none.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here. Use --device cpu.")
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = options.device
+    return device
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that wrote a checkpoint."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def new_folder(options: argparse.Namespace, checkpoint: Path, name: str) -> Path:
+    """Make a folder that was not there: the given one, or the next free one of the run.
+
+    Args:
+        options: the arguments of the command.
+        checkpoint: of the run.
+        name: of the folder in the folder of the run.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    if options.out is not None:
+        return _made(Path(options.out))
+    place = run_folder_of(checkpoint) / name
+    for number in count():
+        folder = place.with_name(f"{place.name}-v{number}") if number else place
+        if not folder.exists():
+            break
+    return _made(folder)
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}). Give another folder: --out.") from error
+    return folder

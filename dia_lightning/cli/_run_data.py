@@ -1,0 +1,86 @@
+"""The data of a finished run, from the config that it wrote."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dia_lightning import datamodules
+from dia_lightning.cli import _strict_yaml
+from dia_lightning.datamodules import ClassificationDataModule
+from dia_lightning.tasks import ClassificationTask
+
+
+def data_module_of(config: str | Path, root: str | None) -> ClassificationDataModule:
+    """Build the data module of a config, and fetch its data if they are not there.
+
+    Only classes of this package are built: a config that came with a checkpoint must not choose which code runs here.
+
+    Args:
+        config: file with a section ``data``.
+        root: folder of the data, in place of that in the config.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or there are no data.
+        ValueError: if it says nothing that fits about the data.
+    """
+    section = _section(Path(config))
+    name = str(section.get("class_path", ""))
+    kind = getattr(datamodules, name.rpartition(".")[2], None)
+    known = [
+        item
+        for item in datamodules.__all__
+        if issubclass(getattr(datamodules, item), ClassificationDataModule) and item != "ClassificationDataModule"
+    ]
+    if kind is None or kind.__name__ not in known or name not in (kind.__name__, *_paths(kind)):
+        raise ValueError(
+            f"{config}: the data module {name!r} is none of {', '.join(known)}. Give a config with one of them: -c."
+        )
+    given = {**(section.get("init_args") or {}), **({} if root is None else {"root": root})}
+    try:
+        data: ClassificationDataModule = kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{config}: the options of {kind.__name__} do not fit: {error}.") from error
+    data.prepare_data()
+    return data
+
+
+def check_fits(task: ClassificationTask, data: ClassificationDataModule) -> None:
+    """Compare the data with those that a task was trained on.
+
+    Raises:
+        ValueError: if classes or the shape of images differ.
+    """
+    for name, trained, found in (
+        ("classes", task.class_names, data.class_names),
+        ("images of shape", task.image_shape, list(data.image_shape)),
+    ):
+        if trained is not None and list(trained) != list(found):
+            raise ValueError(
+                f"The checkpoint was trained on {name} {_brief(trained)}, but the data have {_brief(found)}. "
+                "Use the data it was trained on: -c config.yaml of its run, or --root."
+            )
+
+
+def _section(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there, so the data of the run are unknown. Give a config with a section data: -c CONFIG."
+        )
+    try:
+        content = _strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}.") from error
+    section = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError(f"{path} has no section 'data'. Give a config that has: -c CONFIG.")
+    return section
+
+
+def _paths(kind: type) -> tuple[str, str]:
+    return f"dia_lightning.datamodules.{kind.__name__}", f"{kind.__module__}.{kind.__name__}"
+
+
+def _brief(values: Any) -> str:
+    shown = ", ".join(map(str, values[:5]))
+    return f"[{shown}, ... {len(values)} in all]" if len(values) > 5 else f"[{shown}]"
