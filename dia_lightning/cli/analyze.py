@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", "--config", help="config whose data to use (default: config.yaml of the run)")
     add("--root", help="folder of the data (default: that of the config)")
     add("--split", default="test", choices=("train", "val", "test"), help="which part of the data (default: test)")
-    add("--images", type=int, default=1000, help="how many, chosen evenly over the classes (default: 1000)")
+    add("--images", type=int, default=1000, help="how many, in the shares of the classes (default: 1000)")
     add("--threshold", type=float, default=0.8, help="correlation of layers that could share a unit (default: 0.8)")
     add("--seed", type=int, default=0, help="of bootstrap and random forests (default: 0)")
     return parser
