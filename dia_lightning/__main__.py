@@ -14,6 +14,7 @@ LIGHT_COMMANDS = {
     "export": "export",
     "sample": "sample",
     "analyze": "analyze",
+    "reproduce": "reproduce",
 }
 
 USAGE = """\
@@ -30,6 +31,8 @@ commands:
              or a diffusion task to a folder for diffusers: dia-lightning export best my_model
   sample     make images with a trained diffusion task: dia-lightning sample best --classes 3 7 --trace
   analyze    see what the attention of a trained classifier does: dia-lightning analyze best --split test
+  reproduce  train the arms of a comparison over seeds, and table them with intervals; goes on where it was stopped:
+             dia-lightning reproduce configs/reproduce/digits_sharing.yaml --jobs 2
 
 Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. What the command
 line says counts before the config, the config before the checkpoint of --ckpt_path (a file, 'last' or 'best').
@@ -44,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: arguments as in a shell, without the program's name; those of the process if not given.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr for mistakes of the user.
+        SystemExit: with code 2 and one line on stderr for mistakes of the user, 3 if a training diverged.
     """
     arguments = sys.argv[1:] if args is None else list(args)
     if arguments[:1] in (["-h"], ["--help"]):
@@ -72,7 +75,7 @@ def _run(arguments: list[str]) -> None:
     except Exception as error:
         if not is_for_the_user(error):
             raise
-        fail(message_of(error))
+        fail(message_of(error), getattr(error, "exit_code", 2))
 
 
 if __name__ == "__main__":

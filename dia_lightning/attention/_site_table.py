@@ -64,8 +64,8 @@ def _diffusers_transformer(block: Any) -> tuple[Site, ...]:
 #: Qualified name of a block class -> its rule. Names instead of classes, so that nothing is imported for it.
 BLOCK_RULES = {
     # this package
-    "dia_lightning.models.cifar_resnet.BasicBlock": BlockRule((Site("bn2"),)),
-    "dia_lightning.models.cifar_resnet.Bottleneck": BlockRule((Site("bn3"),)),
+    "dia_lightning.models.cifar_resnet.BasicBlock": BlockRule((Site("bn2"),), width="conv2"),  # norms may be left out
+    "dia_lightning.models.cifar_resnet.Bottleneck": BlockRule((Site("bn3"),), width="conv3"),
     "dia_lightning.models.cifar_preresnet.BasicBlock": BlockRule((Site("conv2"),), branch_norm=True),
     "dia_lightning.models.cifar_preresnet.Bottleneck": BlockRule((Site("conv3"),), branch_norm=True),
     "dia_lightning.models.cifar_wrn.BasicBlock": BlockRule((Site("conv2"),), branch_norm=True, zero_bias=True),

@@ -11,10 +11,10 @@ class UserError(Exception):
     """A mistake that the user can mend; its text is the one line to show."""
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line to stderr and ends the program with exit code 2."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line to stderr and end the program with an exit code, 2 for mistakes of the user."""
     sys.stderr.write(f"{PROGRAM}: error: {' '.join(message.split())}\n")
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def is_for_the_user(error: BaseException) -> bool:

@@ -179,6 +179,30 @@ class DIACLI(LightningCLI):
         return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
+class _Rehearsal(DIACLI):
+    """Parses and builds everything that a command needs, and does not run it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def rehearse(args: Sequence[str]) -> None:
+    """Find the mistakes in a command that show without running it.
+
+    Args:
+        args: arguments as in a shell, the command first.
+
+    Raises:
+        UserError: if something cannot be built.
+        SystemExit: if the arguments are wrong, with a line on stderr.
+    """
+    logging.disable(logging.INFO)  # which devices there are, and so on
+    try:
+        _Rehearsal(args)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def run(args: Sequence[str]) -> None:
     """Run one command without Lightning's advertisements.
 

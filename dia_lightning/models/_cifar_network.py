@@ -18,6 +18,11 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
 
 
+def batch_norm(channels: int, *, norm: bool) -> nn.Module:
+    """Return a batch norm, or without one what passes features on as they are."""
+    return nn.BatchNorm2d(channels) if norm else nn.Identity()
+
+
 def projection(in_channels: int, out_channels: int, stride: int, *, norm: bool) -> nn.Sequential | None:
     """Return the shortcut of a block: a 1x1 convolution, with or without norm, if the shape changes, else ``None``."""
     if stride == 1 and in_channels == out_channels:
@@ -80,6 +85,7 @@ class CifarNetwork(nn.Module):
         preactivation: the blocks begin with norm and ReLU, so the network's own norm comes after the stages instead of
             after the stem.
         stem_stride: stride of the stem; above 2 its kernel grows, so that no pixel is left out.
+        norm: whether the network's own norm is there.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class CifarNetwork(nn.Module):
         in_channels: int,
         preactivation: bool,
         stem_stride: int = 1,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         require_positive(num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)
@@ -100,13 +107,13 @@ class CifarNetwork(nn.Module):
         self.preactivation = preactivation
         self.conv1 = _stem(in_channels, stem_channels, stem_stride)
         if not preactivation:
-            self.bn1 = nn.BatchNorm2d(stem_channels)
+            self.bn1 = batch_norm(stem_channels, norm=norm)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = _stage(block, blocks, stem_channels, first, stride=1)
         self.layer2 = _stage(block, blocks, first, second, stride=2)
         self.layer3 = _stage(block, blocks, second, third, stride=2)
         if preactivation:
-            self.bn1 = nn.BatchNorm2d(third)
+            self.bn1 = batch_norm(third, norm=norm)
         self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -154,6 +161,7 @@ def classic_network(
     in_channels: int,
     preactivation: bool,
     stem_stride: int = 1,
+    norm: bool = True,
 ) -> CifarNetwork:
     """Build a network with the widths of He et al.: 16, 32 and 64 channels, four times that with bottlenecks."""
     require_positive(widen_factor=widen_factor)
@@ -170,4 +178,5 @@ def classic_network(
         in_channels=in_channels,
         preactivation=preactivation,
         stem_stride=stem_stride,
+        norm=norm,
     )

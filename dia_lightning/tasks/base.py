@@ -21,7 +21,12 @@ from dia_lightning.tasks._optimizers import (
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite. Raised before the weights are changed by it."""
+    """The loss became NaN or infinite. Raised before the weights are changed by it.
+
+    The program ends with a code of its own on it, so that others can tell a run that diverged from one that failed.
+    """
+
+    exit_code = 3
 
 
 class DIATask(LightningModule):

@@ -122,8 +122,14 @@ class TestErrors:
         Path("no_data.yaml").write_text(config)
         assert "nowhere" in fails("fit", "-c", "no_data.yaml", *options)
 
-    def test_a_loss_that_is_not_finite_is_one_line(self, fails: Callable[..., str]) -> None:
-        assert "The loss is" in fails("fit", "-c", "tiny.yaml", "--model.lr", "1e30", "--trainer.max_epochs", "5")
+    def test_a_loss_that_is_not_finite_is_one_line_and_a_code_of_its_own(
+        self, run: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as exit_info:
+            run("fit", "-c", "tiny.yaml", "--model.lr", "1e30", "--trainer.max_epochs", "5")
+        assert exit_info.value.code == 3
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert line.startswith("dia-lightning: error: The loss is")
 
     def test_the_trace_is_there_for_the_asking(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DIA_TRACEBACK", "1")
