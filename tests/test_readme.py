@@ -65,5 +65,7 @@ def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_configs_that_the_readme_names_are_there() -> None:
     for names in re.findall(r"^\| (`.*?`) \|", README, re.MULTILINE):
-        for name in re.findall(r"`((?:classification|detection|diffusion|scores|reproduce|sweeps|logger|trainer)/[\w*.]+)`", names):
+        for name in re.findall(
+            r"`((?:classification|detection|diffusion|scores|reproduce|sweeps|logger|trainer)/[\w*.]+)`", names
+        ):
             assert list((ROOT / "configs").glob(name)), name
