@@ -33,7 +33,7 @@ def test_the_two_commands_set_everything_up_themselves() -> None:
     first, second = (line for line in SHELL if line.startswith("python3 -m venv"))
     setup = "python3 -m venv .venv && .venv/bin/python -m pip install -e '.[test]' && .venv/bin/python -m "
     assert first == f"{setup}dia_lightning fit -c configs/classification/digits.yaml"
-    assert second == f"{setup}pytest"
+    assert second == f"{setup}pytest -n auto"
 
 
 @pytest.mark.slow
