@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dia_lightning.datamodules._sampling import apportion
 from dia_lightning.tasks.generation_metrics import DescribedImages
 from dia_lightning.tasks.image_features import ImageFeatures
 
@@ -22,10 +23,7 @@ def real_batches(data: Any, split: str, count: int | None, quick: int | None) ->
 
 def labels_in_shares(labels: Tensor, count: int) -> Tensor:
     """Return labels ``[count]`` in the shares that classes have among others, sorted."""
-    shares = labels.bincount().double() * count / len(labels)
-    counts = shares.floor().long()
-    most_missing = (counts - shares).argsort(stable=True)
-    counts[most_missing[: count - int(counts.sum())]] += 1
+    counts = torch.from_numpy(apportion(labels.bincount().numpy(), count))
     return torch.arange(len(counts)).repeat_interleave(counts)
 
 

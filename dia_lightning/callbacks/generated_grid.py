@@ -130,13 +130,26 @@ class GeneratedGrid(SampleGrid[Tensor]):
                 rows, f"{stage}: {when(trainer)}{len(self._spread)} samples, {self.sampling}", headings=names
             )
             if self._traces:
-                title = f"{stage}: what the network takes noise for at timestep t"
-                denoised = self.sampling.denoising(task)
-                headings = [f"t = {denoised.timesteps[step]:g}" for step in denoised.traced_steps()]
-                denoising = draw_table([list(trace) for trace in self._traces], title, headings=headings, names=names)
+                denoising = draw_trace(self._traces, self.sampling.denoising(task), names=names)
         log_picture(trainer, f"{stage}/samples", samples)
         if self.trace and trainer.testing:
             log_picture(trainer, f"{stage}/denoising", denoising)
+
+
+def draw_trace(traces: Sequence[Tensor], denoising: Any, *, names: Sequence[str] = ()) -> Image.Image:
+    """Draw what a network takes images for, step by step.
+
+    Args:
+        traces: of each image ``[K, C, H, W]`` in [0, 1].
+        denoising: what made them, from ``DiffusionTask.denoising``.
+        names: what stands left of the rows; none for no names.
+
+    Returns:
+        A picture as :func:`draw_table` makes it, with the timesteps above.
+    """
+    headings = [f"t = {denoising.timesteps[step]:g}" for step in denoising.traced_steps()]
+    title = "what the network takes noise for at timestep t"
+    return draw_table([list(trace) for trace in traces], title, headings=headings, names=names)
 
 
 def draw_table(

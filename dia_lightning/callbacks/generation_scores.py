@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from dia_lightning.callbacks._described_images import ImageBatch, describe, labels_in_shares, real_batches
 from dia_lightning.callbacks._sampling import Sampling, is_sharded
 from dia_lightning.tasks import Sampler
+from dia_lightning.tasks.base import brief
 from dia_lightning.tasks.generation_metrics import (
     DescribedImages,
     class_agreement,
@@ -102,7 +103,9 @@ class GenerationScores(Callback):
         self.every_n_epochs = every_n_epochs
         self.sampling = Sampling(steps, guidance, sampler, seed)
         self._judges: list[ImageFeatures] = []
-        self._known: dict[tuple[str, ImageFeatures], _Real] = {}  # what does not change between epochs
+        # what does not change between epochs
+        self._references: dict[ImageFeatures, DescribedImages] = {}
+        self._real_scores: dict[tuple[str, ImageFeatures], dict[str, float]] = {}
         self._scores: dict[str, float] = {}
 
     # ---- when
@@ -123,7 +126,7 @@ class GenerationScores(Callback):
             )
         data.evaluation_dataloader("train")  # says if there are no training data
         self._warn_if_rare(trainer, stage)
-        self._known = {}  # the data may be others
+        self._references, self._real_scores = {}, {}  # the data may be others
         if not self._judges:
             with isolate_rng():  # networks begin with random weights
                 self._judges = list(self._load_judges(trainer))
@@ -143,8 +146,8 @@ class GenerationScores(Callback):
     def _check_judge(self, judge: ImageFeatures, names: Any, shape: Any) -> None:
         if judge.class_names is not None and names is not None and list(names) != list(judge.class_names):
             raise ValueError(
-                f"The classifier {self.classifier} knows the classes {_brief(judge.class_names)}, but the data have "
-                f"{_brief(names)}. Take a classifier that was trained on the same classes."
+                f"The classifier {self.classifier} knows the classes {brief(judge.class_names)}, but the data have "
+                f"{brief(names)}. Take a classifier that was trained on the same classes."
             )
         if shape is not None and shape[0] not in judge.known_channels:
             raise ValueError(
@@ -205,8 +208,7 @@ class GenerationScores(Callback):
         for judge in self._judges:
             judge.to(task.device)
             score = _inception_scores if isinstance(judge, InceptionFeatures) else _classifier_scores
-            reference, real = self._known.get((stage, judge)) or self._real(trainer, judge, stage, score)
-            self._known[stage, judge] = reference, real
+            reference, real = self._real(trainer, judge, stage, score)
             generated = describe(judge, self._generated(trainer, task, reference), "generated", trainer)
             judge.cpu()
             found = score(generated, reference)
@@ -216,15 +218,20 @@ class GenerationScores(Callback):
             scores |= found
         return scores
 
-    def _real(self, trainer: Trainer, judge: ImageFeatures, stage: str, score: "_Score") -> "_Real":
+    def _real(
+        self, trainer: Trainer, judge: ImageFeatures, stage: str, score: "_Score"
+    ) -> tuple[DescribedImages, dict[str, float]]:
         """Return the training images as a judge sees them, and the scores of other real images."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         quick = _batches_of_a_quick_run(trainer)
-        known = next((known for (_, other), (known, _) in self._known.items() if other is judge), None)
-        reference = known or describe(judge, real_batches(data, "train", None, quick), "training", trainer)
-        real = describe(judge, real_batches(data, stage, self._count(trainer), quick), "real", trainer)
-        scores = {f"{name}_real": value for name, value in score(real, reference).items()}
-        return reference, scores | {"real_images": float(len(real.labels))}
+        if judge not in self._references:
+            self._references[judge] = describe(judge, real_batches(data, "train", None, quick), "training", trainer)
+        reference = self._references[judge]
+        if (stage, judge) not in self._real_scores:
+            real = describe(judge, real_batches(data, stage, self._count(trainer), quick), "real", trainer)
+            scores = {f"{name}_real": value for name, value in score(real, reference).items()}
+            self._real_scores[stage, judge] = scores | {"real_images": float(len(real.labels))}
+        return reference, self._real_scores[stage, judge]
 
     def _count(self, trainer: Trainer) -> int:
         quick = _batches_of_a_quick_run(trainer)
@@ -250,7 +257,6 @@ class GenerationScores(Callback):
 
 
 _Score = Callable[[DescribedImages, DescribedImages], dict[str, float]]
-_Real = tuple[DescribedImages, dict[str, float]]
 
 
 def _batches_of_a_quick_run(trainer: Trainer) -> int | None:
@@ -279,8 +285,3 @@ def _sentence(stage: str, scores: dict[str, float], references: int) -> str:
         f"{stage}: {values} ({generated} generated and {real} real images, each compared with {references} training "
         "images)"
     )
-
-
-def _brief(names: Any) -> str:
-    shown = [str(name) for name in names]
-    return ", ".join(shown[:5]) + (f", ... ({len(shown)})" if len(shown) > 5 else "")

@@ -33,7 +33,16 @@ def checkpoint_of(options: argparse.Namespace) -> Path:
     """
     if options.out is not None and Path(options.out).exists():
         raise ValueError(f"--out {options.out} exists already, and nothing is overwritten. Give a new folder.")
-    path = _checkpoints.resolve(options.checkpoint, [Path(options.runs)])
+    return resolved(options.checkpoint, options.runs)
+
+
+def resolved(checkpoint: str, runs: str) -> Path:
+    """Return the file that a path, ``"last"`` or ``"best"`` means, and say which it is.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = _checkpoints.resolve(checkpoint, [Path(runs)])
     sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
     return Path(path)
 

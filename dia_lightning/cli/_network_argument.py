@@ -1,7 +1,6 @@
 """The network that ``check`` and ``export`` are about: one by name, or that of a checkpoint."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention import attach
-from dia_lightning.cli import _checkpoints
-from dia_lightning.cli._errors import PROGRAM
+from dia_lightning.cli import _checkpoint_argument
 from dia_lightning.models import get_model
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
@@ -39,9 +37,7 @@ def task_of(options: argparse.Namespace) -> "DIATask | None":
         return None
     from dia_lightning.tasks import load_task
 
-    path = _checkpoints.resolve(name, [Path(options.runs)])
-    sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
-    return load_task(path)
+    return load_task(_checkpoint_argument.resolved(name, options.runs))
 
 
 def network_and_images(

@@ -9,6 +9,7 @@ from dia_lightning import datamodules
 from dia_lightning.cli import _strict_yaml
 from dia_lightning.datamodules import ClassificationDataModule
 from dia_lightning.tasks import ClassificationTask
+from dia_lightning.tasks.base import brief
 
 
 def data_module_of(config: str | Path, root: str | None) -> ClassificationDataModule:
@@ -57,7 +58,7 @@ def check_fits(task: ClassificationTask, data: ClassificationDataModule) -> None
     ):
         if trained is not None and list(trained) != list(found):
             raise ValueError(
-                f"The checkpoint was trained on {name} {_brief(trained)}, but the data have {_brief(found)}. "
+                f"The checkpoint was trained on {name} {brief(trained)}, but the data have {brief(found)}. "
                 "Use the data it was trained on: -c config.yaml of its run, or --root."
             )
 
@@ -79,8 +80,3 @@ def _section(path: Path) -> dict[str, Any]:
 
 def _paths(kind: type) -> tuple[str, str]:
     return f"dia_lightning.datamodules.{kind.__name__}", f"{kind.__module__}.{kind.__name__}"
-
-
-def _brief(values: Any) -> str:
-    shown = ", ".join(map(str, values[:5]))
-    return f"[{shown}, ... {len(values)} in all]" if len(values) > 5 else f"[{shown}]"

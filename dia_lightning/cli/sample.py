@@ -203,15 +203,10 @@ def _grid(
 def _strips(
     task: "DiffusionTask", traces: Tensor, labels: Sequence[int] | None, options: argparse.Namespace
 ) -> Image.Image:
-    from dia_lightning.callbacks.generated_grid import draw_table
+    from dia_lightning.callbacks.generated_grid import draw_trace
 
     made = task.denoising(steps=options.steps, guidance=1.0, sampler=options.sampler, seed=options.seed)
-    return draw_table(
-        [list(trace) for trace in traces],
-        "what the network takes noise for at timestep t",
-        headings=[f"t = {made.timesteps[step]:g}" for step in made.traced_steps()],
-        names=[] if labels is None else _names(task, labels[: len(traces)]),
-    )
+    return draw_trace(list(traces), made, names=[] if labels is None else _names(task, labels[: len(traces)]))
 
 
 def _names(task: "DiffusionTask", labels: Sequence[int]) -> list[str]:

@@ -22,6 +22,15 @@ def _shuffled_by_class(labels: Positions, seed: int) -> list[Positions]:
     return [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
 
 
+def apportion(sizes: Positions, count: int) -> Positions:
+    """Return how many of ``count`` each group gets in proportion to its size; the largest remainders are rounded up."""
+    shares = sizes * (count / sizes.sum())
+    counts: Positions = np.floor(shares).astype(np.int64)
+    by_remainder = np.argsort(counts - shares, kind="stable")
+    counts[by_remainder[: count - counts.sum()]] += 1
+    return counts
+
+
 def stratified_split(labels: Positions, count: int, seed: int) -> tuple[Positions, Positions]:
     """Draw ``count`` positions with the class proportions of ``labels``.
 
@@ -29,10 +38,7 @@ def stratified_split(labels: Positions, count: int, seed: int) -> tuple[Position
         The rest and the drawn positions, both sorted. They are disjoint and together complete.
     """
     groups = _shuffled_by_class(labels, seed)
-    shares = np.array([len(group) for group in groups]) * (count / len(labels))
-    counts = np.floor(shares).astype(np.int64)
-    by_remainder = np.argsort(counts - shares, kind="stable")
-    counts[by_remainder[: count - counts.sum()]] += 1
+    counts = apportion(np.array([len(group) for group in groups]), count)
     drawn = np.sort(np.concatenate([group[:n] for group, n in zip(groups, counts, strict=True)]))
     return np.setdiff1d(np.arange(len(labels)), drawn), drawn
 

@@ -146,7 +146,7 @@ class DIATask(LightningModule):
             present = self._data.get(name, value)
             if present == value:
                 continue
-            message = f"The checkpoint was trained with {name} {_brief(value)}, but the data has {_brief(present)}"
+            message = f"The checkpoint was trained with {name} {brief(value)}, but the data has {brief(present)}"
             if name == "class_names":
                 raise ValueError(f"{message}. Labels would be mixed up: use the data the checkpoint was trained on.")
             rank_zero_warn(f"{message}. Results will differ from those of training.")
@@ -256,6 +256,7 @@ class DIATask(LightningModule):
                 )
 
 
-def _brief(value: list[Any]) -> str:
+def brief(value: Sequence[Any]) -> str:
+    """Return a list for a message: its first five items, and how many there are."""
     shown = ", ".join(str(item) for item in value[:5])
     return f"[{shown}, ... {len(value)} in all]" if len(value) > 5 else f"[{shown}]"

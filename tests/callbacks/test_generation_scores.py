@@ -427,7 +427,7 @@ def test_a_classifier_of_other_classes_is_refused(classifier: str, tmp_path: Pat
             return list("abcdefghij")
 
     data = Letters(image_size=8, channels=1, pixel_range="symmetric", batch_size=50)
-    with pytest.raises(ValueError, match=r"knows the classes 0, 1, .* but the data have a, b, .* Take a classifier"):
+    with pytest.raises(ValueError, match=r"the classes \[0, 1, .* but the data have \[a, b, .* Take a classifier"):
         scores_of(diffusion(), tmp_path, data, classifier=classifier)
 
 
