@@ -82,6 +82,13 @@ def stand_in(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace
 
 
+def call_with_stand_in() -> None:
+    """Do in a new process what the fixture does in this one."""
+    _run_pool.COMMAND = (sys.executable, "stand_in.py")  # type: ignore[assignment]
+    reproduce._check_commands = lambda runs, folder: None
+    call("reproduce", "spec.yaml")
+
+
 # ---- through the real program
 
 
@@ -215,7 +222,8 @@ def hanging(stand_in: Path) -> Iterator[multiprocessing.process.BaseProcess]:
     """A call in a process of its own, whose control arm has finished and whose second arm never will."""
     behave(**{"se per block": "hang"})
     write_spec(seeds=[0])
-    process = multiprocessing.get_context("fork").Process(target=call, args=("reproduce", "spec.yaml"))
+    # not a fork: the locks of this process's other threads would stay closed in it
+    process = multiprocessing.get_context("spawn").Process(target=call_with_stand_in)
     process.start()
     wait_for(lambda: Path("started.txt").exists() and started() == ["plain 0", "se per block 0"])
     yield process
