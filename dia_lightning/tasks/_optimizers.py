@@ -100,6 +100,8 @@ def check_schedule(name: Any, milestones: Sequence[int], gamma: float, warmup_ep
     """
     if isinstance(name, str) and name not in ("step", "cosine", "constant"):
         raise ValueError(f"schedule must be 'step', 'cosine', 'constant' or a callable, got {name!r}.")
+    if milestones is None:  # null in a config
+        raise ValueError("milestones must be a list, got null. Write [] for none.")
     if list(milestones) != sorted(set(milestones)) or any(epoch < 1 for epoch in milestones):
         raise ValueError(f"milestones must be rising epochs of at least 1, got {list(milestones)}.")
     if not 0 < gamma <= 1:
@@ -113,4 +115,4 @@ def check_schedule(name: Any, milestones: Sequence[int], gamma: float, warmup_ep
     if name == "step" and not milestones:
         raise ValueError("schedule='step' needs milestones, the epochs at which lr is multiplied by gamma; got none.")
     if milestones and isinstance(name, str) and name != "step":
-        raise ValueError(f"milestones are for schedule='step', but schedule={name!r}. Leave them out.")
+        raise ValueError(f"milestones are for schedule='step', but schedule={name!r}. Leave them out, or write [].")

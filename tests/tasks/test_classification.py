@@ -176,6 +176,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
         ({"optimizer": "adam"}, "optimizer must be 'sgd', 'adamw' or a callable, got 'adam'"),
         ({"optimizer": "adamw", "nesterov": True}, "nesterov=True needs optimizer='sgd'"),
         ({"schedule": "exponential"}, "schedule must be 'step', 'cosine', 'constant' or a callable, got 'exponential'"),
+        ({"schedule": "cosine", "milestones": None}, r"milestones must be a list, got null. Write \[\] for none"),
         ({"schedule": "cosine", "milestones": [3]}, "milestones are for schedule='step'"),
         ({"schedule": "step"}, "schedule='step' needs milestones"),
         ({"backbone_args": {"num_classes": 7}}, "backbone_args must not have num_classes"),
