@@ -54,9 +54,14 @@ def gate_statistics(stages: list[RecordedStage]) -> list[StageGates]:
     Args:
         stages: of a :class:`MapRecorder`.
 
+    Raises:
+        ValueError: if it recorded states, which have no bound that they could come near to.
+
     Source:
         This package's own.
     """
+    if any(stage.content != "maps" for stage in stages):
+        raise ValueError('These are states, and gates are maps. Record with MapRecorder(network, content="maps").')
     return [_of_stage(stage) for stage in stages]
 
 

@@ -3,19 +3,22 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dia_lightning.analysis._moments import StageMoments
 from dia_lightning.attention import AttentionLayer, AttentionUnit, attention_layers, watch_maps
 
+Content: TypeAlias = Literal["maps", "states"]
+
 
 @dataclass(frozen=True)
 class RecordedStage:
-    """The layers of a stage, and sums over their maps.
+    """The layers of a stage, and sums over their maps, or over their states.
 
     Args:
         stage: number of the stage, from 0 on.
@@ -23,6 +26,7 @@ class RecordedStage:
         moments: the sums.
         bound: what maps are between 0 and: 1, or more with an identity start.
         kept: maps of the first images ``[K, L, N]``, float32.
+        content: what was recorded.
     """
 
     stage: int
@@ -30,6 +34,7 @@ class RecordedStage:
     moments: StageMoments
     bound: float
     kept: Tensor
+    content: Content = "maps"
 
 
 class MapRecorder(AbstractContextManager["MapRecorder"]):
@@ -44,9 +49,12 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         replicates: of the bootstrap that gives intervals; 0 for none.
         keep: of how many images, the first, the maps themselves are kept, which :func:`map_importance` needs.
         seed: of the bootstrap.
+        content: ``"maps"``, or ``"states"``: what a unit hands to the next layer, as one vector per image; of a
+            DIA-LSTM the hidden and the cell state of each cell, one after the other.
 
     Raises:
-        ValueError: if no attention is attached, or a number is negative.
+        ValueError: if no attention is attached, a number is negative, or a unit whose states are to be recorded has
+            none.
 
     Example:
         >>> from dia_lightning.attention import attach
@@ -59,13 +67,24 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         (24, ['layer1.0.bn2', 'layer2.0.bn2', 'layer3.0.bn2'])
     """
 
-    def __init__(self, network: nn.Module, *, replicates: int = 200, keep: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        replicates: int = 200,
+        keep: int = 0,
+        seed: int = 0,
+        content: Content = "maps",
+    ) -> None:
+        if content not in get_args(Content):
+            raise ValueError(f"content must be one of {', '.join(get_args(Content))}, got {content!r}.")
         for name, value in (("replicates", replicates), ("keep", keep), ("seed", seed)):
             if value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}.")
         self.network = network
         self.replicates = replicates
         self.keep = keep
+        self.content = content
         self.layers = attention_layers(network)
         #: Which images of the next forward count ``[B]``; ``None`` for all. Padding of distributed runs does not.
         self.counted: Tensor | None = None
@@ -99,6 +118,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
                 moments,
                 self._bound,
                 torch.cat(self._kept[stage]),
+                self.content,
             )
             for stage, moments in sorted(self._moments.items())
         ]
@@ -121,7 +141,8 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         if layer == members[0]:  # a new forward: forget what an abandoned one left
             for number in members:
                 self._arrived.pop(number, None)
-        self._arrived[layer] = _as_vectors(attention_map.detach())
+        is_map = self.content == "maps"
+        self._arrived[layer] = _as_vectors(attention_map.detach()) if is_map else self._state_vectors(layer, state)
         if layer == 0 or self._weights is None:
             self._weights = self._new_weights(len(attention_map))
         if layer == members[-1] and all(number in self._arrived for number in members):
@@ -142,6 +163,15 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         if missing > 0:
             self._kept[stage].append(maps[:missing].float())
         self._moments[stage].add(maps, weights, bound=self._bound)
+
+    def _state_vectors(self, layer: int, state: Any) -> Tensor:
+        parts = [part.detach().flatten(1) for part in tree_leaves(state) if isinstance(part, Tensor)]
+        if not parts:
+            raise ValueError(
+                f"The attention of {self.layers[layer].path} hands no state to the next layer, so there is none to "
+                'record. Record its maps: content="maps".'
+            )
+        return torch.cat(parts, 1)  # [B, N]
 
     def _new_weights(self, batch: int) -> Tensor:
         drawn = torch.from_numpy(self._random.poisson(1.0, (self.replicates, batch)))

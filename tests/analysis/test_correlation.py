@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dia_lightning.analysis import MapRecorder, map_correlation, mean_correlation, mean_interval
+from dia_lightning.analysis import MapRecorder, gate_statistics, map_correlation, mean_correlation, mean_interval
 from dia_lightning.analysis.correlation import Protocol
+from dia_lightning.analysis.recorder import Content
 from dia_lightning.attention import attach
 from dia_lightning.models import get_model
 from tests.analysis.scripted_maps import Maps, Script, play, recorded, scripted_network
@@ -214,10 +215,39 @@ def test_every_unit_can_be_recorded(unit: str) -> None:
         assert stage.matrix.diagonal().tolist() == pytest.approx([1.0] * 3)
 
 
+def test_states_can_be_recorded_in_place_of_maps() -> None:
+    network = attach(get_model("cifar_resnet", depth=20, block="basic"), "dia-lstm", cells=2).eval()
+    images = torch.randn(6, 3, 16, 16)
+    kept = {}
+    for content in get_args(Content):
+        with MapRecorder(network, keep=6, content=content) as recorder, torch.no_grad():
+            network(images)
+        kept[content] = [stage.kept for stage in recorder.stages]
+    for maps, states in zip(kept["maps"], kept["states"], strict=True):
+        channels = maps.shape[2]
+        assert states.shape[2] == 4 * channels  # hidden and cell state of two cells
+        torch.testing.assert_close(states[:, :, 2 * channels : 3 * channels], maps)  # the upper hidden state is the map
+        assert (states[:, :, 3 * channels :].sigmoid() > maps).all()  # o * sigmoid(c), with a gate o below 1
+    assert map_correlation(recorder.stages)[0].matrix.shape == (3, 3)
+    with pytest.raises(ValueError, match="These are states"):
+        gate_statistics(recorder.stages)
+
+
+def test_a_unit_without_state_has_none_to_record() -> None:
+    network = attach(get_model("cifar_resnet", depth=20, block="basic"), "se").eval()
+    with (
+        pytest.raises(ValueError, match=r"layer1\.0\.bn2 hands no state .* content=\"maps\""),
+        MapRecorder(network, content="states"),
+    ):
+        network(torch.randn(2, 3, 16, 16))
+
+
 def test_mistakes_are_said() -> None:
     network = attach(get_model("cifar_resnet", depth=20, block="basic"), "se")
     with pytest.raises(ValueError, match="replicates must be 0 or more, got -1"):
         MapRecorder(network, replicates=-1)
+    with pytest.raises(ValueError, match="content must be one of maps, states, got 'gates'"):
+        MapRecorder(network, content="gates")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Nothing was recorded"):
         _ = MapRecorder(network).stages
     with pytest.raises(ValueError, match=r"protocol must be one of per-image, pooled, centred, got 'kendall'"):
