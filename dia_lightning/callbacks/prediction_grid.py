@@ -70,9 +70,7 @@ class PredictionGrid(SampleGrid[Prediction]):
     def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Draw on rank zero; every rank comes here, because the ranks agree on the folder."""
         figure = None
-        known = {mistake.sample for mistake in self._mistakes}
-        others = [prediction for prediction in self._spread if prediction.sample not in known]
-        others = [others[i] for i in evenly(len(others), self.num_images - len(self._mistakes)).tolist()]
+        others = self._others()
         if others or self._mistakes:
             names = class_names(trainer, pl_module, (others + self._mistakes)[0].num_classes)
             right = sum(prediction.is_right for prediction in others)
@@ -81,6 +79,12 @@ class PredictionGrid(SampleGrid[Prediction]):
                 title += ", then the most confident mistakes"
             figure = draw_grid(others + self._mistakes, names, title)
         log_picture(trainer, f"{stage}/predictions", figure)
+
+    def _others(self) -> list[Prediction]:
+        """Return the samples that are shown beside the mistakes, spread evenly."""
+        known = {mistake.sample for mistake in self._mistakes}
+        others = [prediction for prediction in self._spread if prediction.sample not in known]
+        return [others[i] for i in evenly(len(others), self.num_images - len(self._mistakes)).tolist()]
 
 
 def _select(trainer: Trainer, batch: Any, predictions: StepOutputs, chosen: Tensor) -> list[Prediction]:

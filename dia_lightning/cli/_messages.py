@@ -83,6 +83,10 @@ def _unknown_class(match: re.Match[str], message: str, parser: LightningArgument
     return f"{_place(message)}: there is no class '{name}'{nearest(name.rpartition('.')[2], known)}"
 
 
+def _ambiguous_class(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
+    return f"{_place(message)}: there are several classes named {match[1]}. Give one by its path: {match[2]}."
+
+
 def _wrong_value(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     expected, value = match["expected"], match["value"]
     choices = re.findall(r"'([^']*)'", expected) if "Literal" in expected else []
@@ -117,6 +121,7 @@ def _no_command(match: re.Match[str], message: str, parser: LightningArgumentPar
 
 _CASES: tuple[tuple[str, Callable[[re.Match[str], str, LightningArgumentParser], str]], ...] = (
     (r"given class_path '([^']+)':\s+Option '([^']+)' is not accepted", _unknown_init_arg),
+    (r"Multiple subclasses with name (\w+)\. .*?: ([\w., ]+)\.", _ambiguous_class),
     (r"does not accept option '([^']+)'", _unknown_option),
     (r"unrecognized arguments: (\S+)", _unknown_argument),
     (r'Parser key "[^"]+":\s+(?P<expected>Expected .+)\. Got value: (?P<value>.+)', _wrong_value),
@@ -156,9 +161,13 @@ def _init_args(class_path: str) -> list[str]:
     cls = getattr(sys.modules.get(module), name, None)
     if not isinstance(cls, type):
         return []
-    signatures = [inspect.signature(base.__dict__["__init__"]) for base in cls.__mro__[:-1] if "__init__" in vars(base)]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = [item.name for signature in signatures for item in signature.parameters.values() if item.kind in kinds]
+    named: list[str] = []
+    for base in (base for base in cls.__mro__[:-1] if "__init__" in vars(base)):
+        parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
+        named += [item.name for item in parameters if item.kind in kinds]
+        if all(item.kind != inspect.Parameter.VAR_KEYWORD for item in parameters):
+            break  # nothing reaches the bases by name
     return [name for name in named if name != "self"]
 
 

@@ -1,8 +1,6 @@
 """The config of a run, written beside its results and sent to W&B, without secrets."""
 
-import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -10,8 +8,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from dia_lightning.callbacks import run_folder
+from dia_lightning.loggers._redact import redact
 
-_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
+WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next one may go on
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -38,21 +37,25 @@ class SaveRunConfig(SaveConfigCallback):
         _unused(folder / self.config_filename).write_text("\n".join([*header, body]), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.config.update({"cli": config}, allow_val_change=True)
+                logger.log_hyperparams({"cli": config})
+                (folder / WANDB_ID).write_text(f"{logger.version}\n", encoding="utf-8")
 
 
-def redact(value: Any, secret: bool = False) -> Any:
-    """Return the same config with every text below a key such as ``api_key``, ``token`` or ``password`` replaced.
+def wandb_id(checkpoint: str) -> str | None:
+    """Return the id of the W&B run that ends with a checkpoint.
 
-    Example:
-        >>> redact({"wandb": {"api_key": "abc", "project": "dia"}})
-        {'wandb': {'api_key': '***', 'project': 'dia'}}
+    Args:
+        checkpoint: a file or folder in ``checkpoints`` of a run folder.
+
+    Returns:
+        The id; ``None`` where the run was not logged to W&B or has a newer checkpoint, because steps that W&B has
+        already got would come a second time.
     """
-    if isinstance(value, dict):
-        return {key: redact(item, secret or _SECRET.search(str(key)) is not None) for key, item in value.items()}
-    if isinstance(value, list):
-        return [redact(item, secret) for item in value]
-    return "***" if secret and isinstance(value, str) else value
+    path = Path(checkpoint)
+    file = path.parent.parent / WANDB_ID
+    if not file.is_file() or max(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime_ns) != path:
+        return None
+    return file.read_text(encoding="utf-8").strip() or None
 
 
 def _unused(path: Path) -> Path:

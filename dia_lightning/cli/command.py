@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,8 +19,9 @@ import dia_lightning.callbacks  # noqa: F401  its classes can then be given by t
 from dia_lightning.cli import _checkpoints, _strict_yaml
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._messages import DIAArgumentParser
-from dia_lightning.cli._run_config import SaveRunConfig
+from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.datamodules import DIADataModule
+from dia_lightning.loggers import WandbLogger
 from dia_lightning.tasks import DIATask
 
 _PACKING = ("Does not validate against", "Call to compute_fn of link")
@@ -64,6 +65,7 @@ class DIACLI(LightningCLI):
         # a task that does not take it goes without
         parser.link_arguments("data", "model.init_args.image_shape", _image_shape, apply_on="instantiate")
         _try_whole_numbers_first(parser)
+        _try_lists_of_loggers_first(parser)
 
     def _count_classes(self, data: DIADataModule) -> int:
         """Return the number of classes; where the data are not at hand, that of the checkpoint."""
@@ -144,6 +146,15 @@ class DIACLI(LightningCLI):
             if isinstance(cause, ValueError) or wrong_argument or is_for_the_user(cause):
                 raise UserError(str(cause)) from cause
             raise cause from None
+
+    def before_fit(self) -> None:
+        """Go on in the W&B run of the checkpoint, unless the user named one."""
+        ckpt_path = self.config.fit.ckpt_path
+        run_id = None if ckpt_path is None else wandb_id(ckpt_path)
+        for logger in self.trainer.loggers:
+            if run_id is not None and isinstance(logger, WandbLogger) and logger.version is None:
+                logger.resume(run_id)
+                _say(f"going on in the Weights & Biases run {run_id}; for one of its own add a new id to the logger")
 
     def after_fit(self) -> None:
         """Test the best checkpoint if asked to."""
@@ -231,6 +242,17 @@ def _try_whole_numbers_first(parser: LightningArgumentParser) -> None:
         if int in kinds and float in kinds:
             others = [kind for kind in kinds if kind is not int]
             action._typehint = reduce(or_, others, int)  # type: ignore[attr-defined]  # `|` keeps the order
+
+
+def _try_lists_of_loggers_first(parser: LightningArgumentParser) -> None:
+    """Read a list of loggers, as all shipped configs have it, before a single one: the error of the first try is kept.
+
+    Else what a logger of the list says about its own options would be lost.
+    """
+    for action in parser._actions:
+        if action.dest == "trainer.logger":
+            kinds = sorted(get_args(getattr(action, "_typehint", None)), key=lambda kind: get_origin(kind) is None)
+            action._typehint = reduce(or_, kinds)  # type: ignore[attr-defined]
 
 
 def _image_shape(data: DIADataModule) -> list[int] | None:

@@ -21,6 +21,18 @@ Fails = Callable[..., str]
         (["--data", "DigitDataModule"], "--data: there is no class 'DigitDataModule'. Did you mean 'DigitsDataModule'"),
         (["--data", "nowhere.Data"], "--data: cannot import the class: No module named 'nowhere'"),
         (["--trainer.callbacks+=EarlyStoping"], "there is no class 'EarlyStoping'. Did you mean 'EarlyStopping'?"),
+        (
+            ["--trainer.logger", "WandbLogger"],
+            "--trainer.logger: there are several classes named WandbLogger. Give one by",
+        ),
+        (
+            ["--trainer.logger+=dia_lightning.loggers.WandbLogger", "--trainer.logger.anonymous", "true"],
+            "--trainer.logger.anonymous: WandbLogger has no such option. Known: config",
+        ),
+        (
+            ["--trainer.logger+=dia_lightning.loggers.WandbLogger", "--trainer.logger.watch_freq", "0"],
+            "watch_freq must be 1 step or more, got 0. Use 200",
+        ),
         (["--model.lr", "fast"], "--model.lr: 'fast' does not fit. Expected float"),
         (["--model.lr", "nan"], "--model.lr: 'nan' does not fit. Expected float"),
         (["--model.lr", ".nan"], "must be a finite number, got .nan"),

@@ -1,0 +1,5 @@
+"""Weights & Biases for runs that must not end because of it."""
+
+from dia_lightning.loggers.wandb import WandbLogger
+
+__all__ = ["WandbLogger"]
