@@ -30,7 +30,7 @@ commands:
   export     write a network to ONNX, torch.export or safetensors: dia-lightning export best network.onnx
              or a diffusion task to a folder for diffusers: dia-lightning export best my_model
   sample     make images with a trained diffusion task: dia-lightning sample best --classes 3 7 --trace
-  analyze    see what the attention of a trained classifier does: dia-lightning analyze best --split test
+  analyze    see what the attention of a network does, trained or not: dia-lightning analyze best --split test
   reproduce  train the arms of a comparison over seeds, and table them with intervals; goes on where it was stopped:
              dia-lightning reproduce configs/reproduce/digits_sharing.yaml --jobs 2
 

@@ -1,6 +1,6 @@
 """What shared attention does: how maps of different layers agree, what they are, and what it does to gradients."""
 
-from dia_lightning.analysis._curves import draw_gates, draw_gradients, draw_relative_change
+from dia_lightning.analysis._curves import draw_gates, draw_gradients, draw_relative_change, draw_stage_gradients
 from dia_lightning.analysis._heat_maps import draw_correlation, draw_importance
 from dia_lightning.analysis.correlation import (
     Protocol,
@@ -10,7 +10,13 @@ from dia_lightning.analysis.correlation import (
     mean_interval,
 )
 from dia_lightning.analysis.gates import StageGates, gate_statistics
-from dia_lightning.analysis.gradients import GradientFlow, RelativeChange, gradient_flow, relative_change
+from dia_lightning.analysis.gradients import (
+    GradientFlow,
+    RelativeChange,
+    gradient_flow,
+    relative_change,
+    without_shortcuts,
+)
 from dia_lightning.analysis.importance import StageImportance, map_importance
 from dia_lightning.analysis.recommendation import Recommendation, recommend
 from dia_lightning.analysis.recorder import MapRecorder, RecordedStage
@@ -30,6 +36,7 @@ __all__ = [
     "draw_gradients",
     "draw_importance",
     "draw_relative_change",
+    "draw_stage_gradients",
     "gate_statistics",
     "gradient_flow",
     "map_correlation",
@@ -38,4 +45,5 @@ __all__ = [
     "mean_interval",
     "recommend",
     "relative_change",
+    "without_shortcuts",
 ]

@@ -9,8 +9,10 @@ from dia_lightning.callbacks.generated_grid import GeneratedGrid
 from dia_lightning.callbacks.generation_scores import GenerationScores
 from dia_lightning.callbacks.map_correlation import MapCorrelation
 from dia_lightning.callbacks.prediction_grid import PredictionGrid
+from dia_lightning.callbacks.prediction_table import PredictionTable
 from dia_lightning.callbacks.prediction_writer import PredictionWriter
 from dia_lightning.callbacks.run_summary import RunSummary
+from dia_lightning.callbacks.stage_gradients import StageGradients
 
 __all__ = [
     "EMA",
@@ -21,7 +23,9 @@ __all__ = [
     "GenerationScores",
     "MapCorrelation",
     "PredictionGrid",
+    "PredictionTable",
     "PredictionWriter",
     "RunSummary",
+    "StageGradients",
     "run_folder",
 ]

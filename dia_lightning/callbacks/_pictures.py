@@ -54,13 +54,25 @@ def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | Non
     folder = run_folder(trainer)
     if not trainer.is_global_zero or picture is None:
         return None
-    image = _render(picture) if isinstance(picture, Figure) else picture.convert("RGB")
+    image = _as_image(picture)
     step = _step_of_the_weights(trainer)
     path = folder / "pictures" / name / f"step={step:06d}.png"
     written = write_picture(image, path, name)
     for logger in trainer.loggers:
-        _try(logger, name, partial(_send, logger, name, image, step))
+        send_picture(logger, name, image, step)
     return path if written else None
+
+
+def send_picture(logger: Logger, name: str, picture: Image.Image | Figure, step: int) -> None:
+    """Send a picture to one logger, if it takes pictures; a lost logger gives a warning, once.
+
+    Args:
+        logger: any; the service or file must be ready or be made at first use.
+        name: tag of the picture.
+        picture: an image, or a figure that was made without pyplot.
+        step: of the weights.
+    """
+    _try(logger, name, partial(_send, logger, name, _as_image(picture), step))
 
 
 def write_picture(image: Image.Image, path: Path, name: str) -> bool:
@@ -112,6 +124,10 @@ def _warn_once(logger: Logger, name: str, error: Exception) -> None:
             f"Picture {name} did not reach {type(logger).__name__}: {type(error).__name__}: {error}. "
             "Pictures are also files in the run folder; later ones that do not reach this logger are not warned about."
         )
+
+
+def _as_image(picture: Image.Image | Figure) -> Image.Image:
+    return _render(picture) if isinstance(picture, Figure) else picture.convert("RGB")
 
 
 def _render(figure: Figure) -> Image.Image:

@@ -11,15 +11,20 @@ from dia_lightning.cli import _checkpoints
 from dia_lightning.cli._errors import PROGRAM, UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, out: str, without: str | None = None) -> None:
     """Add the options that say which checkpoint, where it runs, and where the results go.
 
     Args:
         parser: of the command.
         out: the default folder, for the help.
+        without: what happens without a checkpoint, for the help; ``None`` if there must be one.
     """
     add = parser.add_argument
-    add("checkpoint", help="a checkpoint file, or 'last' or 'best' for a run's")
+    which = "a checkpoint file, or 'last' or 'best' for a run's"
+    if without is None:
+        add("checkpoint", help=which)
+    else:
+        add("checkpoint", nargs="?", help=f"{which}; without it {without}")
     add("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
     add("--device", default="auto", choices=("cpu", "cuda", "auto"), help="(default: auto, a GPU if there is one)")
     add("--out", metavar="FOLDER", help=f"a new folder (default: {out} in the folder of the run)")
@@ -31,9 +36,18 @@ def checkpoint_of(options: argparse.Namespace) -> Path:
     Raises:
         ValueError: if there is no such checkpoint, or the folder for the results is not new.
     """
+    check_out_is_new(options)
+    return resolved(options.checkpoint, options.runs)
+
+
+def check_out_is_new(options: argparse.Namespace) -> None:
+    """Refuse a folder for the results that is there already.
+
+    Raises:
+        ValueError: if it is.
+    """
     if options.out is not None and Path(options.out).exists():
         raise ValueError(f"--out {options.out} exists already, and nothing is overwritten. Give a new folder.")
-    return resolved(options.checkpoint, options.runs)
 
 
 def resolved(checkpoint: str, runs: str) -> Path:

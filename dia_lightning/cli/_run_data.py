@@ -1,5 +1,6 @@
 """The data of a finished run, from the config that it wrote."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,56 +8,57 @@ import yaml
 
 from dia_lightning import datamodules
 from dia_lightning.cli import _strict_yaml
-from dia_lightning.datamodules import ClassificationDataModule
-from dia_lightning.tasks import ClassificationTask
+from dia_lightning.datamodules import ClassificationDataModule, DetectionDataModule, DIADataModule
+from dia_lightning.tasks import DetectionTask, DIATask
 from dia_lightning.tasks.base import brief
 
 
-def data_module_of(config: str | Path, root: str | None) -> ClassificationDataModule:
+def data_module_of(config: str | Path, task: DIATask, root: str | None) -> DIADataModule:
     """Build the data module of a config, and fetch its data if they are not there.
 
     Only classes of this package are built: a config that came with a checkpoint must not choose which code runs here.
 
     Args:
         config: file with a section ``data``.
+        task: what the data are for.
         root: folder of the data, in place of that in the config.
 
     Raises:
         FileNotFoundError: if there is no such file, or there are no data.
-        ValueError: if it says nothing that fits about the data.
+        ValueError: if it says nothing that fits about the data, or the task was trained on others.
     """
     section = _section(Path(config))
     name = str(section.get("class_path", ""))
     kind = getattr(datamodules, name.rpartition(".")[2], None)
-    known = [
-        item
-        for item in datamodules.__all__
-        if issubclass(getattr(datamodules, item), ClassificationDataModule) and item != "ClassificationDataModule"
-    ]
-    if kind is None or kind.__name__ not in known or name not in (kind.__name__, *_paths(kind)):
+    known = _known(DetectionDataModule if isinstance(task, DetectionTask) else ClassificationDataModule)
+    if kind not in known or name not in (kind.__name__, *_paths(kind)):
         raise ValueError(
-            f"{config}: the data module {name!r} is none of {', '.join(known)}. Give a config with one of them: -c."
+            f"{config}: the data module {name!r} is none of {', '.join(item.__name__ for item in known)}. Give a "
+            f"config with one of them, which {type(task).__name__} takes: -c CONFIG."
         )
     given = {**(section.get("init_args") or {}), **({} if root is None else {"root": root})}
     try:
-        data: ClassificationDataModule = kind(**given)
+        data: DIADataModule = kind(**given)
     except TypeError as error:
         raise ValueError(f"{config}: the options of {kind.__name__} do not fit: {error}.") from error
     data.prepare_data()
+    _check_fits(task, data)
     return data
 
 
-def check_fits(task: ClassificationTask, data: ClassificationDataModule) -> None:
-    """Compare the data with those that a task was trained on.
+def _known(base: type[DIADataModule]) -> list[type[DIADataModule]]:
+    """Return the data modules of this package for one kind of label."""
+    classes = [item for item in vars(datamodules).values() if inspect.isclass(item) and issubclass(item, base)]
+    return [item for item in classes if not inspect.isabstract(item)]
 
-    Raises:
-        ValueError: if classes or the shape of images differ.
-    """
+
+def _check_fits(task: DIATask, data: DIADataModule) -> None:
+    """Refuse other classes or images of another shape than those that a task was trained on."""
     for name, trained, found in (
         ("classes", task.class_names, data.class_names),
-        ("images of shape", task.image_shape, list(data.image_shape)),
+        ("images of shape", task.image_shape, getattr(data, "image_shape", None)),
     ):
-        if trained is not None and list(trained) != list(found):
+        if trained is not None and found is not None and list(trained) != list(found):
             raise ValueError(
                 f"The checkpoint was trained on {name} {brief(trained)}, but the data have {brief(found)}. "
                 "Use the data it was trained on: -c config.yaml of its run, or --root."

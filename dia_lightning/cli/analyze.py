@@ -1,26 +1,38 @@
-"""The command ``analyze``: what the attention of a trained classifier does, as tables and pictures."""
+"""The command ``analyze``: what the attention of a network does, as tables and pictures."""
 
 import argparse
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning.cli import _checkpoint_argument
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
-    from pathlib import Path
-
-    from dia_lightning.analysis import MapRecorder
+    from dia_lightning.analysis import GradientFlow, MapRecorder
     from dia_lightning.cli._analysis import Analysis
-    from dia_lightning.datamodules import ClassificationDataModule
-    from dia_lightning.tasks import ClassificationTask
+    from dia_lightning.datamodules import DIADataModule
+    from dia_lightning.tasks import DIATask
 
 KEPT_IMAGES = 1000  # whose maps forests are fitted on
 GRADIENT_IMAGES = 64
+
+TIMESTEPS = (
+    "The maps of a diffusion network depend on the timestep: every image is seen once, with the noise and the timestep "
+    "that validation draws for it, so deviations and correlations are over images and timesteps together."
+)
+DETECTION = (
+    "The loss is the sum of torchvision's losses with fixed draws of anchors and boxes, times the number of images; "
+    "the network is the backbone of the detector."
+)
+NO_SHORTCUTS_TO_REMOVE = (
+    "Gradients without shortcuts are not available for this network: no block of it has a shortcut that can be taken "
+    "out (those of cifar_resnet and cifar_resnext can)."
+)
 
 
 def run(args: Sequence[str]) -> None:
@@ -31,107 +43,161 @@ def run(args: Sequence[str]) -> None:
 
     Raises:
         ValueError: if there is no such checkpoint, or an option does not fit it.
+        ImportError: if a logger is not installed.
     """
     options = _parser().parse_args(args)
-    for name, value, least in (("images", options.images, 2), ("seed", options.seed, 0)):
-        if value < least:
-            raise ValueError(f"--{name} must be {least} or more, got {value}.")
-    if not 0 < options.threshold <= 1:
-        raise ValueError(f"--threshold must be above 0 and at most 1, got {options.threshold}.")
-    checkpoint = _checkpoint_argument.checkpoint_of(options)
+    _check(options)
     device = _checkpoint_argument.device_of(options)
-    from dia_lightning.cli import _analysis
-    from dia_lightning.cli._run_data import check_fits, data_module_of
+    checkpoint = None if options.checkpoint is None else _checkpoint_argument.checkpoint_of(options)
+    from dia_lightning.cli import _analysis, _analysis_loggers
 
-    task = _load(checkpoint)
-    config = options.config or _checkpoint_argument.run_folder_of(checkpoint) / "config.yaml"
-    data = data_module_of(config, options.root)
-    check_fits(task, data)
+    _analysis_loggers.check_installed(options.log)
+    task, data, config = _from_config(options) if checkpoint is None else _from_checkpoint(checkpoint, options)
+    _check_attention(task, checkpoint or config)
     analysis = _analyze(task.to(device), data, options)
-    folder = _checkpoint_argument.new_folder(options, checkpoint, "analysis")
-    _analysis.write(analysis, folder, str(checkpoint))
+    place = Path(options.runs) / config.name if checkpoint is None else checkpoint
+    folder = _checkpoint_argument.new_folder(options, place, "analysis")
+    _analysis.write(analysis, folder, checkpoint=checkpoint, config=config)
     print(f"{_analysis.summary(analysis)}\nreport.md, result.json and pictures: {folder}")
+    _analysis_loggers.send(analysis, folder, options.log, _analysis.origin(checkpoint, config))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dia-lightning analyze",
         description="Correlation between the attention maps of layers, what values maps take, which layers could share "
-        "a unit, and how gradients come back.",
+        "a unit, and how gradients come back, with and without shortcuts. For all tasks.",
     )
-    _checkpoint_argument.add_arguments(parser, out="analysis")
+    without = "the network is analyzed as the config builds it: at its start, or with pretrained weights"
+    _checkpoint_argument.add_arguments(parser, out="analysis", without=without)
     add = parser.add_argument
-    add("-c", "--config", help="config whose data to use (default: config.yaml of the run)")
+    add("-c", "--config", help="config whose data to use (default: config.yaml of the run), or to build all from")
     add("--root", help="folder of the data (default: that of the config)")
     add("--split", default="test", choices=("train", "val", "test"), help="which part of the data (default: test)")
     add("--images", type=int, default=1000, help="how many, in the shares of the classes (default: 1000)")
     add("--threshold", type=float, default=0.8, help="correlation of layers that could share a unit (default: 0.8)")
     add("--seed", type=int, default=0, help="of bootstrap and random forests (default: 0)")
+    add("--log", action="append", default=[], choices=("wandb", "tensorboard"), help="send them there too; repeatable")
     return parser
 
 
-def _load(path: "Path") -> "ClassificationTask":
-    from dia_lightning.attention import attention_layers
-    from dia_lightning.tasks import ClassificationTask, load_task
+def _check(options: argparse.Namespace) -> None:
+    for name, value, least in (("images", options.images, 2), ("seed", options.seed, 0)):
+        if value < least:
+            raise ValueError(f"--{name} must be {least} or more, got {value}.")
+    if not 0 < options.threshold <= 1:
+        raise ValueError(f"--threshold must be above 0 and at most 1, got {options.threshold}.")
+    if options.checkpoint is None and options.config is None:
+        raise ValueError("There is nothing to analyze: give a checkpoint ('best', 'last', a file) or -c CONFIG.")
+    _checkpoint_argument.check_out_is_new(options)
+
+
+# ---- the network and its data
+
+
+def _from_checkpoint(path: Path, options: argparse.Namespace) -> "tuple[DIATask, DIADataModule, Path]":
+    from dia_lightning.cli._run_data import data_module_of
+    from dia_lightning.tasks import load_task
 
     task = load_task(path)
-    if not isinstance(task, ClassificationTask):
-        raise ValueError(f"{path} must hold a ClassificationTask, but holds a {type(task).__name__}.")
+    config = Path(options.config or _checkpoint_argument.run_folder_of(path) / "config.yaml")
+    return task, data_module_of(config, task, options.root), config
+
+
+def _from_config(options: argparse.Namespace) -> "tuple[DIATask, DIADataModule, Path]":
+    from dia_lightning.cli._built_run import built_run
+
+    return *built_run(options.config, options.root), Path(options.config)
+
+
+def _check_attention(task: "DIATask", source: Path) -> None:
+    from dia_lightning.attention import attention_layers
+
     try:
-        attention_layers(task.backbone)
+        attention_layers(task)
     except ValueError:
         raise ValueError(
-            f"The network of {path} has no attention, so there is nothing to analyze. Take a run with attention."
+            f"The network of {source} has no attention, so there is nothing to analyze. Take a run with attention."
         ) from None
-    return task
 
 
-def _analyze(task: "ClassificationTask", data: "ClassificationDataModule", options: argparse.Namespace) -> "Analysis":
+def _network(task: "DIATask") -> nn.Module:
+    """Return what attention was attached to."""
+    from dia_lightning.tasks import DetectionTask
+
+    network: Any = task.detector.backbone if isinstance(task, DetectionTask) else task.backbone
+    return getattr(network, "body", network)  # type: ignore[no-any-return]
+
+
+# ---- results
+
+
+def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace) -> "Analysis":
     from dia_lightning import analysis
     from dia_lightning.cli._analysis import Analysis
 
-    network = task.backbone
+    network = _network(task)
     loader = data.evaluation_dataloader(options.split, count=options.images)
     with analysis.MapRecorder(network, keep=KEPT_IMAGES, seed=options.seed) as recorder:
-        images, labels = _run_network(task, loader, recorder)
+        first = _run_network(task, loader, recorder)
     stages = recorder.stages
     correlations = {protocol: analysis.map_correlation(stages, protocol) for protocol in get_args(analysis.Protocol)}
     has_plug = task.hparams.get("plug") is not None
+    loss = partial(task.evaluation_loss, first)
+    without = _gradients_without_shortcuts(network, loss)
+    subject = {
+        name: str(task.hparams[name]) for name in ("detector", "backbone", "attention", "share") if name in task.hparams
+    }
     return Analysis(
         subject={
-            "network": str(task.hparams["backbone"]),
-            "attention": str(task.hparams["attention"]),
-            "share": str(task.hparams["share"]),
+            "task": type(task).__name__,
+            **{"network" if name == "backbone" else name: value for name, value in subject.items()},
             "data": type(data).__name__,
             "split": options.split,
             "images": recorder.images,
+            "gradient_images": len(first[0]),
             "seed": options.seed,
         },
+        notes=_notes(task, has_shortcuts=without is not None),
         correlations=correlations,
         gates=analysis.gate_statistics(stages),
         importance=analysis.map_importance(stages, seed=options.seed),
         recommendation=None
         if has_plug
         else analysis.recommend(network, correlations["per-image"], threshold=options.threshold),
-        gradients=analysis.gradient_flow(
-            network, images, lambda logits: F.cross_entropy(logits, labels, reduction="sum")
-        ),
-        change=analysis.relative_change(network, images),
+        gradients=analysis.gradient_flow(network, loss),
+        without_shortcuts=without,
+        change=analysis.relative_change(network, loss),
     )
 
 
-def _run_network(
-    task: "ClassificationTask", loader: Iterable[list[Tensor]], recorder: "MapRecorder"
-) -> tuple[Tensor, Tensor]:
-    """Run the network on all batches, and return the first images and labels."""
-    first: tuple[Tensor, Tensor] | None = None
-    for images, labels, _ in tqdm(loader, desc="analyzing", unit="batch", disable=None):
-        images = images.to(task.device)
+def _run_network(task: "DIATask", loader: Any, recorder: "MapRecorder") -> list[Any]:
+    """Run the network on all batches, and return the first images with what belongs to them."""
+    first: list[Any] | None = None
+    for batch in tqdm(loader, desc="analyzing", unit="batch", disable=None):
+        batch = task.transfer_batch_to_device(batch, task.device, 0)
         with torch.no_grad():
-            logits = task.backbone(images)
-        if not logits.isfinite().all():
-            raise ValueError("The outputs of the network are not finite: it diverged in training. Take another run.")
+            loss: Tensor = task.evaluation_loss(batch)
+        if not loss.isfinite():
+            raise ValueError("The loss of the network is not finite: it diverged in training. Take another run.")
         if first is None:
-            first = images[:GRADIENT_IMAGES], labels[:GRADIENT_IMAGES].to(task.device)
+            first = [part[:GRADIENT_IMAGES] for part in batch]
     assert first is not None
     return first
+
+
+def _gradients_without_shortcuts(network: nn.Module, loss: "partial[Tensor]") -> "GradientFlow | None":
+    from dia_lightning.analysis import gradient_flow, without_shortcuts
+
+    if not any(getattr(module, "has_shortcut", False) for module in network.modules()):
+        return None
+    with without_shortcuts(network):
+        return gradient_flow(network, loss)
+
+
+def _notes(task: "DIATask", *, has_shortcuts: bool) -> list[str]:
+    from dia_lightning.tasks import DetectionTask, DiffusionTask
+
+    notes = [TIMESTEPS] if isinstance(task, DiffusionTask) else []
+    notes += [DETECTION] if isinstance(task, DetectionTask) else []
+    return notes if has_shortcuts else [*notes, NO_SHORTCUTS_TO_REMOVE]

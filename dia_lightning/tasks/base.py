@@ -213,6 +213,17 @@ class DIATask(LightningModule):
             "batch."
         )
 
+    def evaluation_loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch of validation or test, summed over its images: the same number at every call.
+
+        The task must be in evaluation mode, and all modules of the network stay in it: no dropout, no running
+        statistics that move. Nothing is logged and no metric is updated.
+
+        Args:
+            batch: as a data module of this package gives it in validation, on the device of the task.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define evaluation_loss to be analyzed.")
+
     # ---- optimizers
 
     def configure_optimizers(self) -> Any:

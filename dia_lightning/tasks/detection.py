@@ -27,6 +27,9 @@ else:
 
 Detections: TypeAlias = list[dict[str, Tensor]]
 
+#: Seed of the anchors and boxes that the losses of an evaluation are computed on.
+_EVALUATION_SEED = 0
+
 
 class DetectionTask(DIATask):
     """Trains a detector of torchvision on any backbone, with or without attention.
@@ -175,6 +178,18 @@ class DetectionTask(DIATask):
         finally:
             for module in changed:
                 module.training = False
+
+    def evaluation_loss(self, batch: Any) -> Tensor:
+        """Return torchvision's losses of a batch, added up and times its images, with fixed draws of anchors and boxes.
+
+        torchvision divides by the number of images, or of the boxes drawn from them.
+        """
+        images, targets = batch[:2]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(_EVALUATION_SEED)
+            losses = self._losses_in_evaluation(images, targets)
+        return torch.stack(list(losses.values())).sum() * len(images)
 
     # ---- steps
 

@@ -256,6 +256,13 @@ class DiffusionTask(DIATask):
             timesteps.append(torch.randint(self.noise.timesteps, (), generator=generator))
         return torch.stack(noise).to(images.device), torch.stack(timesteps).to(images.device)
 
+    def evaluation_loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch, summed over its images, with the noise and timesteps of validation and test."""
+        images, labels, rest = _unpack(batch)
+        self._check_batch(images, labels, 0)
+        index = rest[0] if rest else torch.arange(len(images))
+        return self.losses(images, labels, *self.evaluation_noise(images, index)).sum()
+
     # ---- data
 
     def setup(self, stage: str) -> None:

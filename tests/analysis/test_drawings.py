@@ -19,6 +19,7 @@ from dia_lightning.analysis import (
     draw_gradients,
     draw_importance,
     draw_relative_change,
+    draw_stage_gradients,
     gate_statistics,
     map_correlation,
     map_importance,
@@ -50,6 +51,8 @@ def assert_readable(figure: Figure) -> None:
         texts: list[Any] = [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
         boxes = [text.get_window_extent() for text in texts if text.get_text()]
         assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+        names = [text.get_window_extent() for text in ax.texts if text.get_position()[1] == 1.01]
+        assert all(not first.overlaps(second) for first, second in pairwise(names))
     titles = [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
     assert all(not first.overlaps(second) for first, second in pairwise(titles))
     if figure._suptitle is not None:  # type: ignore[attr-defined]
@@ -120,6 +123,7 @@ def test_curves_can_be_read(sizes: tuple[int, ...]) -> None:
     values = np.linspace(1, 2, len(blocks))
     assert_readable(draw_gates(gates))
     assert_readable(draw_gradients(flow_of(blocks, values)))
+    assert_readable(draw_gradients(flow_of(blocks, values), flow_of(blocks, 1e-9 * values)))
     assert_readable(draw_relative_change(change_of(blocks, values)))
 
 
@@ -155,3 +159,41 @@ def test_gradients_that_are_0_keep_the_scale() -> None:
 def test_blocks_without_a_change_leave_a_gap() -> None:
     ax = draw_relative_change(change_of(["a.0", "a.1", "a.2"], np.array([0.5, np.nan, 0.2]))).axes[0]
     assert np.isnan(np.asarray(ax.lines[0].get_ydata())).tolist() == [False, True, False]
+
+
+def test_gradients_with_and_without_shortcuts_are_two_named_curves() -> None:
+    values = np.array([1e-3, 2e-3, 1e-4])
+    ax = draw_gradients(flow_of(["a.0", "a.1", "b.0"], values), flow_of(["a.0", "a.1", "b.0"], values**3)).axes[0]
+    first, second = ax.lines[:2]
+    np.testing.assert_allclose(np.asarray(first.get_ydata()), values)
+    np.testing.assert_allclose(np.asarray(second.get_ydata()), values**3)
+    assert [first.get_label(), second.get_label()] == ["with shortcuts", "without shortcuts"]
+    assert ax.get_ylim()[0] < 1e-12
+
+
+@pytest.mark.parametrize("stages", [1, 3, 9])
+def test_stage_gradients_can_be_read(stages: int) -> None:
+    random = np.random.default_rng(0)
+    values = {f"stage {n} (backbone.layer{n}.17)": random.lognormal(-9 * n, 1, 200).tolist() for n in range(stages)}
+    figure = draw_stage_gradients(values)
+    assert_readable(figure)
+    for ax, name in zip(figure.axes, values, strict=True):
+        assert ax.get_title(loc="left") == f"{name}, 200 steps"
+        assert sum(bar.get_height() for bar in cast(Any, ax.patches)) == 200
+
+
+def test_stage_gradients_leave_out_what_has_no_logarithm() -> None:
+    figure = draw_stage_gradients({"a": [1.0, float("nan"), 0.0, float("inf"), 2.0], "b": [float("nan")]})
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["a, 2 steps", "b, 0 steps"]
+
+
+def test_long_names_of_a_u_net_are_shortened_and_do_not_overlap() -> None:
+    blocks = ["down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1"]
+    blocks += [f"up_blocks.{number}.resnets.{part}" for number in (0, 1) for part in (0, 1)]
+    flow = flow_of(blocks, np.linspace(1, 2, len(blocks)))
+    figure = draw_gradients(flow)
+    assert_readable(figure)
+    assert_readable(draw_gradients(flow, flow))  # a longer legend
+    assert texts_of(figure.axes[0]) == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+    names = [f"a_very_long_name_of_a_container_{number}.0" for number in range(12)]
+    assert texts_of(draw_gradients(flow_of(names, np.linspace(1, 2, 12))).axes[0]) == []

@@ -193,7 +193,12 @@ def test_mistakes_are_one_line_and_leave_nothing(run_folder: Path, fails: Fails,
     [
         ({"class_path": "os.system"}, "the data module 'os.system' is none of CIFAR"),
         ({"class_path": "mine.DigitsDataModule"}, "the data module 'mine.DigitsDataModule' is none of"),
-        ({"class_path": "CocoDetectionDataModule"}, "the data module 'CocoDetectionDataModule' is none of"),
+        (
+            {"class_path": "DigitScenesDataModule", "init_args": {}},
+            "the data module 'DigitScenesDataModule' is none of CIFAR10DataModule, CIFAR100DataModule, "
+            "DigitsDataModule, FashionMNISTDataModule, ImageFolderDataModule, STL10DataModule. Give a config with one "
+            "of them, which ClassificationTask takes: -c CONFIG.",
+        ),
         ({"init_args": {"image_sise": 8}}, "the options of DigitsDataModule do not fit"),
         ({"init_args": {"image_size": 4}}, "image_size must be"),
         ({"init_args": {"image_size": 16}}, "trained on images of shape [3, 8, 8], but the data have [3, 16, 16]"),

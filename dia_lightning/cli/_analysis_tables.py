@@ -1,0 +1,181 @@
+"""The tables and the report of an analysis, and the numbers that sum it up."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from dia_lightning.analysis import mean_correlation, mean_interval
+
+if TYPE_CHECKING:
+    from dia_lightning.cli._analysis import Analysis
+
+UNKNOWN_PROTOCOL = (
+    'Which protocol the "up to 0.85" of the paper (arXiv 2210.16101, abstract) rests on is not known, so these numbers '
+    "cannot be compared with it. The first two protocols count differences between channels that are the same in "
+    "every image; the third, centred, is free of them."
+)
+
+Cell: TypeAlias = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values by row; those of a column are of one kind, ``None`` where there is none.
+
+    Args:
+        name: of the table.
+        columns: names of the columns.
+        rows: cells in the order of the columns.
+    """
+
+    name: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+def tables(analysis: "Analysis") -> list[Table]:
+    """Return the tables: correlations per stage, values per layer, gradients and changes per block."""
+    return [_correlations(analysis), _layers(analysis), _blocks(analysis)]
+
+
+def scalars(analysis: "Analysis") -> dict[str, float]:
+    """Return the main numbers by name, without those that are not defined."""
+    found: dict[str, float] = {}
+    for protocol, stages in analysis.correlations.items():
+        found[f"correlation/{protocol}"] = mean_correlation(stages)
+        found |= {f"correlation/{protocol}_stage{stage.stage}": stage.mean for stage in stages}
+    for name, flow in (("gradient", analysis.gradients), ("gradient_without_shortcuts", analysis.without_shortcuts)):
+        if flow is not None:
+            found |= {f"{name}/first_block": float(flow.mean[0]), f"{name}/last_block": float(flow.mean[-1])}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def report(analysis: "Analysis", origin: str, pictures: list[str]) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        analysis: the results.
+        origin: where the network is from.
+        pictures: names of their files.
+    """
+    subject = ", ".join(f"{name} {value}" for name, value in analysis.subject.items())
+    correlations, layers, blocks = (_markdown(table) for table in tables(analysis))
+    parts = [
+        "# What the attention does",
+        f"{origin}: {subject}.",
+        *analysis.notes,
+        "## Correlation between layers",
+        "Mean Pearson correlation over all pairs of different layers of a stage, with a 95 % interval (low to high) by "
+        "bootstrap over images; left out is the share of correlations that are not defined.",
+        correlations,
+        UNKNOWN_PROTOCOL,
+        advice(analysis),
+        "## Values of the maps",
+        "Deviation is over images (mean over channels); 1 % of the values are below and 1 % above the columns 1 % and "
+        "99 %; closed and open are the shares of values below 1 % and above 99 % of the bound. Explained is the share "
+        "of the variance that a random forest predicts from the maps of the layers before.",
+        layers,
+        "## Blocks",
+        "Gradient is the mean of |dLoss / d output|, with the loss summed over the images of a batch; change is "
+        "‖output - input‖ / ‖input‖, mean over images.",
+        blocks,
+        "## Pictures",
+        "\n\n".join(f"![{name}]({name})" for name in pictures),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def advice(analysis: "Analysis") -> str:
+    """Return what the analysis recommends, in a sentence."""
+    found = analysis.recommendation
+    if found is None:
+        return (
+            "The network was trained with plug; which layers could share a unit is told for attention in every block."
+        )
+    if found.plug is None:
+        return (
+            f"No two consecutive layers of a stage have maps that correlate by {found.threshold:g} or more per image."
+        )
+    return (
+        f"Consecutive layers whose maps correlate by {found.threshold:g} or more per image could share a unit; for the "
+        f'largest group of each stage: --model.share stage --model.plug "{found.plug}". Train both to see.'
+    )
+
+
+def number(value: float | None) -> str:
+    """Return a number with three digits after the point, or a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _correlations(analysis: "Analysis") -> Table:
+    rows: list[list[Cell]] = []
+    for protocol, stages in analysis.correlations.items():
+        for stage in stages:
+            low, high = stage.interval
+            rows.append([protocol, str(stage.stage), len(stage.layers), stage.mean, low, high, stage.undefined])
+        low, high = mean_interval(stages)
+        layers = sum(len(stage.layers) for stage in stages)
+        rows.append([protocol, "all", layers, mean_correlation(stages), low, high, None])
+    return Table("correlations", ["protocol", "stage", "layers", "mean", "low", "high", "left out"], _defined(rows))
+
+
+def _layers(analysis: "Analysis") -> Table:
+    rows: list[list[Cell]] = [
+        [
+            str(stage.stage),
+            layer,
+            float(stage.mean[index].mean()),
+            float(stage.deviation[index].mean()),
+            float(stage.lowest[index].min()),
+            float(stage.highest[index].max()),
+            float(stage.low[index]),
+            float(stage.high[index]),
+            float(stage.closed[index]),
+            float(stage.open[index]),
+            float(forests.explained[index]),
+        ]
+        for stage, forests in zip(analysis.gates, analysis.importance, strict=True)
+        for index, layer in enumerate(stage.layers)
+    ]
+    columns = ["stage", "layer", "mean", "deviation", "min", "max", "1 %", "99 %", "closed", "open", "explained"]
+    return Table("layers", columns, _defined(rows))
+
+
+def _blocks(analysis: "Analysis") -> Table:
+    flows = {"gradient": analysis.gradients}
+    if analysis.without_shortcuts is not None:
+        flows["gradient without shortcuts"] = analysis.without_shortcuts
+    values = [
+        analysis.gradients.blocks,
+        *(flow.mean.tolist() for flow in flows.values()),
+        analysis.change.mean.tolist(),
+    ]
+    rows: list[list[Cell]] = [list(row) for row in zip(*values, strict=True)]
+    return Table("blocks", ["block", *flows, "change"], _defined(rows))
+
+
+def _defined(rows: list[list[Cell]]) -> list[list[Cell]]:
+    return [[None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row] for row in rows]
+
+
+# how the numbers of a column are written, where not as ``number`` does
+_FORMATS: dict[str, Callable[[float], str]] = {
+    "gradient": "{:.3g}".format,
+    "gradient without shortcuts": "{:.3g}".format,
+    "closed": "{:.1%}".format,
+    "open": "{:.1%}".format,
+    "left out": "{:.0%}".format,
+}
+
+
+def _markdown(table: Table) -> str:
+    rows = [[_text(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows]
+    lines = [table.columns, ["---"] * len(table.columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _text(cell: Cell, column: str) -> str:
+    if isinstance(cell, (str, int)):
+        return str(cell)
+    return number(cell) if cell is None else _FORMATS.get(column, number)(cell)
