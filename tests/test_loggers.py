@@ -315,6 +315,7 @@ def test_a_histogram_counts_every_finite_value(what: Any) -> None:
     [
         ({"watch": "grads"}, "watch must be 'gradients', 'parameters', 'all' or None, got 'grads'"),
         ({"watch_freq": 0}, "watch_freq must be 1 step or more, got 0"),
+        ({"id": "my/run"}, "id 'my/run' is no id of a run. Use letters, digits"),
         ({"settings": {"api_kee": "very-secret"}}, r"are wrong \(api_kee: "),
     ],
 )

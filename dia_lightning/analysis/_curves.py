@@ -33,9 +33,10 @@ def draw_gates(stages: Sequence[StageGates]) -> Figure:
     bound = max(stage.bound for stage in stages)
     values.set_ylim(min(0.0, mean.min()) - 0.02 * bound, max(bound, mean.max()) + 0.02 * bound)
     values.set_ylabel("value of the map")
-    for name, colour, label in (("closed", ORANGE, "below 1 %"), ("open", GREEN, "above 99 %")):
+    # the second is drawn over the first, and must not hide it where both are 0
+    for name, colour, style, label in (("closed", ORANGE, "o-", "below 1 %"), ("open", GREEN, ".:", "above 99 %")):
         share = torch.cat([getattr(stage, name) for stage in stages]).numpy()
-        shares.plot(range(len(share)), share, marker=".", color=colour, label=f"{label} of the bound {bound:g}")
+        shares.plot(range(len(share)), share, style, color=colour, label=f"{label} of the bound {bound:g}")
     shares.spines[["top", "right"]].set_visible(False)
     shares.set_ylim(-0.02, 1.02)
     shares.yaxis.set_major_formatter(PercentFormatter(1.0))

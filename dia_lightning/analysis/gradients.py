@@ -191,6 +191,10 @@ def _watch_block(block: nn.Module, path: str, visit: _Visit, seen: set[str]) -> 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         seen.add(path)
         first, *rest = output if isinstance(output, tuple) else (output,)
+        if not isinstance(first, Tensor):
+            raise ValueError(
+                f"The output of the block {path} is a {type(first).__name__} and no features. Leave it out of blocks."
+            )
         replaced = visit(path, entered.pop(), first)
         if replaced is None:
             return None  # leaves the output as it is

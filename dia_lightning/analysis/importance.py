@@ -23,7 +23,8 @@ class StageImportance:
         layers: names of the sites.
         layout: what the rows of the regression were.
         matrix: ``[L, L]``, row t tells how much a forest that predicts the maps of layer t relies on each layer before
-            it. Rows from 1 on sum to 1; those of maps that never vary are NaN. All other entries are 0.
+            it. Rows from 1 on sum to 1; those of maps that never vary, or that no split helps to predict, are NaN. All
+            other entries are 0.
         explained: ``[L]``, share of the variance of layer t that its forest predicts on rows that a tree did not see
             (out-of-bag R²); NaN for the first layer and for maps that never vary. Where it is near 0, the row of the
             matrix means nothing. For ``"values"`` it is high wherever channels differ more than images do, because

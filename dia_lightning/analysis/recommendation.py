@@ -1,6 +1,6 @@
 """Which layers could share one attention unit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ class Recommendation:
         threshold: the least correlation of two layers of a group.
         groups: per stage, the numbers of the layers in the stage; every layer is in one group.
         plug: for :func:`~dia_lightning.attention.attach` with ``share="stage"``: attention in the blocks of the largest
-            group of each stage, and none in its other blocks. ``None`` if no two layers agree that well.
+            group of each stage, and none in its other blocks. ``None`` if no two layers agree that well, or if those
+            that do fill no whole block; to ``attach``, ``None`` means attention in every block.
     """
 
     threshold: float
@@ -60,17 +61,21 @@ def recommend(network: nn.Module, stages: Sequence[StageCorrelation], *, thresho
     if unknown or sum(len(stage.layers) for stage in stages) != len(blocks):
         raise ValueError("The correlations are not those of this network. Record its own maps.")
     groups = [_groups(stage.matrix, threshold) for stage in stages]
-    masks = []
-    for stage, found in zip(stages, groups, strict=True):
-        largest = max(found, key=len)
-        chosen = {stage.layers[number] for number in largest if len(largest) > 1}
-        # a block of several sites is plugged if all of them are chosen
-        sites: dict[str, list[str]] = {}
-        for path in stage.layers:
-            sites.setdefault(blocks[path], []).append(path)
-        masks.append("".join(str(int(chosen.issuperset(paths))) for paths in sites.values()))
-    plug = "|".join(masks)
+    plug = "|".join(_mask(stage.layers, found, blocks) for stage, found in zip(stages, groups, strict=True))
     return Recommendation(threshold, groups, plug if "1" in plug else None)
+
+
+def _mask(layers: Sequence[str], groups: list[list[int]], blocks: Mapping[str, str]) -> str:
+    """Return a digit per block of a stage: 1 for those of the group that fills most blocks."""
+    sites: dict[str, list[str]] = {}
+    for path in layers:
+        sites.setdefault(blocks[path], []).append(path)
+    masks = []
+    for group in groups:
+        chosen = {layers[number] for number in group if len(group) > 1}
+        # a block of several sites is plugged if all of them are chosen
+        masks.append("".join(str(int(chosen.issuperset(paths))) for paths in sites.values()))
+    return max(masks, key=lambda mask: mask.count("1"))
 
 
 def _groups(matrix: Tensor, threshold: float) -> list[list[int]]:

@@ -86,8 +86,6 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self.keep = keep
         self.content = content
         self.layers = attention_layers(network)
-        #: Which images of the next forward count ``[B]``; ``None`` for all. Padding of distributed runs does not.
-        self.counted: Tensor | None = None
         self._random = np.random.default_rng(seed)
         self._bound = _bound(network)
         self._members = _members(self.layers)
@@ -95,6 +93,9 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self._kept: dict[int, list[Tensor]] = {}
         self._arrived: dict[int, Tensor] = {}
         self._weights: Tensor | None = None
+        self._weighted: set[int] = set()  # stages that have seen the images of these weights
+        self._counted: Tensor | None = None
+        self._awaited: set[int] | None = None  # stages that are still to be recorded; all and always if None
         self._watch: AbstractContextManager[Any] | None = None
 
     @property
@@ -123,6 +124,16 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
             for stage, moments in sorted(self._moments.items())
         ]
 
+    def only_next(self, counted: Tensor | None) -> None:
+        """Record the next forward, and none after it until this is called again.
+
+        Args:
+            counted: which of its images count ``[B]``; ``None`` for all. Padding of distributed runs does not. Forwards
+                of another number of images are passed over.
+        """
+        self._counted = None if counted is None else counted.cpu()
+        self._awaited = set(self._members)
+
     def __enter__(self) -> "MapRecorder":
         self._watch = watch_maps(self.network, self._see)
         self._watch.__enter__()
@@ -141,19 +152,24 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         if layer == members[0]:  # a new forward: forget what an abandoned one left
             for number in members:
                 self._arrived.pop(number, None)
+            if self._weights is None or stage in self._weighted or self._weights.shape[1] != len(attention_map):
+                self._weights = self._new_weights(len(attention_map))
+                self._weighted = set()
+            self._weighted.add(stage)
         is_map = self.content == "maps"
         self._arrived[layer] = _as_vectors(attention_map.detach()) if is_map else self._state_vectors(layer, state)
-        if layer == 0 or self._weights is None:
-            self._weights = self._new_weights(len(attention_map))
         if layer == members[-1] and all(number in self._arrived for number in members):
             self._add(stage, torch.stack([self._arrived.pop(number) for number in members], 1))
 
     def _add(self, stage: int, maps: Tensor) -> None:
         assert self._weights is not None
         maps, weights = maps.cpu(), self._weights
-        if self.counted is not None:
-            counted = self.counted.cpu()
-            maps, weights = maps[counted], weights[:, counted]
+        if self._awaited is not None:
+            if stage not in self._awaited or (self._counted is not None and len(self._counted) != len(maps)):
+                return
+            self._awaited.remove(stage)
+        if self._counted is not None:
+            maps, weights = maps[self._counted], weights[:, self._counted]
         if stage not in self._moments:
             self._moments[stage] = StageMoments(maps.shape[1], maps.shape[2], replicates=self.replicates)
             self._kept[stage] = [maps[:0].float()]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dia_lightning.analysis import (
@@ -15,6 +16,7 @@ from dia_lightning.analysis import (
     map_correlation,
     mean_correlation,
 )
+from dia_lightning.attention import attention_layers
 from dia_lightning.callbacks._pictures import log_picture
 
 
@@ -23,12 +25,12 @@ class MapCorrelation(Callback):
 
     Logged: ``val/map_correlation`` (in the test ``test/...``), the mean over all pairs of different layers of a stage,
     the same per stage as ``val/map_correlation_stage0``, and the picture ``val/correlation_of_maps``. Stages of a
-    single layer have none. Which protocol the paper's "up to 0.85" rests on is not known; see
-    :func:`~dia_lightning.analysis.map_correlation`.
+    single layer have none; a network without attention logs nothing and warns. Which protocol the paper's "up to 0.85"
+    rests on is not known; see :func:`~dia_lightning.analysis.map_correlation`.
 
     The maps are those of the weights that are validated, with :class:`EMA` the averaged ones. Outputs do not change. In
-    a distributed run all processes count together; images that only fill up batches, with the index -1, do not. Every
-    forward of the network in a validation step is taken for the images of the batch, so a step should have one.
+    a distributed run all processes count together; images that only fill up batches, with the index -1, do not. Of a
+    validation step the first forward that is of all images of the batch counts, and no other.
 
     Args:
         protocol: ``"per-image"``, ``"pooled"`` or ``"centred"``.
@@ -36,7 +38,7 @@ class MapCorrelation(Callback):
         seed: of the bootstrap.
 
     Raises:
-        ValueError: if a number is negative, or the network has no attention.
+        ValueError: if a number is negative, or there are two of these callbacks.
 
     Source:
         This package's own reading of arXiv 2210.16101.
@@ -55,27 +57,40 @@ class MapCorrelation(Callback):
         self.protocol = protocol
         self.replicates = replicates
         self.seed = seed
+        self._has_attention = True
         self._recorder: MapRecorder | None = None
         self._watching = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a network without attention before training."""
-        if stage != "predict":
-            MapRecorder(pl_module, replicates=0)
+        """Refuse a second callback before training."""
+        if stage == "predict":
+            return
+        try:
+            attention_layers(pl_module)
+            self._has_attention = True
+        except ValueError:  # the control arm of a comparison has the same callbacks
+            self._has_attention = False
+            rank_zero_warn("MapCorrelation logs nothing, because the network has no attention.")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(item, MapCorrelation) for item in callbacks) > 1:
+            raise ValueError(
+                "There are several MapCorrelation callbacks, and all would log under the same names. Leave one; "
+                "dia-lightning analyze has all protocols."
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew, with a bootstrap of its own in every process."""
         self._recorder = None
-        if not trainer.sanity_checking:
+        if self._has_attention and not trainer.sanity_checking:
             seed = self.seed + trainer.global_rank
             self._recorder = MapRecorder(pl_module, replicates=self.replicates, seed=seed)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the step, and no more than that: other callbacks run the network too."""
+        """Watch the step; other callbacks run the network after it."""
         if self._recorder is not None:
-            self._recorder.counted = _counted(batch)
+            self._recorder.only_next(_counted(batch))
             self._watching.enter_context(self._recorder)
 
     def on_validation_batch_end(

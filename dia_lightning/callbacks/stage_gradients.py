@@ -65,6 +65,7 @@ class StageGradients(Callback):
         if any(module._compiled_call_impl is not None for module in pl_module.modules()):
             raise ValueError("StageGradients cannot look into a compiled network. Train it with compile=False.")
         self._measured_step = -1
+        self._means = {}  # a resumed run gets its own back after this
         self._found = _last_blocks(pl_module) if self.blocks is None else self.blocks
         known = dict(pl_module.named_modules())
         for path in self._found:
@@ -105,7 +106,7 @@ class StageGradients(Callback):
         if trainer.is_global_zero:
             stages = {f"stage {number} ({path})": self._means.get(path, []) for number, path in enumerate(self._found)}
             silent = [path for path in self._found if not any(map(math.isfinite, self._means.get(path, [])))]
-            if silent:
+            if silent and self._means:
                 rank_zero_warn(f"No gradient reached {', '.join(silent)} in training: is all before and in it frozen?")
             figure = draw_stage_gradients(stages) if len(silent) < len(stages) else None
         log_picture(trainer, "train/gradients_of_stages", figure)
@@ -124,6 +125,11 @@ class StageGradients(Callback):
 
     def _watch(self, module: nn.Module, args: Any, output: Any, *, path: str, scaler: Any, parts: int) -> None:
         features = output[0] if isinstance(output, tuple) else output
+        if not isinstance(features, Tensor):
+            raise ValueError(
+                f"blocks: the output of {path} is a {type(features).__name__} and no features. Name a block that "
+                "returns a tensor."
+            )
         if not features.requires_grad:  # evaluation within the step, or all of it frozen
             return
 
@@ -133,7 +139,7 @@ class StageGradients(Callback):
                 sizes = sizes / scaler.get_scale()
             self._sizes[path] = sizes.mean(), sizes.median()
 
-        features.register_hook(measure)
+        features.register_hook(measure)  # type: ignore[no-untyped-call]
 
 
 def _last_blocks(task: nn.Module) -> list[str]:

@@ -40,7 +40,7 @@ class Analysis:
         correlations: per protocol and stage.
         gates: per stage.
         importance: per stage.
-        recommendation: ``None`` for a network that was trained with ``plug``.
+        recommendation: ``None`` for a network whose layers share units already, or that has ``plug``.
         gradients: of the loss, summed over the images of a batch.
         without_shortcuts: the same with the same weights and no shortcuts; ``None`` for networks that need theirs.
         change: of the features.

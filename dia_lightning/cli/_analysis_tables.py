@@ -74,7 +74,7 @@ def report(analysis: "Analysis", origin: str, pictures: list[str]) -> str:
         "## Values of the maps",
         "Deviation is over images (mean over channels); 1 % of the values are below and 1 % above the columns 1 % and "
         "99 %; closed and open are the shares of values below 1 % and above 99 % of the bound. Explained is the share "
-        "of the variance that a random forest predicts from the maps of the layers before.",
+        "of the variance that a random forest predicts from the maps of the layers before; at 0 or below, nothing.",
         layers,
         "## Blocks",
         "Gradient is the mean of |dLoss / d output|, with the loss summed over the images of a batch; change is "
@@ -91,7 +91,13 @@ def advice(analysis: "Analysis") -> str:
     found = analysis.recommendation
     if found is None:
         return (
-            "The network was trained with plug; which layers could share a unit is told for attention in every block."
+            "Which layers could share a unit is told for networks with a unit of its own in every block (--model.share "
+            "block, no plug): that layers agree which share one already says nothing about it."
+        )
+    if found.plug is None and any(len(group) > 1 for groups in found.groups for group in groups):
+        return (
+            f"Consecutive layers have maps that correlate by {found.threshold:g} or more per image, but they fill no "
+            "whole block, which is what --model.plug chooses."
         )
     if found.plug is None:
         return (

@@ -1,6 +1,7 @@
 """A task and its data as a config describes them, without training: what ``fit`` would begin with."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from dia_lightning.cli.command import DIACLI
@@ -21,11 +22,11 @@ class _BuiltRun(DIACLI):
         pass
 
 
-def built_run(config: str, root: str | None) -> tuple[DIATask, DIADataModule]:
-    """Return the task of a config, in evaluation mode, and its data, which are fetched if they are not there.
+def built_run(configs: Sequence[str], root: str | None) -> tuple[DIATask, DIADataModule]:
+    """Return the task of configs, in evaluation mode, and its data, which are fetched if they are not there.
 
     Args:
-        config: file that ``fit`` takes; the classes that it names are imported.
+        configs: files that ``fit`` takes, merged from left to right; the classes that they name are imported.
         root: folder of the data, in place of that in the config.
 
     Raises:
@@ -35,7 +36,7 @@ def built_run(config: str, root: str | None) -> tuple[DIATask, DIADataModule]:
     data = () if root is None else ("--data.root", root)
     logging.disable(logging.INFO)  # seeds and other news of a training
     try:
-        built = _BuiltRun(["fit", "-c", config, *_WITHOUT_TRAINING, *data])
+        built = _BuiltRun(["fit", *(f"--config={config}" for config in configs), *_WITHOUT_TRAINING, *data])
     finally:
         logging.disable(logging.NOTSET)
     built.datamodule.prepare_data()

@@ -31,14 +31,14 @@ def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
     """
     if "://" in ckpt_path:
         raise ValueError(
-            f"--ckpt_path {ckpt_path}: checkpoints are not loaded from URLs. Download it and give the file."
+            f"Checkpoint {ckpt_path}: checkpoints are not loaded from URLs. Download it and give the file."
         )
     if ckpt_path == "last":
         return str(_newest(roots, ["last*.ckpt", "*.ckpt"], ckpt_path))
     if ckpt_path == "best":
         return str(_best(_newest(roots, ["*.ckpt"], ckpt_path)))
     if not Path(ckpt_path).exists():
-        raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file. Give a path, 'last' or 'best'.")
+        raise ValueError(f"Checkpoint {ckpt_path}: there is no such file. Give a path, 'last' or 'best'.")
     return ckpt_path
 
 
@@ -153,7 +153,7 @@ def _newest(roots: Iterable[Path], patterns: Iterable[str], wanted: str) -> Path
         if found:
             return max(found, key=lambda path: (path.stat().st_mtime_ns, path))
     places = " or ".join(str(root) for root in folders)
-    raise ValueError(f"--ckpt_path {wanted}: there is no checkpoint below {places}. Train first or give a path.")
+    raise ValueError(f"Checkpoint {wanted}: there is no checkpoint below {places}. Train first or give a path.")
 
 
 def _best(newest: Path) -> Path:
@@ -169,6 +169,6 @@ def _best(newest: Path) -> Path:
             if candidate.is_file():
                 return candidate
     raise ValueError(
-        f"--ckpt_path best: the newest run ({newest.parent}) has no best checkpoint, perhaps because it was never "
-        "validated. Use --ckpt_path last, or give a path."
+        f"Checkpoint best: the newest run ({newest.parent}) has no best checkpoint, perhaps because it was never "
+        "validated. Use last, or give a path."
     )

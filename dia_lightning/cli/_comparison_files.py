@@ -19,8 +19,9 @@ COLUMNS = (
 )
 NOTE = """\
 Deviations are those of single runs (n - 1). Intervals are 95 % t-intervals of means over seeds; differences are paired
-by seed. No interval is widened for the number of comparisons: among twenty without any effect, one is expected to leave
-out 0.
+by seed. Seeds that diverged or failed have no value and are left out of all of these, which favours arms that lose
+their worst seeds. No interval is widened for the number of comparisons: among twenty without any effect, one is
+expected to leave out 0.
 """
 
 
@@ -101,7 +102,9 @@ def _cells(row: Row, metric: Metric) -> tuple[str, ...]:
     mean = "-" if shown is None else f"{shown.mean:.{metric.digits}f}"
     if shown is not None and shown.deviation is not None:
         mean += f" ± {shown.deviation:.{metric.digits}f}"
-    change = "-" if difference is None else f"{difference.mean:+.{metric.digits}f}"
+    change = "-" if difference is None else _number(difference.mean, metric.digits, "+")
+    if difference is not None and difference.n < row.seeds:
+        change += f" ({difference.n} pair{'s' * (difference.n > 1)})"
     intervals = _interval(shown, metric.digits), _interval(difference, metric.digits, "+")
     return row.arm, count, mean, intervals[0], row.control or "-", change, intervals[1]
 
@@ -109,7 +112,12 @@ def _cells(row: Row, metric: Metric) -> tuple[str, ...]:
 def _interval(shown: Estimate | None, digits: int, sign: str = "") -> str:
     if shown is None or shown.low is None:
         return "-"
-    return f"{shown.low:{sign}.{digits}f} to {shown.high:{sign}.{digits}f}"
+    assert shown.high is not None
+    return f"{_number(shown.low, digits, sign)} to {_number(shown.high, digits, sign)}"
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0 takes the sign off a zero
 
 
 def _csv_row(metric: Metric, row: Row) -> list[object]:

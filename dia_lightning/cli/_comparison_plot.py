@@ -52,8 +52,11 @@ def _draw_metric(ax: Axes, metric: Metric, rows: Sequence[Row]) -> None:
         labelled = True
         ax.plot(list(row.values.values()), heights, "o", color=SEEDS, alpha=0.8, markersize=5, label=points)
         low, high = row.estimate.low, row.estimate.high
-        error = None if low is None or high is None else [[row.estimate.mean - low], [high - row.estimate.mean]]
-        ax.errorbar(row.estimate.mean, height, xerr=error, fmt="D", color="black", markersize=5, capsize=4, label=mean)
+        if low is not None and high is not None:  # the mean of one seed would only cover it
+            error = [[row.estimate.mean - low], [high - row.estimate.mean]]
+            ax.errorbar(
+                row.estimate.mean, height, xerr=error, fmt="D", color="black", markersize=5, capsize=4, label=mean
+            )
         if row.missing:
             ax.annotate(
                 row.missing,

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from dia_lightning.cli._errors import PROGRAM
+from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli._experiment import Experiment, Run
 from dia_lightning.cli._run_results import Result, last_values, write_result
 
@@ -45,6 +45,7 @@ def run_all(
     folder: Path,
     lock: IO[str],
     jobs: int,
+    begin: Callable[[Run], None],
     report: Callable[[Run, Result], None],
 ) -> None:
     """Start the runs, as many at a time as there are jobs, and write the result of each into its folder.
@@ -58,7 +59,11 @@ def run_all(
         folder: of the experiment.
         lock: of the folder, from :func:`locked`.
         jobs: how many at a time, at least 1.
+        begin: called with every run that starts.
         report: called with every run that has ended and its result.
+
+    Raises:
+        UserError: if a run has ended well and has not logged what is to be compared, as all others would.
     """
     waiting, free = deque(runs), _environments(jobs)
     running: list[_Child] = []
@@ -66,6 +71,7 @@ def run_all(
         try:
             while waiting or running:
                 while waiting and free:
+                    begin(waiting[0])
                     running.append(_start(waiting.popleft(), folder, free.pop(0), lock))
                 for child in [child for child in running if child.process.poll() is not None]:
                     result = _result_of(child, experiment)
@@ -73,6 +79,8 @@ def run_all(
                     running.remove(child)
                     free.append(dict(child.environment))
                     report(child.run, result)
+                    if child.process.returncode == 0 and result.outcome == "failed":
+                        raise UserError(result.message)
                 time.sleep(0.05)
         finally:
             _end(running)
@@ -129,7 +137,10 @@ def _result_of(child: _Child, experiment: Experiment) -> Result:
         return result
     if code == 0:
         known = ", ".join(metrics) or "nothing"
-        message = f"The run logged no {missing[0]}, but {known}. Test metrics need the option test_after_fit: true."
+        message = (
+            f"metrics: a run of '{child.run.arm}' has ended and logged no {missing[0]}, but {known}. Name one of "
+            "these; test metrics need the option test_after_fit: true."
+        )
     else:
         message = _last_line(child.folder / LOG)
         message = message if code > 0 else f"ended by {signal.Signals(-code).name}; before: {message}"

@@ -71,7 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     without = "the network is analyzed as the config builds it: at its start, or with pretrained weights"
     _checkpoint_argument.add_arguments(parser, out="analysis", without=without)
     add = parser.add_argument
-    add("-c", "--config", help="config whose data to use (default: config.yaml of the run), or to build all from")
+    add(
+        *("-c", "--config"),
+        action="append",
+        default=[],
+        help="config whose data to use (default: config.yaml of the run), or, without a checkpoint, to build all from; "
+        "several are merged from left to right",
+    )
     add("--root", help="folder of the data (default: that of the config)")
     add("--split", default="test", choices=("train", "val", "test"), help="which part of the data (default: test)")
     add("--images", type=int, default=1000, help="how many, in the shares of the classes (default: 1000)")
@@ -87,8 +93,13 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be {least} or more, got {value}.")
     if not 0 < options.threshold <= 1:
         raise ValueError(f"--threshold must be above 0 and at most 1, got {options.threshold}.")
-    if options.checkpoint is None and options.config is None:
+    if options.checkpoint is None and not options.config:
         raise ValueError("There is nothing to analyze: give a checkpoint ('best', 'last', a file) or -c CONFIG.")
+    if options.checkpoint is not None and len(options.config) > 1:
+        raise ValueError(
+            f"-c {' -c '.join(options.config)}: with a checkpoint only the data of one config are used. Give the one "
+            "with the data; loggers are chosen with --log."
+        )
     _checkpoint_argument.check_out_is_new(options)
 
 
@@ -100,14 +111,14 @@ def _from_checkpoint(path: Path, options: argparse.Namespace) -> "tuple[DIATask,
     from dia_lightning.tasks import load_task
 
     task = load_task(path)
-    config = Path(options.config or _checkpoint_argument.run_folder_of(path) / "config.yaml")
+    config = Path(*options.config) if options.config else _checkpoint_argument.run_folder_of(path) / "config.yaml"
     return task, data_module_of(config, task, options.root), config
 
 
 def _from_config(options: argparse.Namespace) -> "tuple[DIATask, DIADataModule, Path]":
     from dia_lightning.cli._built_run import built_run
 
-    return *built_run(options.config, options.root), Path(options.config)
+    return *built_run(options.config, options.root), Path(options.config[0])
 
 
 def _check_attention(task: "DIATask", source: Path) -> None:
@@ -137,12 +148,19 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     from dia_lightning.cli._analysis import Analysis
 
     network = _network(task)
-    loader = data.evaluation_dataloader(options.split, count=options.images)
-    with analysis.MapRecorder(network, keep=KEPT_IMAGES, seed=options.seed) as recorder:
-        first = _run_network(task, loader, recorder)
-    stages = recorder.stages
+
+    def batches(count: int) -> Any:
+        """Return images in the shares of the classes, in the order of the data: the first ones alone would not be."""
+        return data.evaluation_dataloader(options.split, count=count)
+
+    recorder = _record(task, network, batches(options.images), keep=KEPT_IMAGES, seed=options.seed)
+    stages, kept = recorder.stages, recorder.stages
+    if options.images > KEPT_IMAGES:
+        kept = _record(task, network, batches(KEPT_IMAGES), keep=KEPT_IMAGES, replicates=0).stages
     correlations = {protocol: analysis.map_correlation(stages, protocol) for protocol in get_args(analysis.Protocol)}
-    has_plug = task.hparams.get("plug") is not None
+    one_per_block = task.hparams.get("share") == "block" and task.hparams.get("plug") is None
+    one_batch = batches(min(GRADIENT_IMAGES, batches(GRADIENT_IMAGES).batch_size or 1))
+    first = _on_device(task, next(iter(one_batch)))
     loss = partial(task.evaluation_loss, first)
     without = _gradients_without_shortcuts(network, loss)
     subject = {
@@ -161,29 +179,29 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
         notes=_notes(task, has_shortcuts=without is not None),
         correlations=correlations,
         gates=analysis.gate_statistics(stages),
-        importance=analysis.map_importance(stages, seed=options.seed),
-        recommendation=None
-        if has_plug
-        else analysis.recommend(network, correlations["per-image"], threshold=options.threshold),
+        importance=analysis.map_importance(kept, seed=options.seed),
+        recommendation=analysis.recommend(network, correlations["per-image"], threshold=options.threshold)
+        if one_per_block
+        else None,
         gradients=analysis.gradient_flow(network, loss),
         without_shortcuts=without,
         change=analysis.relative_change(network, loss),
     )
 
 
-def _run_network(task: "DIATask", loader: Any, recorder: "MapRecorder") -> list[Any]:
-    """Run the network on all batches, and return the first images with what belongs to them."""
-    first: list[Any] | None = None
-    for batch in tqdm(loader, desc="analyzing", unit="batch", disable=None):
-        batch = task.transfer_batch_to_device(batch, task.device, 0)
-        with torch.no_grad():
-            loss: Tensor = task.evaluation_loss(batch)
-        if not loss.isfinite():
-            raise ValueError("The loss of the network is not finite: it diverged in training. Take another run.")
-        if first is None:
-            first = [part[:GRADIENT_IMAGES] for part in batch]
-    assert first is not None
-    return first
+def _record(task: "DIATask", network: nn.Module, loader: Any, **options: Any) -> "MapRecorder":
+    """Run the network on all batches."""
+    from dia_lightning.analysis import MapRecorder
+
+    with MapRecorder(network, **options) as recorder, torch.no_grad():
+        for batch in tqdm(loader, desc="analyzing", unit="batch", disable=None):
+            if not task.evaluation_loss(_on_device(task, batch)).isfinite():
+                raise ValueError("The loss of the network is not finite: its weights or the images are broken.")
+    return recorder
+
+
+def _on_device(task: "DIATask", batch: Any) -> Any:
+    return task.transfer_batch_to_device(batch, task.device, 0)
 
 
 def _gradients_without_shortcuts(network: nn.Module, loss: "partial[Tensor]") -> "GradientFlow | None":

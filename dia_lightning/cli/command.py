@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any, get_args, get_origin
 
 from jsonargparse import Namespace
@@ -14,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dia_lightning.callbacks  # noqa: F401  its classes can then be given by their short names
 from dia_lightning.cli import _checkpoints, _strict_yaml
@@ -172,10 +174,13 @@ class DIACLI(LightningCLI):
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
             raise UserError(_checkpoints.misfit(str(error), self.config[subcommand].ckpt_path)) from error
-        except SystemExit:
-            if subcommand == "fit" and self.trainer.interrupted:
+        except SystemExit as stop:
+            if not self.trainer.interrupted:
+                raise
+            if subcommand == "fit":
                 self._say_how_to_resume()
-            raise
+            # Lightning ends with 0 after SIGTERM, as if all was done
+            raise SystemExit(128 + (SIGTERM if isinstance(stop, SIGTERMException) else SIGINT)) from stop
 
     def _say_how_to_resume(self) -> None:
         saved = [callback.last_model_path or callback.best_model_path for callback in self._checkpoint_callbacks()]

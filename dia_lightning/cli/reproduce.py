@@ -97,14 +97,23 @@ def _run_all(runs: Sequence[Run], experiment: Experiment, folder: Path, lock: IO
     failed = 0
     with tqdm(total=len(runs), desc=experiment.name, unit="run", disable=None) as bar:
 
+        def say(line: str) -> None:
+            bar.write(f"{PROGRAM}: {line}", file=sys.stderr)
+
+        def begin(run: Run) -> None:
+            say(f"{run.arm}, seed {run.seed}: running, log in {folder / run.place / LOG}")
+
         def report(run: Run, result: Result) -> None:
             nonlocal failed
             failed += result.outcome == "failed"
-            bar.write(_line(run, result, experiment, folder), file=sys.stderr)
+            say(_line(run, result, experiment, folder))
             bar.update()
 
         try:
-            run_all(runs, experiment, folder, lock, jobs, report)
+            run_all(runs, experiment, folder, lock, jobs, begin, report)
+        except (KeyboardInterrupt, SystemExit):
+            say(f"stopped, {bar.n} of {len(runs)} runs have ended; the same command goes on with the others")
+            raise
         finally:
             results = read_results(experiment, folder)
             path = write_comparison(experiment, results, folder)
@@ -122,4 +131,4 @@ def _line(run: Run, result: Result, experiment: Experiment, folder: Path) -> str
     )
     what = shown if result.outcome == "finished" else result.message
     log = f" See {folder / run.place / LOG}" if result.outcome == "failed" else ""
-    return f"{PROGRAM}: {run.arm}, seed {run.seed}: {result.outcome} after {result.seconds:.0f} s: {what}{log}"
+    return f"{run.arm}, seed {run.seed}: {result.outcome} after {result.seconds:.0f} s: {what}{log}"

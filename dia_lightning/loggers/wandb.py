@@ -1,6 +1,7 @@
 """Weights & Biases for runs that must not end because of it."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ class WandbLogger(LightningWandbLogger):
         settings: any other of W&B's settings by name, for example ``{"init_timeout": 60}``.
 
     Raises:
-        ValueError: if ``watch`` or ``watch_freq`` is out of range, or ``settings`` has an unknown or wrong one.
+        ValueError: if ``id``, ``watch`` or ``watch_freq`` is out of range, or ``settings`` has an unknown or wrong one.
         ModuleNotFoundError: if wandb is not installed.
 
     Example:
@@ -94,6 +95,8 @@ class WandbLogger(LightningWandbLogger):
             raise ValueError(
                 f"watch_freq must be 1 step or more, got {watch_freq}. Use 200, or watch=None for no histograms."
             )
+        if id is not None and re.fullmatch(r"[\w-]{1,128}", id, re.ASCII) is None:
+            raise ValueError(f"id {id!r} is no id of a run. Use letters, digits, '-' and '_', at most 128.")
         super().__init__(
             name=name,
             save_dir=save_dir,

@@ -257,7 +257,8 @@ class DIATask(LightningModule):
         schedules = self.lr_schedulers()
         schedule = schedules[0] if isinstance(schedules, list) else schedules
         main = schedule._schedulers[-1] if isinstance(schedule, SequentialLR) else schedule
-        if isinstance(main, CosineAnnealingLR) and isinstance(self._schedule, str):
+        resumed = self.trainer.current_epoch > 0
+        if resumed and isinstance(main, CosineAnnealingLR) and isinstance(self._schedule, str):
             end = main.T_max + self._warmup_epochs
             if end != self.trainer.max_epochs:
                 rank_zero_warn(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dia_lightning.analysis import MapRecorder, gate_statistics, map_correlation, mean_correlation, mean_interval
 from dia_lightning.analysis.correlation import Protocol
 from dia_lightning.analysis.recorder import Content
-from dia_lightning.attention import attach
+from dia_lightning.attention import attach, attention_layers
 from dia_lightning.models import get_model
-from tests.analysis.scripted_maps import Maps, Script, play, recorded, scripted_network
+from tests.analysis.scripted_maps import Block, Maps, Script, play, recorded, scripted_network
 
 LAYERS, CHANNELS = 3, 40
 KNOWN = np.array([[1.0, 0.8, -0.3], [0.8, 1.0, 0.1], [-0.3, 0.1, 1.0]])
@@ -140,13 +140,40 @@ def test_images_that_do_not_count_are_left_out() -> None:
     maps = with_known_correlation(30, along="pooled")
     network = scripted_network(LAYERS, CHANNELS)
     with MapRecorder(network) as recorder:
-        recorder.counted = torch.arange(40) < 30
+        recorder.only_next(torch.arange(40) < 30)
         padded = np.concatenate([maps, 100 * np.ones((10, LAYERS, CHANNELS))])
+        play(network, padded[:7])  # another number of images
         play(network, padded)
-        recorder.counted = torch.zeros(5, dtype=torch.bool)  # as the last batch of a process may be
+        play(network, padded)  # not asked for
+        recorder.only_next(torch.zeros(5, dtype=torch.bool))  # as the last batch of a process may be
         play(network, padded[:5])
     assert recorder.images == 30
     np.testing.assert_allclose(map_correlation(recorder.stages, "pooled")[0].matrix.numpy(), KNOWN, atol=1e-6)
+
+
+class RunsBackwards(nn.Module):
+    """A network whose stages run in another order than they are registered in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Sequential(Block(4), Block(4))
+        self.early = nn.Sequential(Block(6), Block(6))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.late(self.early(images)[:, :4])
+        return features
+
+
+def test_all_stages_draw_the_same_images_in_whatever_order_they_run() -> None:
+    network = attach(RunsBackwards(), "se", share="block", reduction=2, sites=["*.*.end"]).double().eval()
+    with MapRecorder(network) as recorder, torch.no_grad():
+        for batch in (8, 8, 3):
+            network(torch.randn(batch, 6, 8, 8, dtype=torch.float64))
+    assert next(layer.path for layer in attention_layers(network)) == "late.0.end"
+    one, other = (stage.moments.images for stage in recorder.stages)
+    assert one[0] == 19
+    assert one[1:].std() > 0
+    assert torch.equal(one, other)
 
 
 def test_an_abandoned_forward_leaves_nothing_behind() -> None:

@@ -171,6 +171,10 @@ def test_mistakes_are_said() -> None:
         relative_change(network, lambda: network(IMAGES), blocks=["1", "0.unused"])
     with pytest.raises(ValueError, match="has no module '7'"):
         relative_change(network, lambda: network(IMAGES), blocks=["7"])
+    network[1].register_forward_hook(lambda module, args, features: {"features": features})  # type: ignore[index]
+    with pytest.raises(ValueError, match="output of the block 1 is a dict and no features"):
+        relative_change(network, lambda: network[:2](IMAGES), blocks=["1"])  # type: ignore[index]
+    network[1]._forward_hooks.clear()  # type: ignore[index]
     with pytest.raises(ValueError, match="loss must return one number"):
         gradient_flow(network, lambda: network(IMAGES), blocks=["1"])
     with pytest.raises(ValueError, match="loss must return one number"):

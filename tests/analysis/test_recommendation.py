@@ -1,5 +1,7 @@
 """Which layers could share a unit, for correlations that are given."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,8 @@ def test_a_block_with_several_sites_is_plugged_as_a_whole() -> None:
     agreeing = StageCorrelation(0, stage.layers, blocks(1, 5), 0.0, (NAN, NAN), 0.0, torch.zeros(0))
     found = recommend(vit, [agreeing])
     assert found.plug == "011"  # of the first block only one site agrees
+    assert recommend(vit, [replace(agreeing, matrix=blocks(1, 2, 2, 1))]).plug is None  # halves of two blocks each
+    assert recommend(vit, [replace(agreeing, matrix=blocks(1, 3, 2))]).plug == "010"  # the smaller group fills one too
     attach(detach(vit), "se", plug=found.plug)
 
 

@@ -19,10 +19,10 @@ from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
 NAMES = ["map_correlation", *(f"map_correlation_stage{stage}" for stage in range(3))]
 
 
-def task(**options: Any) -> ClassificationTask:
+def task(cls: type[ClassificationTask] = ClassificationTask, **options: Any) -> ClassificationTask:
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"attention": "se", "share": "block", "attention_args": {"reduction": 2}, **options}
-    made = ClassificationTask("cifar_resnet", 10, backbone_args={"depth": 14, "block": "basic"}, **arguments)
+    made = cls("cifar_resnet", 10, backbone_args={"depth": 14, "block": "basic"}, **arguments)
     for name, parameter in made.named_parameters():
         if ".dia." in name:  # else maps hardly differ from image to image
             torch.nn.init.normal_(parameter)
@@ -97,11 +97,35 @@ class RunsTheNetwork(Callback):
         pl_module(torch.randn(3, 3, 8, 8))
 
 
-def test_only_validation_steps_count(tmp_path: Path) -> None:
-    model = task()
-    trainer = tiny_trainer(tmp_path, MapCorrelation(), RunsTheNetwork())
+@pytest.mark.parametrize("first", [True, False])
+def test_only_validation_steps_count(tmp_path: Path, first: bool) -> None:
+    model, callbacks = task(), [MapCorrelation(), RunsTheNetwork()]
+    trainer = tiny_trainer(tmp_path, *(callbacks if first else callbacks[::-1]))
     (found,) = trainer.validate(model, digits(), verbose=False)
     check(found, expected(model))
+
+
+class RunsTwice(ClassificationTask):
+    """As a detector does that also logs the losses of validation: of images that are no padding, then of all."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self(batch[0][:-1])
+        result = super().validation_step(batch, batch_idx)
+        self(batch[0].flip(0))
+        return result
+
+
+def test_every_image_of_a_step_counts_once(tmp_path: Path) -> None:
+    model = task(cls=RunsTwice)
+    (found,) = tiny_trainer(tmp_path, MapCorrelation()).validate(model, digits(), verbose=False)
+    check(found, expected(model))
+
+
+def test_a_network_without_attention_trains_and_warns(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, MapCorrelation())
+    with pytest.warns(UserWarning, match="MapCorrelation logs nothing, because the network has no attention"):
+        trainer.fit(TinyTask(), datamodule=TinyData())
+    assert "val/map_correlation" not in trainer.callback_metrics
 
 
 class Interrupt(Callback):
@@ -139,5 +163,5 @@ def test_mistakes_are_said_before_training(tmp_path: Path) -> None:
         MapCorrelation(protocol="mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="replicates must be 0 or more, got -1"):
         MapCorrelation(replicates=-1)
-    with pytest.raises(ValueError, match="No attention is attached"):
-        tiny_trainer(tmp_path, MapCorrelation()).fit(TinyTask(), datamodule=TinyData())
+    with pytest.raises(ValueError, match="There are several MapCorrelation callbacks"):
+        tiny_trainer(tmp_path, MapCorrelation(), MapCorrelation(protocol="centred")).fit(task(), digits())

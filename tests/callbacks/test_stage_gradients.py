@@ -34,7 +34,8 @@ def digits(**options: Any) -> DigitsDataModule:
 class ByHand(Callback):
     """Computes the gradients at the end of every stage of the first batch of every step, from a copy of the weights."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, file: Path | None = None, **options: Any) -> None:
+        self.file = file  # for what is found in another process
         self.options = options
         self.found: dict[int, list[Tensor]] = {}
 
@@ -48,6 +49,10 @@ class ByHand(Callback):
             model.get_submodule(stage).register_forward_hook(lambda *args: outputs.append(args[2]))
         loss = torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
         self.found[trainer.global_step] = [one.abs() for one in torch.autograd.grad(loss, outputs)]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.file is not None and trainer.is_global_zero:
+            torch.save(self.found, self.file)
 
 
 def rows_of(trainer: Trainer) -> dict[int, dict[str, float]]:
@@ -142,6 +147,13 @@ def test_a_resumed_run_keeps_its_distribution(tmp_path: Path) -> None:
     assert [len(values) for values in callback.state_dict()["means"].values()] == [8, 8, 8]
 
 
+def test_another_fit_has_a_distribution_of_its_own(tmp_path: Path) -> None:
+    callback = StageGradients()
+    for _ in range(2):
+        tiny_trainer(tmp_path, callback).fit(task(), digits())
+    assert [len(values) for values in callback.state_dict()["means"].values()] == [4, 4, 4]
+
+
 class Interrupt(Callback):
     def on_before_optimizer_step(self, *_: Any) -> None:
         raise RuntimeError("interrupted")
@@ -168,11 +180,24 @@ def test_stages_that_no_gradient_reaches_are_said(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_a_distributed_run_the_first_process_logs_its_own(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, version=0)
-    trainer = tiny_trainer(tmp_path, StageGradients(), logger=logger, devices=2, strategy="ddp_spawn")
+    logger, hand = CSVLogger(tmp_path, version=0), ByHand(tmp_path / "found.pt")
+    trainer = tiny_trainer(tmp_path, hand, StageGradients(), logger=logger, devices=2, strategy="ddp_spawn")
     trainer.fit(task(), digits(batch_size=5))
-    assert sorted(rows_of(trainer)) == [0, 1, 2, 3]
+    check(rows_of(trainer), torch.load(tmp_path / "found.pt"), [0, 1, 2, 3])
     assert (tmp_path / "lightning_logs/version_0/pictures/train/gradients_of_stages/step=000004.png").exists()
+
+
+class Named(torch.nn.Module):
+    def forward(self, logits: Tensor) -> dict[str, Tensor]:
+        return {"logits": logits}
+
+
+def test_a_block_that_returns_no_tensor_is_named(tmp_path: Path) -> None:
+    model = task()
+    model.named = Named()
+    model.register_forward_hook(lambda module, args, logits: module.named(logits)["logits"])
+    with pytest.raises(ValueError, match="the output of named is a dict and no features"):
+        tiny_trainer(tmp_path, StageGradients(blocks=["named"])).fit(model, digits())
 
 
 def test_mistakes_are_said_before_training(tmp_path: Path) -> None:

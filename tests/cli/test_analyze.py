@@ -127,14 +127,18 @@ def test_the_recommendation_is_an_option_of_fit(run: Run, run_folder: Path, caps
     run("fit", "-c", str(run_folder / "config.yaml"), *options, "--trainer.fast_dev_run", "true")
 
 
-def test_a_network_with_a_plug_gets_no_recommendation(run: Run, workplace: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [["--model.plug", "11|10|01", "--model.share", "block"], ["--model.share", "stage"]]
+)
+def test_only_a_unit_in_every_block_gets_a_recommendation(run: Run, workplace: Path, options: list[str]) -> None:
     (workplace / "tiny.yaml").write_text(CONFIG.replace("{depth: 11}", "{depth: 14, block: basic}"))
-    run("fit", "-c", "tiny.yaml", "--model.plug", "11|10|01")
+    run("fit", "-c", "tiny.yaml", *options)
     run("analyze", "last", "--out", "here")
     result = result_of(Path("here"))
     assert result["recommendation"] is None
-    assert result["correlations"]["pooled"][1]["mean"] is None  # a single layer
-    assert "was trained with plug" in Path("here/report.md").read_text()
+    single = "--model.plug" in options
+    assert (result["correlations"]["pooled"][1]["mean"] is None) == single  # of a single layer
+    assert "told for networks with a unit of its own in every block" in Path("here/report.md").read_text()
 
 
 def test_stages_of_one_layer_have_no_importance(run: Run, trained: Path, workplace: Path) -> None:
@@ -178,6 +182,7 @@ def test_a_terminal_sees_the_progress(
         ("-c broken.yaml", "broken.yaml is no YAML"),
         ("-c twice.yaml", "data is given twice"),
         ("-c empty.yaml", "empty.yaml has no section 'data'"),
+        ("-c tiny.yaml -c empty.yaml", "-c tiny.yaml -c empty.yaml: with a checkpoint only the data of one config"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(run_folder: Path, fails: Fails, options: str, message: str) -> None:
@@ -234,4 +239,4 @@ def test_a_network_that_diverged_is_said(run_folder: Path, fails: Fails) -> None
     state = torch.load(path, weights_only=True)
     next(iter(state["state_dict"].values())).fill_(math.nan)
     torch.save(state, path)
-    assert "not finite: it diverged in training" in fails("analyze", "last")
+    assert "not finite: its weights or the images are broken" in fails("analyze", "last")

@@ -84,7 +84,8 @@ def test_a_diffusion_task_is_analyzed_with_the_noise_of_its_validation(run: Run,
         torch.testing.assert_close(
             torch.tensor(found["matrix"]), wanted.matrix, rtol=1e-5, atol=1e-6, check_dtype=False
         )
-    flow = gradient_flow(task.backbone, lambda: task.evaluation_loss(batches[0]))
+    first = next(iter(data.evaluation_dataloader("test", count=10)))  # one batch, in the shares of the classes
+    flow = gradient_flow(task.backbone, lambda: task.evaluation_loss(first))
     assert result["gradients"]["blocks"] == flow.blocks
     assert result["gradients"]["mean"] == pytest.approx(flow.mean.tolist(), rel=1e-4)
     assert result["subject"]["images"] == 15
@@ -136,6 +137,27 @@ def test_without_a_checkpoint_the_network_is_that_which_fit_begins_with(run: Run
     torch.manual_seed(7)
     task = ClassificationTask("cifar_resnet", 10, backbone_args={"depth": 11}, attention="dia-lstm").eval()
     (batch,) = data.evaluation_dataloader("test", count=10)
+    flow = gradient_flow(task.backbone, lambda: task.evaluation_loss(batch))
+    assert result["gradients"]["mean"] == pytest.approx(flow.mean.tolist(), rel=1e-5)
+
+
+def test_configs_are_merged_as_in_fit(run: Run, workplace: Path) -> None:
+    Path("more.yaml").write_text("model: {init_args: {attention: eca, share: block}}")
+    run("analyze", "-c", "tiny.yaml", "-c", "more.yaml", "--images", "10", "--out", "here")
+    subject = result_of("here")["subject"]
+    assert (subject["attention"], subject["share"]) == ("eca", "block")
+
+
+def test_gradients_are_of_a_batch_in_the_shares_of_the_classes(run: Run, workplace: Path) -> None:
+    Path("more.yaml").write_text("data: {init_args: {limit: 200, eval_batch_size: 20}}")
+    run("analyze", "-c", "tiny.yaml", "-c", "more.yaml", "--images", "30", "--out", "here")
+    data = DigitsDataModule(image_size=8, batch_size=10, eval_batch_size=20, limit=200)
+    (batch,) = data.evaluation_dataloader("test", count=20)
+    assert len(batch[1].unique()) == 10
+    result = result_of("here")
+    assert result["subject"]["gradient_images"] == 20
+    torch.manual_seed(0)
+    task = ClassificationTask("cifar_resnet", 10, backbone_args={"depth": 11}, attention="dia-lstm").eval()
     flow = gradient_flow(task.backbone, lambda: task.evaluation_loss(batch))
     assert result["gradients"]["mean"] == pytest.approx(flow.mean.tolist(), rel=1e-5)
 

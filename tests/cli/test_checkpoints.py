@@ -152,7 +152,7 @@ def test_last_looks_where_runs_without_a_logger_are(run: Run, workplace: Path) -
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_a_run_that_does_not_exist_is_not_silently_started_anew(fails: Fails, name: str) -> None:
     message = fails("fit", "-c", "tiny.yaml", "--ckpt_path", name)
-    assert f"--ckpt_path {name}: there is no" in message
+    assert f"Checkpoint {name}: there is no" in message
     assert "runs/tiny" in message
     assert not Path("runs").exists()
 
@@ -211,7 +211,7 @@ def test_best_needs_a_monitored_checkpoint(fails: Fails, run_folder: Path) -> No
 
 def test_a_missing_file_is_one_line(fails: Fails) -> None:
     assert fails("test", "-c", "tiny.yaml", "--ckpt_path", "nowhere.ckpt").startswith(
-        "--ckpt_path nowhere.ckpt: there is no such file"
+        "Checkpoint nowhere.ckpt: there is no such file"
     )
 
 

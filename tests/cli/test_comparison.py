@@ -71,7 +71,7 @@ def test_one_seed_has_no_deviation_and_no_interval() -> None:
         ACCURACY, compare(experiment(shared="plain"), results(plain=[0.5], shared=[0.625]), ACCURACY)
     )
     assert "| plain | 1 (3 of 4 not run yet) | 50.00 | - | - | - | - |" in table
-    assert "| shared | 1 (3 of 4 not run yet) | 62.50 | - | plain | +12.50 | - |" in table
+    assert "| shared | 1 (3 of 4 not run yet) | 62.50 | - | plain | +12.50 (1 pair) | - |" in table
 
 
 def test_every_seed_without_a_value_is_accounted_for() -> None:

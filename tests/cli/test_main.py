@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dia_lightning.tasks import ClassificationTask
 from tests.cli.conftest import Run
@@ -137,20 +138,26 @@ class TestErrors:
             run("fit", "-c", "tiny.yaml", "--model.lr", "-1")
         assert isinstance(info.value.__cause__, ValueError)
 
-    def test_ctrl_c_says_how_to_go_on(
-        self, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (SIGTERMException, 143)])
+    def test_a_stop_says_how_to_go_on_and_is_no_success(
+        self,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        stop: type[BaseException],
+        code: int,
     ) -> None:
         step = ClassificationTask.training_step
 
         def interrupted(task: ClassificationTask, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
             if task.current_epoch == 1:
-                raise KeyboardInterrupt
+                raise stop
             return step(task, batch, index)
 
         monkeypatch.setattr(ClassificationTask, "training_step", interrupted)
         with pytest.raises(SystemExit) as exit_info:
             run("fit", "-c", "tiny.yaml", "--trainer.max_epochs", "3")
-        assert exit_info.value.code != 0
+        assert exit_info.value.code == code
         path = "runs/tiny/version_0/checkpoints/last.ckpt"
         assert f"repeat the command with --ckpt_path {path} to go on" in capsys.readouterr().err
         monkeypatch.undo()

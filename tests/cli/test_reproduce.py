@@ -195,21 +195,28 @@ def test_a_diverged_run_is_counted_and_not_repeated(run: Run, stand_in: Path) ->
     assert float(rows["plain"]["mean"]) == pytest.approx(55.0)
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "message"),
-    [("fail", "the last line"), ("silent", "The run logged no test/acc, but nothing. Test metrics need the option")],
-)
+def test_a_metric_that_the_first_run_does_not_log_stops_all(run: Run, stand_in: Path, fails: Fails) -> None:
+    write_spec(metrics={"test/accc": None})
+    message = fails("reproduce", "spec.yaml")
+    assert "metrics: a run of 'plain' has ended and logged no test/accc, but val/acc, test/acc. Name one of" in message
+    assert started() == ["plain 0"]
+    write_spec()
+    run("reproduce", "spec.yaml")
+    assert started() == ["plain 0", "plain 0", "se per block 0", "plain 1", "se per block 1"]
+
+
 def test_a_failed_run_fails_the_command_after_the_others_and_is_repeated(
-    run: Run, stand_in: Path, capsys: pytest.CaptureFixture[str], behaviour: str, message: str
+    run: Run, stand_in: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    behave(plain=behaviour)
+    behave(plain="fail")
     with pytest.raises(SystemExit) as exit_info:
         run("reproduce", "spec.yaml")
     assert exit_info.value.code == 1
     assert len(started()) == 4
-    assert result("plain", 0)["message"].startswith(message)
+    assert result("plain", 0)["message"] == "the last line"
     printed = capsys.readouterr()
-    assert re.search(rf"plain, seed 0: failed after \d+ s: {message}.* See \S+plain/seed=0/log.txt", printed.err)
+    assert "plain, seed 0: running, log in runs/reproduce/compared/plain/seed=0/log.txt" in printed.err
+    assert re.search(r"plain, seed 0: failed after \d+ s: the last line See \S+plain/seed=0/log.txt", printed.err)
     assert "| plain | 0 (2 of 2 failed) |" in printed.out
     behave()
     run("reproduce", "spec.yaml")
