@@ -69,3 +69,10 @@ def test_the_configs_that_the_readme_names_are_there() -> None:
             r"`((?:classification|detection|diffusion|scores|reproduce|sweeps|logger|trainer)/[\w*.]+)`", names
         ):
             assert list((ROOT / "configs").glob(name)), name
+
+
+def test_the_specification_of_a_comparison_can_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [specification] = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    Path("spec.yaml").write_text(specification)
+    main(["reproduce", "spec.yaml", "--dry_run"])
+    assert capsys.readouterr().out.count("dia-lightning fit") == 9
