@@ -148,45 +148,38 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     from dia_lightning.cli._analysis import Analysis
 
     network = _network(task)
-
-    def batches(count: int) -> Any:
-        """Return images in the shares of the classes, in the order of the data: the first ones alone would not be."""
-        return data.evaluation_dataloader(options.split, count=count)
-
-    recorder = _record(task, network, batches(options.images), keep=KEPT_IMAGES, seed=options.seed)
-    stages, kept = recorder.stages, recorder.stages
+    # in the shares of the classes: the first images in the order of the data would be those of a few classes
+    batches = partial(data.evaluation_dataloader, options.split)
+    recorder = _record(task, network, batches(count=options.images), keep=KEPT_IMAGES, seed=options.seed)
+    kept = recorder
     if options.images > KEPT_IMAGES:
-        kept = _record(task, network, batches(KEPT_IMAGES), keep=KEPT_IMAGES, replicates=0).stages
-    correlations = {protocol: analysis.map_correlation(stages, protocol) for protocol in get_args(analysis.Protocol)}
-    one_per_block = task.hparams.get("share") == "block" and task.hparams.get("plug") is None
-    one_batch = batches(min(GRADIENT_IMAGES, batches(GRADIENT_IMAGES).batch_size or 1))
-    first = _on_device(task, next(iter(one_batch)))
+        kept = _record(task, network, batches(count=KEPT_IMAGES), keep=KEPT_IMAGES, replicates=0)
+    size = batches().batch_size or 1
+    first = _on_device(task, next(iter(batches(count=min(GRADIENT_IMAGES, size)))))
     loss = partial(task.evaluation_loss, first)
+    stages = recorder.stages
+    correlations = {protocol: analysis.map_correlation(stages, protocol) for protocol in get_args(analysis.Protocol)}
     without = _gradients_without_shortcuts(network, loss)
-    subject = {
-        name: str(task.hparams[name]) for name in ("detector", "backbone", "attention", "share") if name in task.hparams
-    }
+    advised = task.hparams.get("share") == "block" and task.hparams.get("plug") is None
+    found = analysis.recommend(network, correlations["per-image"], threshold=options.threshold) if advised else None
+    images = {"images": recorder.images, "gradient_images": len(first[0])}
     return Analysis(
-        subject={
-            "task": type(task).__name__,
-            **{"network" if name == "backbone" else name: value for name, value in subject.items()},
-            "data": type(data).__name__,
-            "split": options.split,
-            "images": recorder.images,
-            "gradient_images": len(first[0]),
-            "seed": options.seed,
-        },
+        subject={**_subject(task, data), "split": options.split, **images, "seed": options.seed},
         notes=_notes(task, has_shortcuts=without is not None),
         correlations=correlations,
         gates=analysis.gate_statistics(stages),
-        importance=analysis.map_importance(kept, seed=options.seed),
-        recommendation=analysis.recommend(network, correlations["per-image"], threshold=options.threshold)
-        if one_per_block
-        else None,
+        importance=analysis.map_importance(kept.stages, seed=options.seed),
+        recommendation=found,
         gradients=analysis.gradient_flow(network, loss),
         without_shortcuts=without,
         change=analysis.relative_change(network, loss),
     )
+
+
+def _subject(task: "DIATask", data: "DIADataModule") -> dict[str, str | int]:
+    names = {"detector": "detector", "backbone": "network", "attention": "attention", "share": "share"}
+    trained = {shown: str(task.hparams[name]) for name, shown in names.items() if name in task.hparams}
+    return {"task": type(task).__name__, **trained, "data": type(data).__name__}
 
 
 def _record(task: "DIATask", network: nn.Module, loader: Any, **options: Any) -> "MapRecorder":
