@@ -51,7 +51,7 @@ def send(analysis: Analysis, folder: Path, kinds: Sequence[str], origin: str) ->
         logger.log_metrics({f"analysis/{name}": value for name, value in scalars(analysis).items()}, step=0)
         logger.finalize("success")
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+            logger.finish()
 
 
 def _wandb(analysis: Analysis, folder: Path, origin: str) -> Logger:

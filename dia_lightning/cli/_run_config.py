@@ -48,8 +48,8 @@ def wandb_id(checkpoint: str) -> str | None:
         checkpoint: a file or folder in ``checkpoints`` of a run folder.
 
     Returns:
-        The id; ``None`` where the run was not logged to W&B or has a newer checkpoint, because steps that W&B has
-        already got would come a second time.
+        The id; ``None`` where the run was not logged to W&B or has a newer checkpoint, because all steps between them
+        would come a second time. Those after the newest checkpoint, of a run that was stopped in mid-epoch, still do.
     """
     path = Path(checkpoint)
     file = path.parent.parent / WANDB_ID

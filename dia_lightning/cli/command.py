@@ -23,7 +23,7 @@ from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ou
 from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.datamodules import DIADataModule
-from dia_lightning.loggers import WandbLogger
+from dia_lightning.loggers.wandb import WandbLogger, default_project
 from dia_lightning.tasks import DIATask
 
 _PACKING = ("Does not validate against", "Call to compute_fn of link")
@@ -295,7 +295,9 @@ def _run_roots(trainer: Namespace) -> list[Path]:
     for logger in _as_list(trainer.logger):
         options = _init_args(logger)
         folder = options.get("save_dir") or trainer.default_root_dir or "."
-        roots.append(Path(folder) / (options.get("project") or options.get("name") or "lightning_logs"))
+        is_wandb = str(logger.class_path).rpartition(".")[2] == "WandbLogger"
+        unnamed = default_project() if is_wandb else options.get("name") or "lightning_logs"
+        roots.append(Path(folder) / (options.get("project") or unnamed))
     if not _as_list(trainer.logger):
         root = Path(trainer.default_root_dir or ".")
         roots += [root / "checkpoints", root / "lightning_logs"]

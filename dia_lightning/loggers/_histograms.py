@@ -37,5 +37,6 @@ def histograms(network: nn.Module, what: Watch) -> dict[str, Any]:
 def _histogram(tensor: Tensor) -> Any:
     import wandb
 
-    values = tensor.detach().float().cpu().numpy().ravel()
+    # in float32 numpy finds no room for the bins between weights that are all nearly 1, as those of norms are at first
+    values = tensor.detach().double().cpu().numpy().ravel()
     return wandb.Histogram(np_histogram=np.histogram(values[np.isfinite(values)], bins=BINS))

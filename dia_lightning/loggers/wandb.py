@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.logger import _convert_params
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
@@ -101,7 +102,7 @@ class WandbLogger(LightningWandbLogger):
             name=name,
             save_dir=save_dir,
             id=id,
-            project=project or os.environ.get("WANDB_PROJECT", "dia-lightning"),
+            project=project or default_project(),
             prefix=prefix,
         )
         more: dict[str, Any] = {
@@ -153,9 +154,9 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Add to the config of the run."""
+        """Add to the config of the run, without secrets."""
         with self._unless_lost():
-            super().log_hyperparams(params)
+            super().log_hyperparams(redact(_convert_params(params)))
 
     @rank_zero_only
     def log_graph(self, model: nn.Module, input_array: Tensor | None = None) -> None:
@@ -185,6 +186,12 @@ class WandbLogger(LightningWandbLogger):
                         self._log_checkpoint(path, alias, callback)
         self._saved = []  # a test after training ends well too
 
+    @rank_zero_only
+    def finish(self) -> None:
+        """End the run, and wait until everything is written."""
+        with self._unless_lost():
+            self.experiment.finish()
+
     def _start(self) -> "Run":
         """Return a run: online or as the user wants it; offline if that fails; without effect if that fails too."""
         import wandb
@@ -209,11 +216,9 @@ class WandbLogger(LightningWandbLogger):
     @contextmanager
     def _unless_lost(self) -> Iterator[None]:
         """Go on without W&B when its process, the network or the disk is gone."""
-        import wandb
-
         try:
             yield
-        except (OSError, wandb.Error) as error:
+        except Exception as error:  # of many classes, of which some have no base in common
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
@@ -236,9 +241,8 @@ class WandbLogger(LightningWandbLogger):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
-                self.experiment.define_metric(
-                    callback.monitor, step_metric=STEP, step_sync=True, summary=f"{callback.mode},last"
-                )
+                name = f"{self._prefix}-{callback.monitor}" if self._prefix else callback.monitor
+                self.experiment.define_metric(name, step_metric=STEP, step_sync=True, summary=f"{callback.mode},last")
 
     def _histograms(self, step: int | None) -> dict[str, Any]:
         if self._histograms_of is None or self._network is None or not self._network.training:
@@ -263,6 +267,11 @@ class WandbLogger(LightningWandbLogger):
         else:
             artifact.add_file(path, name="model.ckpt")
         self.experiment.log_artifact(artifact, aliases=[alias])
+
+
+def default_project() -> str:
+    """Return the project of a logger to which none is given."""
+    return os.environ.get("WANDB_PROJECT", "dia-lightning")
 
 
 def _checked(settings: dict[str, Any]) -> Any:
