@@ -84,6 +84,8 @@ def stand_in(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def call_with_stand_in() -> None:
     """Do in a new process what the fixture does in this one."""
+    # a shell that starts the suite in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _run_pool.COMMAND = (sys.executable, "stand_in.py")  # type: ignore[assignment]
     reproduce._check_commands = lambda runs, folder: None
     call("reproduce", "spec.yaml")
