@@ -57,11 +57,14 @@ class Analysis:
     change: RelativeChange
 
 
-def write(analysis: Analysis, folder: Path, *, checkpoint: Path | None, config: Path) -> None:
+def write(
+    analysis: Analysis, pictures: dict[str, Figure], folder: Path, *, checkpoint: Path | None, config: Path
+) -> None:
     """Write ``result.json``, ``report.md`` and the pictures.
 
     Args:
         analysis: the results.
+        pictures: of them, from :func:`figures`.
         folder: which exists.
         checkpoint: where the network is from, ``None`` if it was built from the config.
         config: where the data are from.
@@ -77,7 +80,6 @@ def write(analysis: Analysis, folder: Path, *, checkpoint: Path | None, config: 
             for name, of in analysis.correlations.items()
         }
     )
-    pictures = figures(analysis)
     text = report(analysis, origin(checkpoint, config), [f"{name}.png" for name in pictures])
     try:
         (folder / "result.json").write_text(json.dumps(result, allow_nan=False), encoding="utf-8")

@@ -1,13 +1,14 @@
 """The results of an analysis in Weights & Biases or TensorBoard."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.figure import Figure
 
 from dia_lightning.callbacks._pictures import send_picture
-from dia_lightning.cli._analysis import Analysis, figures
+from dia_lightning.cli._analysis import Analysis
 from dia_lightning.cli._analysis_tables import report, scalars, tables
 from dia_lightning.cli._errors import UserError
 from dia_lightning.loggers import WandbLogger
@@ -27,11 +28,12 @@ def check_installed(kinds: Sequence[str]) -> None:
             )
 
 
-def send(analysis: Analysis, folder: Path, kinds: Sequence[str], origin: str) -> None:
+def send(analysis: Analysis, pictures: Mapping[str, Figure], folder: Path, kinds: Sequence[str], origin: str) -> None:
     """Send pictures, tables and main numbers to new runs; that of TensorBoard is in the folder of the analysis.
 
     Args:
         analysis: the results.
+        pictures: of them, by name.
         folder: of the analysis, whose files are there.
         kinds: ``"wandb"``, ``"tensorboard"`` or both.
         origin: where the network is from.
@@ -46,7 +48,7 @@ def send(analysis: Analysis, folder: Path, kinds: Sequence[str], origin: str) ->
             raise UserError(
                 f"--log {kind} did not begin ({error}). The files of the analysis are in {folder}."
             ) from error
-        for name, figure in figures(analysis).items():
+        for name, figure in pictures.items():
             send_picture(logger, f"analysis/{name}", figure, 0)
         logger.log_metrics({f"analysis/{name}": value for name, value in scalars(analysis).items()}, step=0)
         logger.finalize("success")

@@ -57,9 +57,10 @@ def run(args: Sequence[str]) -> None:
     analysis = _analyze(task.to(device), data, options)
     place = Path(options.runs) / config.name if checkpoint is None else checkpoint
     folder = _checkpoint_argument.new_folder(options, place, "analysis")
-    _analysis.write(analysis, folder, checkpoint=checkpoint, config=config)
+    pictures = _analysis.figures(analysis)
+    _analysis.write(analysis, pictures, folder, checkpoint=checkpoint, config=config)
     print(f"{_analysis.summary(analysis)}\nreport.md, result.json and pictures: {folder}")
-    _analysis_loggers.send(analysis, folder, options.log, _analysis.origin(checkpoint, config))
+    _analysis_loggers.send(analysis, pictures, folder, options.log, _analysis.origin(checkpoint, config))
 
 
 def _parser() -> argparse.ArgumentParser:

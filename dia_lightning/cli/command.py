@@ -196,17 +196,29 @@ class DIACLI(LightningCLI):
 
 
 class _Rehearsal(DIACLI):
-    """Parses and builds everything that a command needs, and does not run it."""
+    """Parses and builds what a command needs, and does not run it."""
+
+    def __init__(self, args: Sequence[str], *, trainer: bool) -> None:
+        self._with_trainer = trainer
+        super().__init__(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Leave the trainer out if its devices may be elsewhere."""
+        return super().instantiate_trainer(**kwargs) if self._with_trainer else None
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 
-def rehearse(args: Sequence[str]) -> None:
-    """Find the mistakes in a command that show without running it.
+def rehearse(args: Sequence[str], *, trainer: bool = True) -> DIACLI:
+    """Build what a command needs without running it, which finds the mistakes that show by then.
 
     Args:
         args: arguments as in a shell, the command first.
+        trainer: whether the trainer, whose devices must be there, is built too.
+
+    Returns:
+        The task as ``model`` and its data as ``datamodule``.
 
     Raises:
         UserError: if something cannot be built.
@@ -214,7 +226,7 @@ def rehearse(args: Sequence[str]) -> None:
     """
     logging.disable(logging.INFO)  # which devices there are, and so on
     try:
-        _Rehearsal(args)
+        return _Rehearsal(args, trainer=trainer)
     finally:
         logging.disable(logging.NOTSET)
 

@@ -221,8 +221,14 @@ class DIATask(LightningModule):
 
         Args:
             batch: as a data module of this package gives it in validation, on the device of the task.
+
+        Raises:
+            ValueError: if a task of the user's own does not define it.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define evaluation_loss to be analyzed.")
+        raise ValueError(
+            f"{type(self).__name__} has no evaluation_loss, which an analysis needs. Define it: the loss of a batch, "
+            "summed over its images."
+        )
 
     # ---- optimizers
 

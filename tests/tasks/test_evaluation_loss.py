@@ -110,5 +110,5 @@ def test_that_of_a_detector_is_torchvisions_sum_of_losses_times_the_images() -> 
 
 
 def test_a_task_without_one_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="DIATask must define evaluation_loss to be analyzed"):
+    with pytest.raises(ValueError, match=r"DIATask has no evaluation_loss, which an analysis needs\. Define it"):
         DIATask().evaluation_loss(None)
