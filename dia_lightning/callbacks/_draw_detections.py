@@ -7,7 +7,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import ObjectClasses, shorten
-from dia_lightning.callbacks._draw_objects import NAME_LENGTH, class_colour, draw_objects, font
+from dia_lightning.callbacks._draw_objects import NAME_LENGTH, class_colour, draw_objects
+from dia_lightning.callbacks._drawing import font
 from dia_lightning.callbacks._objects import Objects
 
 CELL = (720, 540)  # largest width and height of an image in pixels

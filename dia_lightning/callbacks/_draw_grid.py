@@ -4,17 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dia_lightning.callbacks._class_names import short_label
+from dia_lightning.callbacks._class_names import shorten
+from dia_lightning.callbacks._drawing import font, to_picture
 
 RIGHT = "#1a7f37"  # green and red of equal darkness, readable on white
 WRONG = "#cf222e"
-CELL_WIDTH = 2.0  # inches
-FONT_SIZE = 9.0
+CELL = 192  # largest width and height of an image in pixels
+ENLARGED = 100  # pixels; the pixels of smaller images are drawn as squares
+GAP, MARGIN = 8, 16
+TITLE, TEXT, SMALLEST = 18, 13, 5  # heights of letters in pixels
+NAME_LENGTH = 17  # characters
 
 
 class Prediction(NamedTuple):
@@ -33,39 +35,48 @@ class Prediction(NamedTuple):
         return self.true == self.predicted
 
 
-def draw_grid(predictions: Sequence[Prediction], names: Sequence[str], title: str) -> Figure:
+def draw_grid(predictions: Sequence[Prediction], names: Sequence[str], title: str) -> Image.Image:
     """Draw predictions row by row, each with its predicted class and probability above it.
 
     The second line names the true class; both are green where the answer is right and red where it is wrong.
     """
     columns = math.ceil(math.sqrt(len(predictions)))
-    rows = math.ceil(len(predictions) / columns)
-    figure = Figure(
-        figsize=(max(CELL_WIDTH * columns, 5.0), 2.3 * rows + 0.5), dpi=100, facecolor="white", layout="constrained"
-    )
-    figure.suptitle(title, fontsize=12)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax in axes:
-        ax.set_axis_off()
-    for ax, prediction in zip(axes, predictions, strict=False):
-        _draw_cell(ax, prediction, names)
-    return figure
+    cells = [_fitted(prediction.image) for prediction in predictions]
+    caption = 2 * TEXT + GAP
+    step = caption + max(cell.height for cell in cells) + GAP
+    head = MARGIN + 2 * TITLE
+    grid = columns * (CELL + GAP) - GAP + 2 * MARGIN
+    width = max(grid, math.ceil(font(TITLE).getlength(title)) + 2 * MARGIN)
+    picture = Image.new("RGB", (width, head + math.ceil(len(cells) / columns) * step + MARGIN - GAP), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((width / 2, MARGIN), title, fill="black", font=font(TITLE), anchor="ma")
+    for number, (prediction, cell) in enumerate(zip(predictions, cells, strict=True)):
+        left = (width - grid) // 2 + MARGIN + number % columns * (CELL + GAP)
+        top = head + number // columns * step
+        _write_caption(draw, (left + CELL / 2, top), prediction, names)
+        picture.paste(cell, (left + (CELL - cell.width) // 2, top + caption))
+    return picture
 
 
-def _draw_cell(ax: Axes, prediction: Prediction, names: Sequence[str]) -> None:
-    image = prediction.image
-    if image.shape[0] != 3:
-        image = image.mean(0, keepdim=True)  # grey, or channels without a colour of their own
-    pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
-    enlarged = max(image.shape[1:]) < 100
-    ax.imshow(pixels, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest" if enlarged else "antialiased")
-    predicted = f"{short_label(names[prediction.predicted], 17)} ({prediction.confidence:.0%})"
-    true = f"true: {short_label(names[prediction.true], 17)}"
-    colour = RIGHT if prediction.is_right else WRONG
-    ax.set_title(f"{predicted}\n{true}", fontsize=_fitting_size(predicted, true), color=colour)
+def _fitted(image: Tensor) -> Image.Image:
+    """Return an image in the size of its cell."""
+    picture = to_picture(image)
+    scale = CELL / max(picture.size)
+    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
+    squares = max(picture.size) < ENLARGED
+    return picture.resize(size, Image.Resampling.NEAREST if squares else Image.Resampling.BICUBIC)
 
 
-def _fitting_size(*lines: str) -> float:
-    """Return the font size at which the widest line fits above its cell."""
-    width = max(TextPath((0, 0), line, size=FONT_SIZE).get_extents().width for line in lines)
-    return FONT_SIZE * min(1.0, 0.92 * CELL_WIDTH * 72 / max(width, 1.0))  # 72 points are an inch
+def _write_caption(
+    draw: ImageDraw.ImageDraw, top: tuple[float, float], prediction: Prediction, names: Sequence[str]
+) -> None:
+    predicted = f"{shorten(names[prediction.predicted], NAME_LENGTH)} ({prediction.confidence:.0%})"
+    true = f"true: {shorten(names[prediction.true], NAME_LENGTH)}"
+    size = next((size for size in range(TEXT, SMALLEST, -1) if _widest(size, predicted, true) <= CELL), SMALLEST)
+    for row, line in enumerate((predicted, true)):
+        middle = (top[0], top[1] + (row + 0.5) * (TEXT + 2))
+        draw.text(middle, line, fill=RIGHT if prediction.is_right else WRONG, font=font(size), anchor="mm")
+
+
+def _widest(size: int, *lines: str) -> float:
+    return max(font(size).getlength(line) for line in lines)

@@ -1,17 +1,15 @@
 """The drawing of the objects of one image: boxes, masks and labels."""
 
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import ObjectClasses, shorten
+from dia_lightning.callbacks._drawing import font, to_picture
 from dia_lightning.callbacks._objects import Objects
 
 CROWDED = 20  # objects; with more of them labels are smaller, and those without a free place are left out
@@ -71,12 +69,6 @@ def text_colour(background: Colour) -> Colour:
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font of matplotlib's pictures, which comes with it and knows more than Latin letters."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
 def draw_objects(
     image: Tensor, objects: Objects, classes: ObjectClasses, *, scale: float = 1.0, text_size: int | None = None
 ) -> Image.Image:
@@ -92,8 +84,7 @@ def draw_objects(
     Returns:
         An RGB picture.
     """
-    levels = (image.nan_to_num().clamp(0, 1) * 255).round().byte()
-    picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    picture = to_picture(image)
     if scale != 1.0:
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         picture = picture.resize(size, Image.Resampling.BICUBIC)

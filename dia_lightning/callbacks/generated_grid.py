@@ -8,10 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
 from dia_lightning.callbacks._class_names import class_names, shorten
-from dia_lightning.callbacks._draw_objects import font
+from dia_lightning.callbacks._drawing import font, to_picture
 from dia_lightning.callbacks._pictures import log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
 from dia_lightning.callbacks._sampling import Sampling, is_sharded
@@ -186,6 +185,6 @@ def draw_table(
         if names:
             draw.text((left - MARGIN // 2, y + cell[1] / 2), names[number], fill="black", font=font(TEXT), anchor="rm")
         for column, image in enumerate(row):
-            shown = to_pil_image(image if image.shape[0] in (1, 3) else image.mean(0, keepdim=True)).convert("RGB")
-            picture.paste(shown.resize(cell, Image.Resampling.NEAREST), (left + column * (cell[0] + GAP), y))
+            shown = to_picture(image).resize(cell, Image.Resampling.NEAREST)
+            picture.paste(shown, (left + column * (cell[0] + GAP), y))
     return picture

@@ -1,35 +1,18 @@
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from dia_lightning.callbacks import _draw_objects
 from dia_lightning.callbacks._class_names import ObjectClasses
 from dia_lightning.callbacks._draw_objects import Rectangle, class_colour, draw_objects, text_colour
+from dia_lightning.callbacks._drawing import font
 from dia_lightning.callbacks._objects import Objects
+from tests.callbacks.conftest import Written
 
 NAMES = ObjectClasses(["cat", "dog", "owl"], None)
-
-
-@pytest.fixture
-def labels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[float, ...]]]:
-    """Every text that is written on a picture, and the pixels it covers: left, top, right, bottom."""
-    found: list[tuple[str, tuple[float, ...]]] = []
-    original = ImageDraw.ImageDraw.text
-
-    def text(self: ImageDraw.ImageDraw, place: Any, words: str, **options: Any) -> None:
-        found.append((words, self.textbbox(place, words, font=options["font"], anchor=options["anchor"])))
-        original(self, place, words, **options)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    return found
-
-
-Labels = list[tuple[str, tuple[float, ...]]]
 
 
 def objects_at(*boxes: tuple[float, float, float, float], label: int = 1, scores: bool = True) -> Objects:
@@ -89,30 +72,30 @@ def _luminance(colour: tuple[int, ...]) -> float:
     return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
 
-def test_a_detection_has_name_and_score_and_a_true_object_its_name(labels: Labels) -> None:
+def test_a_detection_has_name_and_score_and_a_true_object_its_name(written: Written) -> None:
     draw_objects(grey(100, 200), objects_at((50, 50, 90, 90), label=2), NAMES)
     draw_objects(grey(100, 200), objects_at((50, 50, 90, 90), label=3, scores=False), NAMES)
-    assert [text for text, _ in labels] == ["dog 0.90", "owl"]
+    assert [text for text, _ in written] == ["dog 0.90", "owl"]
 
 
-def test_a_crowd_is_called_one(labels: Labels) -> None:
+def test_a_crowd_is_called_one(written: Written) -> None:
     crowd = Objects(torch.tensor([[20.0, 20, 90, 90]]), torch.tensor([1]), crowd=torch.tensor([True]))
     draw_objects(grey(100, 200), crowd, NAMES)
-    assert [text for text, _ in labels] == ["cat (crowd)"]
+    assert [text for text, _ in written] == ["cat (crowd)"]
 
 
-def test_an_only_class_needs_no_name(labels: Labels) -> None:
+def test_an_only_class_needs_no_name(written: Written) -> None:
     draw_objects(grey(100, 200), objects_at((50, 50, 90, 90)), ObjectClasses(["nucleus"], None))
     draw_objects(grey(100, 200), objects_at((50, 50, 90, 90), scores=False), ObjectClasses(["nucleus"], None))
-    assert [text for text, _ in labels] == ["0.90"]
+    assert [text for text, _ in written] == ["0.90"]
 
 
 @pytest.mark.parametrize(
     "box", [(0, 0, 30, 20), (170, 0, 200, 20), (0, 85, 30, 100), (0, 0, 200, 100), (198, 50, 200, 52)]
 )
-def test_labels_stay_within_the_picture(labels: Labels, box: tuple[float, float, float, float]) -> None:
+def test_labels_stay_within_the_picture(written: Written, box: tuple[float, float, float, float]) -> None:
     draw_objects(grey(100, 200), objects_at(box), ObjectClasses(["a rather long name", "x"], None))
-    ((_, (left, top, right, bottom)),) = labels
+    ((_, (left, top, right, bottom)),) = written
     assert 0 <= left < right <= 200
     assert 0 <= top < bottom <= 100
 
@@ -120,40 +103,40 @@ def test_labels_stay_within_the_picture(labels: Labels, box: tuple[float, float,
 @pytest.mark.parametrize(
     ("width", "expected"), [(256, "american staff…e terrier 0.90"), (60, "am… 0.90"), (30, "0.90"), (20, None)]
 )
-def test_a_label_is_shortened_to_the_room_there_is(labels: Labels, width: int, expected: str | None) -> None:
+def test_a_label_is_shortened_to_the_room_there_is(written: Written, width: int, expected: str | None) -> None:
     names = ObjectClasses(["american staffordshire terrier", "x"], None)
     draw_objects(grey(64, width), objects_at((4, 20, 15, 50)), names)
-    assert [text for text, _ in labels] == ([] if expected is None else [expected])
+    assert [text for text, _ in written] == ([] if expected is None else [expected])
 
 
-def test_labels_of_neighbours_do_not_cover_each_other(labels: Labels) -> None:
+def test_labels_of_neighbours_do_not_cover_each_other(written: Written) -> None:
     boxes = [(100 + 6 * i, 100 + 5 * i, 180 + 6 * i, 160 + 5 * i) for i in range(4)]
     draw_objects(grey(300, 400), objects_at(*boxes), NAMES)
-    assert len(labels) == 4
-    assert not any(Rectangle(*a).overlap(Rectangle(*b)) for (_, a), (_, b) in combinations(labels, 2))
+    assert len(written) == 4
+    assert not any(Rectangle(*a).overlap(Rectangle(*b)) for (_, a), (_, b) in combinations(written, 2))
 
 
-def test_the_best_detections_of_a_crowded_image_keep_their_labels(labels: Labels) -> None:
+def test_the_best_detections_of_a_crowded_image_keep_their_labels(written: Written) -> None:
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(60, 2, generator=generator) * 150
     classes = torch.randint(1, 4, (60,), generator=generator)
     scores = torch.linspace(0.99, 0.4, 60)
     draw_objects(grey(200, 200), Objects(torch.cat([corners, corners + 25], 1), classes, scores), NAMES)
-    assert 3 <= len(labels) < 45
-    assert labels[0][0].endswith("0.99")
-    assert {text.split()[0] for text, _ in labels} == {"cat", "dog", "owl"}
+    assert 3 <= len(written) < 45
+    assert written[0][0].endswith("0.99")
+    assert {text.split()[0] for text, _ in written} == {"cat", "dog", "owl"}
 
 
-def test_a_few_more_objects_make_smaller_labels(labels: Labels) -> None:
+def test_a_few_more_objects_make_smaller_labels(written: Written) -> None:
     heights = []
     for count in (20, 30):
-        labels.clear()
+        written.clear()
         boxes = [
             (40 + 100 * (i % 6), 40 + 100 * (i // 6), 90 + 100 * (i % 6), 90 + 100 * (i // 6)) for i in range(count)
         ]
         draw_objects(grey(600, 700), objects_at(*boxes), NAMES, text_size=20)
-        assert len(labels) == count
-        heights.append(labels[0][1][3] - labels[0][1][1])
+        assert len(written) == count
+        heights.append(written[0][1][3] - written[0][1][1])
     assert heights[1] < heights[0]
 
 
@@ -184,7 +167,7 @@ def test_pixels_that_are_no_numbers_are_black() -> None:
 
 
 def test_the_font_knows_more_than_latin_letters() -> None:
-    letters = _draw_objects.font(20)
+    letters = font(20)
     unknown = letters.getmask("\U0010ffff").getbbox(), bytes(letters.getmask("\U0010ffff"))
     for letter in "äßéжλ":
         assert (letters.getmask(letter).getbbox(), bytes(letters.getmask(letter))) != unknown

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dia_lightning.callbacks import EMA, GeneratedGrid, generated_grid
-from dia_lightning.callbacks._draw_objects import font
+from dia_lightning.callbacks._drawing import font
 from dia_lightning.callbacks.generated_grid import draw_table
 from dia_lightning.tasks import DiffusionTask
 from tests.callbacks.tiny_classifier import NAMES, TinyData, TinyTask, tiny_trainer

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from dia_lightning.callbacks import PredictionGrid, prediction_grid
 from dia_lightning.callbacks._class_names import short_label
 from dia_lightning.callbacks._draw_grid import RIGHT, WRONG, Prediction, draw_grid
-from dia_lightning.callbacks._pictures import _render
+from dia_lightning.callbacks._draw_objects import Rectangle
 from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
+from tests.callbacks.conftest import Written
 from tests.callbacks.tiny_classifier import NAMES, TinyData, TinyTask, tiny_trainer
 
 
@@ -41,7 +41,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Prediction], list[
     """Everything that is drawn in the test, in order."""
     calls: list[tuple[list[Prediction], list[str], str]] = []
 
-    def record(predictions: list[Prediction], names: list[str], title: str) -> Figure:
+    def record(predictions: list[Prediction], names: list[str], title: str) -> Image.Image:
         calls.append((list(predictions), list(names), title))
         return draw_grid(predictions, names, title)
 
@@ -191,33 +191,30 @@ def coloured_pixels(image: Image.Image, colour: str) -> int:
 
 @pytest.mark.parametrize(("right", "colour", "other"), [(True, RIGHT, WRONG), (False, WRONG, RIGHT)])
 def test_right_titles_are_green_and_wrong_ones_red(right: bool, colour: str, other: str) -> None:
-    image = _render(draw_grid(predictions_of(torch.zeros(1, 8, 8), right), ["cat", "dog"], "test"))
+    image = draw_grid(predictions_of(torch.zeros(1, 8, 8), right), ["cat", "dog"], "test")
     assert coloured_pixels(image, colour) > 20
     assert coloured_pixels(image, other) == 0
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 48, 224), (5, 16, 16), (1, 1, 1)])
 def test_images_of_any_shape_fill_their_cells(shape: tuple[int, ...]) -> None:
-    image = _render(draw_grid(predictions_of(torch.full(shape, 0.25), True, count=4), ["cat", "dog"], "test"))
+    image = draw_grid(predictions_of(torch.full(shape, 0.25), True, count=4), ["cat", "dog"], "test")
     pixel = np.asarray(image).astype(int)
     grey = np.abs(pixel - 64).max(2) <= 1
     width = min(1.0, shape[2] / shape[1]) * min(1.0, shape[1] / shape[2])
     assert grey.sum() > 0.7 * 4 * 190 * 190 * width
 
 
-def test_the_widest_names_stay_within_their_cells() -> None:
-    figure = draw_grid(predictions_of(torch.zeros(1, 8, 8), True, count=4), ["W" * 40, "M" * 40], "test")
-    canvas_image = _render(figure)
-    boxes = [ax.title.get_window_extent() for ax in figure.axes]
-    assert not any(first.overlaps(second) for i, first in enumerate(boxes) for second in boxes[:i])
-    assert all(box.x0 >= 0 and box.x1 <= canvas_image.width for box in boxes)
+def test_the_widest_names_stay_within_their_cells(written: Written) -> None:
+    picture = draw_grid(predictions_of(torch.zeros(1, 8, 8), True, count=4), ["W" * 40, "M" * 40], "test")
+    _, *boxes = (Rectangle(*place) for _, place in written)
+    assert not any(first.overlap(second) for i, first in enumerate(boxes) for second in boxes[:i])
+    assert all(box.left >= 0 and box.right <= picture.width for box in boxes)
 
 
-def test_dollar_signs_and_line_breaks_are_drawn_as_they_stand() -> None:
-    names = ["$5 and $6\nbills_{", "dog"]
-    figure = draw_grid(predictions_of(torch.zeros(1, 8, 8), False), names, "test")
-    _render(figure)
-    assert figure.axes[0].get_title() == "\\$5 and \\$6 bills_{ (50%)\ntrue: dog"
+def test_dollar_signs_and_line_breaks_are_drawn_as_they_stand(written: Written) -> None:
+    draw_grid(predictions_of(torch.zeros(1, 8, 8), False), ["$5 and $6\nbills_{", "dog"], "test")
+    assert [text for text, _ in written] == ["test", "$5 and $6 bills_{ (50%)", "true: dog"]
 
 
 def test_a_long_label_keeps_both_ends() -> None:

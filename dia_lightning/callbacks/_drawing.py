@@ -1,0 +1,34 @@
+"""The letters and pixels of the pictures that are drawn with Pillow."""
+
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageFont
+from torch import Tensor
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Return the font of matplotlib's pictures, which comes with it and knows more than Latin letters."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Return an image as an RGB picture of the same size.
+
+    Args:
+        image: ``[C, H, W]`` in [0, 1] on the CPU; other values are cut off, NaN is black. Of one channel, or of
+            channels without a colour of their own, the picture is grey.
+
+    Example:
+        >>> import torch
+        >>> to_picture(torch.ones(1, 2, 3)).size
+        (3, 2)
+        >>> to_picture(torch.tensor([0.0, 0.5, 2.0]).view(3, 1, 1)).getpixel((0, 0))
+        (0, 128, 255)
+    """
+    if image.shape[0] != 3:
+        image = image.mean(0, keepdim=True).expand(3, -1, -1)
+    levels = (image.nan_to_num().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
