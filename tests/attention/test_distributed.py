@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.two_processes import run_on_two_processes
 
 from .networks import TinyNet, images, pair
 
@@ -50,7 +51,7 @@ def run_rank(rank: int, folder: str) -> None:
 def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what two processes have trained."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    run_on_two_processes(run_rank, str(folder))
     return folder
 
 

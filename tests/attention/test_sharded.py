@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from dia_lightning.attention import AttentionUnit, attach
+from tests.two_processes import run_on_two_processes
 
 WAYS = (
     "ddp",
@@ -87,10 +87,9 @@ def run_rank(rank: int, folder: str, way: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_losses_and_weights_are_those_of_one_process(way: str, tmp_path: Path) -> None:
-    spawn(run_rank, (str(tmp_path), way), nprocs=2)  # type: ignore[no-untyped-call]
+    run_on_two_processes(run_rank, str(tmp_path), way)
     results = torch.load(tmp_path / "0.pt")
     alone = network()
     assert results["losses"] == pytest.approx(losses(alone), rel=1e-10)

@@ -1,10 +1,7 @@
 """GeneratedGrid: whose weights, whose random numbers, what is drawn where."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from dia_lightning.callbacks._drawing import font
 from dia_lightning.callbacks.generated_grid import draw_table
 from dia_lightning.tasks import DiffusionTask
 from tests.callbacks.tiny_classifier import NAMES, TinyData, TinyTask, tiny_trainer
+from tests.two_processes import on_two_processes
 
 State = dict[str, Tensor]
 
@@ -307,24 +305,12 @@ def test_the_callback_can_be_copied_and_pickled() -> None:
 
 # ---- two processes
 
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
-from dia_lightning.callbacks import EMA
-from tests.callbacks.test_generated_grid import Generator, grid_of
-from tests.callbacks.tiny_classifier import TinyData, tiny_trainer
-
-trainer = tiny_trainer(Path(sys.argv[1]), grid_of(), EMA(), devices=2, strategy="ddp_fork", max_epochs=2)
-task = Generator()
-trainer.fit(task, datamodule=TinyData())
-trainer.test(task, datamodule=TinyData(), verbose=False)
-"""
-
 
 def test_of_two_processes_one_draws_and_both_end(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
-    subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    trainer = tiny_trainer(tmp_path, grid_of(), EMA(), max_epochs=2, **on_two_processes())
+    task = Generator()
+    trainer.fit(task, datamodule=TinyData())
+    trainer.test(task, datamodule=TinyData(), verbose=False)
     # the processes of the test know nothing of the steps of the fit
     assert pictures(tmp_path) == [
         "test/denoising/step=000000.png",

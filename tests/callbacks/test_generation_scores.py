@@ -23,6 +23,7 @@ from dia_lightning.tasks.image_features import ClassifierFeatures, InceptionFeat
 from tests.callbacks.random_inception import write_inception_weights
 from tests.callbacks.tiny_classifier import TinyData
 from tests.tasks.conftest import small_trainer
+from tests.two_processes import on_two_processes
 
 NETWORK = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -349,12 +350,10 @@ def test_a_quick_development_run_makes_few_images(classifier: str, tmp_path: Pat
 # ---- two processes
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_two_processes_score_what_one_scores(classifier: str, tmp_path: Path) -> None:
     alone = scores_of(diffusion(), tmp_path, digits(limit=61), classifier=classifier, num_samples=41)
     scores = GenerationScores(classifier=classifier, steps=2, num_samples=41, batch_size=9)
-    trainer = small_trainer(tmp_path, callbacks=[scores], strategy="ddp_spawn", devices=2)
+    trainer = small_trainer(tmp_path, callbacks=[scores], **on_two_processes())
     together = trainer.test(diffusion(), digits(limit=61), verbose=False)[0]
     assert dict(together) == pytest.approx(dict(alone), rel=1e-4)
 

@@ -15,6 +15,7 @@ from dia_lightning.callbacks import EMA, MapCorrelation
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.tasks import ClassificationTask
 from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
+from tests.two_processes import on_two_processes
 
 NAMES = ["map_correlation", *(f"map_correlation_stage{stage}" for stage in range(3))]
 
@@ -147,12 +148,10 @@ def test_stages_of_one_layer_have_no_number(tmp_path: Path) -> None:
     assert "val/map_correlation_stage1" not in found
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     # 65 images: one process gets 33, the other 32 and one image that only fills up
     model = task()
-    trainer = tiny_trainer(tmp_path, MapCorrelation(protocol="centred"), devices=2, strategy="ddp_spawn")
+    trainer = tiny_trainer(tmp_path, MapCorrelation(protocol="centred"), **on_two_processes())
     (found,) = trainer.validate(model, digits(), verbose=False)
     check(found, expected(model, "centred"))
     assert (tmp_path / "pictures" / "val" / "correlation_of_maps" / "step=000000.png").exists()

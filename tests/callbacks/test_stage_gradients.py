@@ -16,6 +16,7 @@ from dia_lightning.callbacks import StageGradients
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.tasks import ClassificationTask
 from tests.callbacks.tiny_classifier import tiny_trainer
+from tests.two_processes import on_two_processes
 
 STAGES = ["backbone.layer1", "backbone.layer2", "backbone.layer3"]
 
@@ -177,11 +178,9 @@ def test_stages_that_no_gradient_reaches_are_said(tmp_path: Path) -> None:
     assert rows_of(trainer)[0]["train/gradient_stage1"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_a_distributed_run_the_first_process_logs_its_own(tmp_path: Path) -> None:
     logger, hand = CSVLogger(tmp_path, version=0), ByHand(tmp_path / "found.pt")
-    trainer = tiny_trainer(tmp_path, hand, StageGradients(), logger=logger, devices=2, strategy="ddp_spawn")
+    trainer = tiny_trainer(tmp_path, hand, StageGradients(), logger=logger, **on_two_processes())
     trainer.fit(task(), digits(batch_size=5))
     check(rows_of(trainer), torch.load(tmp_path / "found.pt"), [0, 1, 2, 3])
     assert (tmp_path / "lightning_logs/version_0/pictures/train/gradients_of_stages/step=000004.png").exists()

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from dia_lightning.datamodules import DigitScenesDataModule
 from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision, Scores
@@ -17,6 +16,7 @@ from dia_lightning.tasks.detection import DetectionTask
 from tests.tasks.conftest import Given, small_trainer
 from tests.tasks.test_mean_average_precision import random_images
 from tests.tasks.tiny_detection import tiny_task, training_batch
+from tests.two_processes import run_on_two_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -124,7 +124,7 @@ def run_rank(rank: int, folder: str) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of the two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, args=(str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    run_on_two_processes(run_rank, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
