@@ -18,8 +18,8 @@ def to_picture(image: Tensor) -> Image.Image:
     """Return an image as an RGB picture of the same size.
 
     Args:
-        image: ``[C, H, W]`` in [0, 1] on the CPU; other values are cut off, NaN is black. Of one channel, or of
-            channels without a colour of their own, the picture is grey.
+        image: ``[C, H, W]`` on the CPU, in [0, 1] (other values are cut off, NaN is black) or of 8 bits. Of one
+            channel, or of channels without a colour of their own, the picture is grey.
 
     Example:
         >>> import torch
@@ -28,6 +28,8 @@ def to_picture(image: Tensor) -> Image.Image:
         >>> to_picture(torch.tensor([0.0, 0.5, 2.0]).view(3, 1, 1)).getpixel((0, 0))
         (0, 128, 255)
     """
+    if not image.is_floating_point():
+        image = image / 255
     if image.shape[0] != 3:
         image = image.mean(0, keepdim=True).expand(3, -1, -1)
     levels = (image.nan_to_num().clamp(0, 1) * 255).round().byte()

@@ -139,7 +139,7 @@ def draw_trace(traces: Sequence[Tensor], denoising: Any, *, names: Sequence[str]
     """Draw what a network takes images for, step by step.
 
     Args:
-        traces: of each image ``[K, C, H, W]`` in [0, 1].
+        traces: of each image ``[K, C, H, W]`` in [0, 1] or of 8 bits.
         denoising: what made them, from ``DiffusionTask.denoising``.
         names: what stands left of the rows; none for no names.
 
@@ -157,7 +157,7 @@ def draw_table(
     """Draw images of one size row by row, each of its pixels as a square of pixels.
 
     Args:
-        rows: images ``[C, H, W]`` in [0, 1]; the last row may be shorter.
+        rows: images ``[C, H, W]`` in [0, 1] or of 8 bits; the last row may be shorter.
         title: line above all.
         headings: what stands above the columns; none for no headings.
         names: what stands left of the rows; none for no names.
