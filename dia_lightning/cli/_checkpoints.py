@@ -24,10 +24,10 @@ def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
         roots: folders below which runs are looked for.
 
     Returns:
-        A path to a file that exists.
+        A path that exists: of a file, or of the folder that is a sharded checkpoint.
 
     Raises:
-        ValueError: if there is none, or for a URL.
+        ValueError: if there is none, for a URL, or for a folder of checkpoints.
     """
     if "://" in ckpt_path:
         raise ValueError(
@@ -39,6 +39,9 @@ def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
         return str(_best(_newest(roots, ["*.ckpt"], ckpt_path)))
     if not Path(ckpt_path).exists():
         raise ValueError(f"Checkpoint {ckpt_path}: there is no such file. Give a path, 'last' or 'best'.")
+    inside = sorted(Path(ckpt_path).rglob("*.ckpt"))  # of a folder; one that is itself a sharded checkpoint has none
+    if inside:
+        raise ValueError(f"Checkpoint {ckpt_path} is a folder of checkpoints. Give one of them, such as {inside[-1]}.")
     return ckpt_path
 
 

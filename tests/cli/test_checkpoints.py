@@ -215,6 +215,14 @@ def test_a_missing_file_is_one_line(fails: Fails) -> None:
     )
 
 
+@pytest.mark.parametrize("folder", [".", "checkpoints"])
+@pytest.mark.parametrize("command", [["test", "-c", "tiny.yaml", "--ckpt_path"], ["analyze"]])
+def test_the_folder_of_a_run_is_no_checkpoint(fails: Fails, run_folder: Path, command: list[str], folder: str) -> None:
+    last = run_folder / "checkpoints" / "last.ckpt"
+    message = fails(*command, str(run_folder / folder))
+    assert message.endswith(f"is a folder of checkpoints. Give one of them, such as {last}.")
+
+
 @pytest.mark.parametrize("url", ["http://example.com/a.ckpt", "https://example.com/a.ckpt", "s3://bucket/a.ckpt"])
 def test_urls_are_refused(fails: Fails, url: str) -> None:
     assert "checkpoints are not loaded from URLs" in fails("validate", "-c", "tiny.yaml", "--ckpt_path", url)
