@@ -245,7 +245,7 @@ def test_wandb_gets_what_was_given_and_no_none(started: list[dict[str, Any]]) ->
     (arguments,) = started
     assert arguments.pop("settings").init_timeout == 10
     given = {"id": "abc", "tags": ["x"], "config": {"token": "***"}}
-    assert arguments == {"project": "dia-lightning", "dir": ".", "resume": "allow", **given}
+    assert arguments == {"project": "dia-lightning", "dir": os.getcwd(), "resume": "allow", **given}
 
 
 def test_settings_of_the_user_count_before_ours(started: list[dict[str, Any]]) -> None:
@@ -342,6 +342,28 @@ def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         WandbLogger(**options)
     assert "very-secret" not in str(error.value)
+
+
+TWO_FOLDERS = """
+import os
+from dia_lightning.loggers import WandbLogger
+
+for folder in ("first", "second"):
+    os.makedirs(folder)
+    os.chdir(folder)
+    logger = WandbLogger(save_dir="runs", offline=True)
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.experiment.finish()
+    os.chdir("..")
+"""
+
+
+def test_runs_of_one_process_are_in_the_folders_in_which_they_began(tmp_path: Path) -> None:
+    result = run_python(tmp_path, "-c", TWO_FOLDERS)
+    assert result.returncode == 0, result.stderr
+    for folder in ("first", "second"):
+        (run,) = offline_runs(tmp_path / folder)
+        assert summary(run)["summary"]["loss"] == 1.0
 
 
 def test_importing_the_loggers_does_not_import_wandb() -> None:

@@ -112,6 +112,8 @@ class WandbLogger(LightningWandbLogger):
             "tags": tags,
             "notes": notes,
             "config": redact(config),
+            # W&B's own process serves all runs of this one, and stays in the folder in which the first one began
+            "dir": os.path.abspath(save_dir),
         }
         if offline:  # Lightning's own option would change WANDB_MODE of the whole process
             more["mode"] = "offline"
