@@ -1,15 +1,31 @@
 """Two processes on this machine's CPU, which have imported beforehand what `conftest.py` names."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing.spawn import start_processes
 
 
+class _Own(DDPStrategy):
+    """Gives each process weights of its own, which Lightning does for the start method "spawn" only."""
+
+    @torch.no_grad()
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        for tensor in chain(self.lightning_module.parameters(), self.lightning_module.buffers()):
+            tensor.data = tensor.data.clone()
+        super().setup_environment()
+
+
 def on_two_processes() -> dict[str, Any]:
-    """Return the options that make a trainer on the CPU run on both."""
-    return {"devices": 2, "strategy": DDPStrategy(start_method="forkserver")}
+    """Return the options that make a trainer on the CPU run on both.
+
+    They know nothing of this process's seeds and flags, nor of environment variables that it set after the first use.
+    """
+    return {"devices": 2, "strategy": _Own(start_method="forkserver")}
 
 
 def run_on_two_processes(function: Callable[..., None], *args: Any) -> None:

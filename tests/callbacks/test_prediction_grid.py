@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dia_lightning.callbacks import PredictionGrid, prediction_grid
 from dia_lightning.callbacks._class_names import short_label
-from dia_lightning.callbacks._draw_grid import RIGHT, WRONG, Prediction, draw_grid
+from dia_lightning.callbacks._draw_grid import CELL, RIGHT, WRONG, Prediction, draw_grid
 from dia_lightning.callbacks._draw_objects import Rectangle
 from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
 from tests.callbacks.conftest import Written
@@ -208,6 +208,8 @@ def test_images_of_any_shape_fill_their_cells(shape: tuple[int, ...]) -> None:
 def test_the_widest_names_stay_within_their_cells(written: Written) -> None:
     picture = draw_grid(predictions_of(torch.zeros(1, 8, 8), True, count=4), ["W" * 40, "M" * 40], "test")
     _, *boxes = (Rectangle(*place) for _, place in written)
+    assert len(boxes) == 8
+    assert all(box.right - box.left <= CELL for box in boxes)
     assert not any(first.overlap(second) for i, first in enumerate(boxes) for second in boxes[:i])
     assert all(box.left >= 0 and box.right <= picture.width for box in boxes)
 
