@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing.spawn import start_processes
 
 
-class _Own(DDPStrategy):
+class _OwnWeights(DDPStrategy):
     """Gives each process weights of its own, which Lightning does for the start method "spawn" only."""
 
     @torch.no_grad()
@@ -25,7 +25,7 @@ def on_two_processes() -> dict[str, Any]:
 
     They know nothing of this process's seeds and flags, nor of environment variables that it set after the first use.
     """
-    return {"devices": 2, "strategy": _Own(start_method="forkserver")}
+    return {"devices": 2, "strategy": _OwnWeights(start_method="forkserver")}
 
 
 def run_on_two_processes(function: Callable[..., None], *args: Any) -> None:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import shorten
-from dia_lightning.callbacks._drawing import font, to_picture
+from dia_lightning.callbacks._drawing import font, scaled, to_picture
 
 RIGHT = "#1a7f37"  # green and red of equal darkness, readable on white
 WRONG = "#cf222e"
@@ -61,10 +61,9 @@ def draw_grid(predictions: Sequence[Prediction], names: Sequence[str], title: st
 def _fitted(image: Tensor) -> Image.Image:
     """Return an image in the size of its cell."""
     picture = to_picture(image)
-    scale = CELL / max(picture.size)
-    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
-    squares = max(picture.size) < ENLARGED
-    return picture.resize(size, Image.Resampling.NEAREST if squares else Image.Resampling.BICUBIC)
+    longest = max(picture.size)
+    resampling = Image.Resampling.NEAREST if longest < ENLARGED else Image.Resampling.BICUBIC
+    return scaled(picture, CELL / longest, resampling)
 
 
 def _write_caption(

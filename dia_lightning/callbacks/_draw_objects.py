@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import ObjectClasses, shorten
-from dia_lightning.callbacks._drawing import font, to_picture
+from dia_lightning.callbacks._drawing import font, scaled, to_picture
 from dia_lightning.callbacks._objects import Objects
 
 CROWDED = 20  # objects; with more of them labels are smaller, and those without a free place are left out
@@ -86,8 +86,7 @@ def draw_objects(
     """
     picture = to_picture(image)
     if scale != 1.0:
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        picture = scaled(picture, scale, Image.Resampling.BICUBIC)
     objects = objects.finite()
     if objects.scores is not None:
         objects = objects.only(objects.scores.argsort(stable=True))

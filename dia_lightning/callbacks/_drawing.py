@@ -34,3 +34,8 @@ def to_picture(image: Tensor) -> Image.Image:
         image = image.mean(0, keepdim=True).expand(3, -1, -1)
     levels = (image.nan_to_num().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def scaled(picture: Image.Image, scale: float, resampling: Image.Resampling) -> Image.Image:
+    """Return a picture in another size, of at least one pixel."""
+    return picture.resize((max(1, round(scale * picture.width)), max(1, round(scale * picture.height))), resampling)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dia_lightning.callbacks import ConfusionMatrix
+from dia_lightning.callbacks._class_names import short_label
 from dia_lightning.callbacks._pictures import _render
 from dia_lightning.callbacks.confusion_matrix import draw_class_accuracy, draw_confusion_matrix
 from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
@@ -109,3 +110,8 @@ def test_a_task_without_confusion_metric_is_refused_before_training(tmp_path: Pa
 
 def test_the_callback_can_be_pickled() -> None:
     assert isinstance(pickle.loads(pickle.dumps(ConfusionMatrix())), ConfusionMatrix)
+
+
+def test_a_long_label_keeps_both_ends() -> None:
+    assert short_label("n02093428 American Staffordshire terrier", 20) == "n02093428 Am… terrier"[:12] + "…" + "terrier"
+    assert len(short_label("x" * 100, 20)) == 20

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from dia_lightning.callbacks import PredictionGrid, prediction_grid
-from dia_lightning.callbacks._class_names import short_label
 from dia_lightning.callbacks._draw_grid import CELL, RIGHT, WRONG, Prediction, draw_grid
 from dia_lightning.callbacks._draw_objects import Rectangle
 from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
@@ -217,8 +216,3 @@ def test_the_widest_names_stay_within_their_cells(written: Written) -> None:
 def test_dollar_signs_and_line_breaks_are_drawn_as_they_stand(written: Written) -> None:
     draw_grid(predictions_of(torch.zeros(1, 8, 8), False), ["$5 and $6\nbills_{", "dog"], "test")
     assert [text for text, _ in written] == ["test", "$5 and $6 bills_{ (50%)", "true: dog"]
-
-
-def test_a_long_label_keeps_both_ends() -> None:
-    assert short_label("n02093428 American Staffordshire terrier", 20) == "n02093428 Am… terrier"[:12] + "…" + "terrier"
-    assert len(short_label("x" * 100, 20)) == 20
