@@ -8,13 +8,16 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import nn
 
-from dia_lightning.attention._chain import AttachedBlock, Chain, Link, attached_class
+from dia_lightning.attention._attached_block import AttachedBlock, ChainOwner, take_apart
+from dia_lightning.attention._attached_site import AttachedSite
+from dia_lightning.attention._attached_unit import AttachedUnit
+from dia_lightning.attention._links import Chain, Link, Slot
 from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import attention_builder
+from dia_lightning.attention._roles import add_role
 from dia_lightning.attention._site_table import BLOCK_RULES
-from dia_lightning.attention._sites import Branch, Place, all_places, find_places, named_places
-from dia_lightning.attention._tap import Tap
-from dia_lightning.attention._unit import AttentionUnit
+from dia_lightning.attention._sites import Branch, Place, Site, all_places, find_places, named_places, parameters_of
+from dia_lightning.attention._unit import AttentionUnit, start_at_zero
 
 Model = TypeVar("Model", bound=nn.Module)
 #: A pattern of module paths, several, or a function of path and module.
@@ -84,18 +87,19 @@ def attach(
             "identity=True and branch_norm=True contradict each other: an added norm changes what the network computes."
         )
     build = attention_builder(attention, attention_args)
-    if any(isinstance(module, AttachedBlock) for module in model.modules()):
-        raise ValueError("Attention is attached to this network already. Call detach(model) first.")
+    _refuse_unfit(model)
     stages = _stages(model, branches, sites)
     plugged = dict(zip((place.path for place in all_places(stages)), _mask(plug, stages), strict=True))
     with_norm = not identity if branch_norm is None else branch_norm
     chains = _chains(stages, plugged, share)
     units = [_new_unit(build, chain[0], identity) for chain in chains]  # all, before the network is touched
+    for unit, chain in zip(units, chains, strict=True):
+        _refuse_names_in_use(unit, chain, with_norm)
     stage_of = {place.path: number for number, stage in enumerate(stages) for place in stage}
     layers = count()
     for unit, chain in zip(units, chains, strict=True):
-        taps = _insert_taps(chain, plugged, with_norm, stage_of[chain[0].path], layers)
-        _place_unit(unit, chain[0].block, taps)
+        links = _attach_chain(unit, chain, plugged, with_norm, stage_of[chain[0].path], layers)
+        _give_owners(model, [place.path for place in chain], links)
     return model
 
 
@@ -118,18 +122,27 @@ def detach(model: Model) -> Model:
         >>> list(detach(attach(plain, "se")).state_dict()) == keys
         True
     """
-    blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
-    if not blocks:
+    if not any(isinstance(module, AttachedBlock) for module in model.modules()):
         raise ValueError("No attention is attached to this network.")
-    for block in blocks:
-        for name, module in list(block.named_modules()):
-            if isinstance(module, Tap):
-                block.set_submodule(name, module.tapped)
-        if "dia" in block._modules:
-            del block.dia
-        del block.dia_link
-        block.__class__ = block.plain_class  # type: ignore[assignment]  # to a base class of its own
+    for module in list(model.modules()):
+        take_apart(module)
     return model
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    """Refuse a network that has attention, or that something has taken hold of which would not see it."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "ScriptModule")
+    for name, module in model.named_modules():
+        if isinstance(module, AttachedBlock):
+            raise ValueError("Attention is attached to this network already. Call detach(model) first.")
+        bases = [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")]
+        wrapper = next((base for base in bases if base in wrappers), None)
+        if wrapper is not None or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(module).__name__} at {name or 'the root'} is wrapped already "
+                f"({wrapper or 'compile()'}), which would not know the attention's parameters or keep code without it. "
+                "Attach before the network is wrapped, sharded or compiled."
+            )
 
 
 def _stages(model: nn.Module, branches: Sequence[Branch] | None, sites: Sites | None) -> list[list[Place]]:
@@ -160,19 +173,28 @@ def _chains(stages: list[list[Place]], plugged: dict[str, bool], share: str) -> 
     return chains
 
 
-def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -> nn.Module:
-    if hasattr(place.block, "dia"):
-        raise ValueError(
-            f"{type(place.block).__name__} has an attribute 'dia' already, where the attention module would go "
-            f"({place.path}). Rename it."
-        )
-    unit = build(place.channels)
+def _refuse_names_in_use(unit: nn.Module, chain: list[Place], with_norm: bool) -> None:
+    for place in chain:
+        names = ["dia"] if place is chain[0] else []
+        for site in place.sites:
+            names += [_norm_name(place, site, "branch_norm")] if with_norm and place.branch_norm else []
+            names += [_norm_name(place, site, "unit_norm")] if _own_norm(unit) is not None else []
+        for name in names:
+            if hasattr(place.block, name):
+                raise ValueError(
+                    f"{type(place.block).__name__} has an attribute {name!r} already, where a module of the attention "
+                    f"would go ({place.path}). Rename it."
+                )
+
+
+def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> nn.Module:
+    unit = build(place.channels, place.spatial_dims)
     if not isinstance(unit, nn.Module):
         raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
     if place.zero_bias and isinstance(unit, AttentionUnit):  # a user's own unit knows how it starts
         for layer in unit.modules():
             if isinstance(layer, nn.Linear) and layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+                start_at_zero(layer, ["bias"])
     if identity:
         if not isinstance(unit, AttentionUnit):
             raise ValueError(
@@ -190,39 +212,76 @@ def _new_unit(build: Callable[[int], nn.Module], place: Place, identity: bool) -
     return _like(unit, place.block)
 
 
-def _insert_taps(
-    chain: list[Place], plugged: dict[str, bool], with_norm: bool, stage: int, layers: Iterator[int]
-) -> list[Tap]:
-    """Turn the blocks of a chain into attached ones and return their taps in the order of the blocks."""
-    taps = []
-    state = Chain()
-    for position, place in enumerate(chain):
-        sites = place.sites if plugged[place.path] else ()
-        for site in sites:
-            norm = _like(nn.BatchNorm2d(place.channels), place.block) if with_norm and place.branch_norm else None
-            tap = Tap(
-                place.block.get_submodule(site.path),
-                state,
-                before=site.before,
-                channels_last=site.channels_last,
-                branch_norm=norm,
-                stage=stage,
-                layer=next(layers),
+def _attach_chain(
+    unit: nn.Module, chain: list[Place], plugged: dict[str, bool], with_norm: bool, stage: int, layers: Iterator[int]
+) -> Chain:
+    """Give the blocks of a chain and their sites their roles, and the first block the unit."""
+    links = Chain()
+    for place in chain:
+        slots: list[Slot] = []
+        for site in place.sites if plugged[place.path] else ():
+            branch_norm = nn.BatchNorm2d(place.channels) if with_norm and place.branch_norm else None
+            first = not slots and place is chain[0]
+            slots.append(
+                Slot(
+                    site.path,
+                    site.before,
+                    place.channels,
+                    channel_axis=-1 if site.channels_last else 1,
+                    batch_axis=place.batch_axis if site.channels_last else 0,
+                    unit_norm=None if first else _add_norm(place, site, "unit_norm", copy.deepcopy(_own_norm(unit))),
+                    branch_norm=_add_norm(place, site, "branch_norm", branch_norm),  # before it in the block
+                    stage=stage,
+                    layer=next(layers),
+                )
             )
-            tap.training = place.block.training
-            place.block.set_submodule(site.path, tap)
-            taps.append(tap)
-        place.block.__class__ = attached_class(type(place.block))
-        place.block.dia_link = Link(state, position, position == len(chain) - 1, len(sites))  # type: ignore[assignment]
-    return taps
+            add_role(place.block.get_submodule(site.path), AttachedSite)
+        place.block.dia_link = Link(links, tuple(slots), parameters_of(place.block), place.stream)  # type: ignore[assignment]
+        add_role(place.block, AttachedBlock)
+    chain[0].block.add_module("dia", unit)
+    add_role(unit, AttachedUnit)
+    return links
 
 
-def _place_unit(unit: nn.Module, block: nn.Module, taps: list[Tap]) -> None:
-    """Register the unit in the first block of its chain, and a norm per further tap unless the unit shares its own."""
-    block.add_module("dia", unit)
-    if isinstance(unit, AttentionUnit) and unit.norm is not None and not unit.share_norm:
-        for tap in taps[1:]:
-            tap.unit_norm = copy.deepcopy(unit.norm)
+def _own_norm(unit: nn.Module) -> nn.Module | None:
+    """Return the norm of a unit that every further site has one of its own of."""
+    return unit.norm if isinstance(unit, AttentionUnit) and not unit.share_norm else None
+
+
+def _norm_name(place: Place, site: Site, kind: str) -> str:
+    return kind if len(place.sites) == 1 else f"{kind}_{site.path.replace('.', '_')}"
+
+
+def _add_norm(place: Place, site: Site, kind: str, norm: nn.Module | None) -> str | None:
+    """Register a norm of a site in its block, behind the child that holds the site, and return its name."""
+    if norm is None:
+        return None
+    block, name = place.block, _norm_name(place, site, kind)
+    block.add_module(name, _like(norm, block))
+    names = list(block._modules)
+    for behind in names[names.index(site.path.partition(".")[0]) + 1 : -1]:  # as they run, and as version 0.1 had them
+        block._modules[behind] = block._modules.pop(behind)
+    return name
+
+
+def _give_owners(model: nn.Module, blocks: list[str], chain: Chain) -> None:
+    """Let the modules that may run the blocks of a chain know it: sequences around them, up to the first module that
+    is no plain container."""
+    if "" in blocks:
+        return  # the network is the block
+    paths = [path.split(".")[:-1] for path in blocks]
+    common = 0
+    while all(len(path) > common and path[common] == paths[0][common] for path in paths):
+        common += 1
+    for end in range(common, -1, -1):
+        module = model.get_submodule(".".join(paths[0][:end]))
+        forward = type(module).forward
+        if forward is nn.Module.forward:
+            continue  # a list, which is never called
+        module.dia_chains = (*getattr(module, "dia_chains", ()), chain)  # type: ignore[assignment]
+        add_role(module, ChainOwner)
+        if forward is not nn.Sequential.forward:
+            return
 
 
 def _like(module: nn.Module, block: nn.Module) -> nn.Module:

@@ -1,11 +1,12 @@
-"""Prove on a user's own network that attaching broke nothing."""
+"""Check on a user's own network what attaching must not break."""
 
 import copy
 import importlib.util
 import io
 import pickle
-import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from dia_lightning.attention._attach import detach
-from dia_lightning.attention._chain import AttachedBlock
-from dia_lightning.attention._tap import Tap
+from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._links import tensors_in
+from dia_lightning.attention._watch import watch_maps
 
 #: Largest difference, relative to the largest output, that counts as equal where the arithmetic is the same.
 EXACT = 1e-5
@@ -104,7 +106,7 @@ class _Subject:
             generator = torch.Generator().manual_seed(0)
             for unit in self.units():
                 for parameter in unit.parameters():
-                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
         try:
             self.output = self.run(self.network)
         except Exception as error:
@@ -130,7 +132,8 @@ class _Subject:
 
     def gradients(self, network: nn.Module) -> list[Tensor | None]:
         network.zero_grad()
-        losses = [tensor.float().square().mean() for tensor in self.run(network, grad=True)]
+        asked = _changed(self, lambda tensor: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor)
+        losses = [tensor.float().square().mean() for tensor in asked.run(network, grad=True)]
         torch.autograd.backward(losses)
         return [parameter.grad for parameter in network.parameters()]
 
@@ -152,17 +155,13 @@ def _equal(subject: _Subject, output: list[Tensor], advice: str = "") -> _Findin
 
 
 def _taps_run_once(subject: _Subject) -> _Finding:
-    network = subject.copy()
-    taps = {id(module): name for name, module in network.named_modules() if isinstance(module, Tap)}
-    seen: list[str] = []
-    for module in network.modules():
-        if isinstance(module, Tap):
-            module.register_forward_pre_hook(lambda tap, _: seen.append(taps[id(tap)]))
-    subject.run(network)
-    missed = sorted(set(taps.values()) - set(seen))
+    network, seen = subject.copy(), set[int]()
+    with watch_maps(network, lambda layer, *_: seen.add(layer)) as layers:
+        subject.run(network)
+    missed = [layer.path for number, layer in enumerate(layers) if number not in seen]
     if missed:
-        return False, f"{len(missed)} of {len(taps)} did not run, for example {missed[0]}: is the layer used at all?"
-    return True, f"{len(taps)} sites, {len(subject.units())} units"
+        return False, f"{len(missed)} of {len(layers)} did not run, for example {missed[0]}: is the block used at all?"
+    return True, f"{len(layers)} sites, {len(subject.units())} units"
 
 
 def _parameters_train(subject: _Subject) -> _Finding:
@@ -176,14 +175,16 @@ def _parameters_train(subject: _Subject) -> _Finding:
 
 
 def _nothing_is_left(subject: _Subject) -> _Finding:
+    made: list[weakref.ref[Tensor]] = []
+
+    def note(_: int, attention_map: Tensor, state: Any) -> None:
+        made.extend(map(weakref.ref, (attention_map, *tensors_in(state))))
+
     network = subject.copy()
-    subject.run(network)
-    held = sum(
-        len(block.dia_link.chain.handovers) + len(block.dia_link.chain.frames)
-        for block in network.modules()
-        if isinstance(block, AttachedBlock)
-    )
-    return held == 0, "" if held == 0 else f"{held} states are held: is the last block of a stage skipped?"
+    with watch_maps(network, note):
+        subject.run(network)
+    held = sum(tensor() is not None for tensor in made)
+    return held == 0, "" if held == 0 else f"{held} of {len(made)} maps and states are held: does the unit keep them?"
 
 
 def _copies_are_independent(subject: _Subject) -> _Finding:
@@ -194,8 +195,10 @@ def _copies_are_independent(subject: _Subject) -> _Finding:
         for unit in subject.units(network):
             for parameter in unit.parameters():
                 parameter.add_(0.5)
-    changed = subject.difference(subject.run(network)) > 0
-    return changed, "" if changed else "a copy's attention has no effect on the copy"
+    if subject.difference(subject.run(network)) == 0:
+        return False, "a copy's attention has no effect on the copy"
+    same = subject.difference(subject.run(subject.network)) <= EXACT
+    return same, "" if same else "a change of a copy changes the network: they share tensors"
 
 
 def _pickles(subject: _Subject) -> _Finding:
@@ -233,10 +236,12 @@ def _saves_as_safetensors(subject: _Subject) -> _Finding:
 
 def _plain_weights_fit(subject: _Subject) -> _Finding:
     plain = detach(subject.copy())
-    result = subject.copy().load_state_dict(plain.state_dict(), strict=False)
-    foreign = [key for key in result.missing_keys if not {"dia", "branch_norm", "unit_norm"} & set(key.split("."))]
-    holds = not foreign and not result.unexpected_keys
-    return holds, "" if holds else f"keys differ: {[*foreign, *result.unexpected_keys][:3]}"
+    network = subject.copy()
+    names = [name for name, _ in network.named_parameters()]
+    lost = [name for name, _ in plain.named_parameters() if name not in names]
+    unexpected = network.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    holds = not lost and not unexpected
+    return holds, "" if holds else f"names differ: {[*lost, *unexpected][:3]}"
 
 
 def _history_does_not_matter(subject: _Subject) -> _Finding:
@@ -266,16 +271,17 @@ def _batch_mates_do_not_matter(subject: _Subject) -> _Finding:
 
 
 def _threads_do_not_mix(subject: _Subject) -> _Finding:
-    network, outputs = subject.copy(), list[list[Tensor]]()
-    threads = [threading.Thread(target=lambda: outputs.append(subject.run(network))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(outputs) < len(threads):
-        return False, "a thread failed"
-    worst = max(subject.difference(output) for output in outputs)
+    network = subject.copy()
+    inputs = [_changed(subject, lambda tensor, scale=scale: _scaled(tensor, scale)) for scale in (1.0, 0.5, -1.0)]  # type: ignore[misc]
+    expected = [each.run(network) for each in inputs]
+    with ThreadPoolExecutor(len(inputs)) as pool:  # three times each, in turn
+        found = list(pool.map(lambda each: each.run(network), inputs * 3))
+    worst = max(_difference(*pair) for pair in zip(expected * 3, found, strict=True))
     return worst <= EXACT, "" if worst <= EXACT else f"differs by {worst:.1e}"
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor * scale if tensor.is_floating_point() else tensor
 
 
 def _runs_in_bfloat16(subject: _Subject) -> _Finding:
@@ -305,10 +311,12 @@ def _checkpoints(subject: _Subject) -> _Finding:
     with _blocks_checkpointed(network, reentrant=False):
         found = subject.gradients(network)
     pairs = [(ours, theirs) for ours, theirs in zip(expected, found, strict=True) if ours is not None]
-    worst = max(float("inf") if theirs is None else (ours - theirs).abs().max().item() for ours, theirs in pairs)
+    lost = sum(theirs is None for _, theirs in pairs)
+    differences = [(ours - theirs).abs().max().item() for ours, theirs in pairs if theirs is not None]
     scale = max(ours.abs().max().item() for ours, _ in pairs)
-    holds = worst <= EXACT * scale
-    return holds, "" if holds else f"gradients differ by {worst:.1e}: checkpoint whole stages instead of blocks"
+    holds = lost == 0 and all(difference <= EXACT * scale for difference in differences)
+    note = f"{lost} gradients are lost, others differ by up to {max(differences):.1e}: checkpoint whole stages"
+    return holds, "" if holds else note
 
 
 def _refuses_reentrant_checkpoints(subject: _Subject) -> _Finding:
@@ -317,7 +325,9 @@ def _refuses_reentrant_checkpoints(subject: _Subject) -> _Finding:
     try:
         with _blocks_checkpointed(network, reentrant=True):
             found = subject.gradients(network)
-    except RuntimeError:
+    except RuntimeError as error:
+        if "use_reentrant=False" not in str(error):
+            raise
         return True, "refused: use_reentrant=False"
     same = all(
         ours is None or (theirs is not None and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7))

@@ -52,10 +52,8 @@ def list_attention() -> list[str]:
     return sorted(_BUILDERS)
 
 
-def attention_builder(
-    attention: str | Callable[..., nn.Module], arguments: dict[str, Any]
-) -> Callable[[int], nn.Module]:
-    """Return a function ``channels -> unit``.
+def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict[str, Any]) -> Callable[..., nn.Module]:
+    """Return a function ``(channels, spatial_dims=2) -> unit``; the second goes to units that take it.
 
     Args:
         attention: a registered name, or a callable that takes ``channels`` first.
@@ -81,4 +79,6 @@ def attention_builder(
     except TypeError as error:
         accepted = ", ".join(list(inspect.signature(builder).parameters)[1:]) or "none"
         raise ValueError(f"Attention {attention!r}: {error}. Its arguments are: {accepted}.") from None
-    return lambda channels: builder(channels, **arguments)
+    if "spatial_dims" in inspect.signature(builder).parameters:
+        return lambda channels, spatial_dims=2: builder(channels, **{"spatial_dims": spatial_dims, **arguments})
+    return lambda channels, spatial_dims=2: builder(channels, **arguments)

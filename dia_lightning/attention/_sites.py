@@ -1,5 +1,6 @@
 """What a site is, and how the sites of a network are found."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -59,6 +60,17 @@ class Place:
     channels: int
     branch_norm: bool = False
     zero_bias: bool = False
+    stream: int | None = None  # number of the parameter of the block's forward that is the shortcut, if it is known
+
+    @property
+    def spatial_dims(self) -> int:
+        """Number of position axes: 3 in blocks of volumes or video, else 2; tokens are a plane of width one."""
+        return 3 if any("3d" in type(module).__name__ for module in self.block.modules()) else 2
+
+    @property
+    def batch_axis(self) -> int:
+        """Axis of the samples in token features, as the attention or recurrent layers of the block take them."""
+        return 1 if any(getattr(module, "batch_first", None) is False for module in self.block.modules()) else 0
 
 
 def find_places(model: nn.Module, rules: dict[str, BlockRule], branches: Sequence[Branch] | None) -> list[list[Place]]:
@@ -82,7 +94,7 @@ def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Calla
     open_stage: tuple[str, int] | None = None
     inside = ""  # a block whose own rule decided, so that blocks inside it are not looked at
     for path, module in model.named_modules():
-        rule = _rule(type(module), rules)
+        rule, known = _rule(type(module), rules)
         if rule is None or (inside and path.startswith(inside)):
             continue
         sites = rule.sites if isinstance(rule.sites, tuple) else rule.sites(module)
@@ -92,7 +104,8 @@ def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Calla
             continue
         inside = f"{path}." if path else ""
         channels = width(module.get_submodule(rule.width if rule.width is not None else chosen[0].path))
-        place = Place(path, module, chosen, channels, rule.branch_norm, rule.zero_bias)
+        stream = 0 if cast(Any, type(module)).forward is cast(Any, known).forward else _only_parameter(module)
+        place = Place(path, module, chosen, channels, rule.branch_norm, rule.zero_bias, stream)
         stage = (path.rpartition(".")[0], channels)
         if stage != open_stage:
             stages.append([])
@@ -104,15 +117,17 @@ def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Calla
 def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Module], bool]) -> list[list[Place]]:
     """Find the sites that a user names.
 
-    The block of a site is the nearest module around it that is no plain container; sites are taken to run in the order
-    in which they are registered. Linear layers and layer norms have channels last, all others second.
+    The block of a site is the module around it that is repeated: where paths of sites differ in a number, the number
+    belongs to the block. Around a site that is not repeated it is the nearest module that is no plain container. Sites
+    are taken to run in the order in which they are registered.
 
     Args:
         model: the network.
         sites: patterns of module paths such as ``"encoder.*.conv2"``, or a function of path and module that chooses.
 
     Raises:
-        ValueError: if a pattern matches nothing, or sites of different widths lie in one block.
+        ValueError: if a pattern matches nothing, a layer cannot be a site, or sites of different widths lie in one
+            block.
     """
     modules = dict(model.named_modules())
     if callable(sites):
@@ -124,9 +139,14 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
     if unmatched:
         ends = ", ".join(path for path, module in modules.items() if path and _width(module) is not None)
         raise ValueError(f"sites: {unmatched[0]!r} matches no module. Modules that could be sites: {ends or 'none'}.")
+    for path in found:
+        if isinstance(modules[path], nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"sites: {path!r} is never called: torch's attention reads its weights. Name the module around it."
+            )
     by_block: dict[str, list[str]] = {}
     for path in found:
-        by_block.setdefault(_block_around(path, modules), []).append(path)
+        by_block.setdefault(_block_around(path, found, modules), []).append(path)
     stages: list[list[Place]] = []
     for block, paths in by_block.items():
         widths = {path: width(modules[path]) for path in paths}
@@ -135,10 +155,9 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
             raise ValueError(f"sites: one block cannot share one unit among different widths: {listed}.")
         prefix = f"{block}." if block else ""
         ends_here = tuple(
-            Site(path.removeprefix(prefix), channels_last=isinstance(modules[path], nn.Linear | nn.LayerNorm))
-            for path in paths
+            Site(path.removeprefix(prefix), channels_last=_has_channels_last(modules[path])) for path in paths
         )
-        place = Place(block, modules[block], ends_here, widths[paths[0]])
+        place = Place(block, modules[block], ends_here, widths[paths[0]], stream=_only_parameter(modules[block]))
         previous = stages[-1][-1] if stages else None
         if previous is None or _container(previous.path) != _container(block) or previous.channels != place.channels:
             stages.append([])
@@ -155,14 +174,14 @@ def width(module: nn.Module) -> int:
     channels = _width(module)
     if channels is None:
         raise ValueError(
-            f"The width of {type(module).__name__} is unknown: it has no num_features, out_channels, out_features or "
-            "normalized_shape. Name the layer before it as the site."
+            f"The width of {type(module).__name__} is unknown: it has no num_features, out_channels, out_features, "
+            "normalized_shape or embed_dim. Name the layer before it as the site."
         )
     return channels
 
 
 def _width(module: nn.Module) -> int | None:
-    for name in ("num_features", "out_channels", "out_features", "normalized_shape"):
+    for name in ("num_features", "out_channels", "out_features", "normalized_shape", "embed_dim"):
         value = getattr(module, name, None)
         if isinstance(value, tuple) and value:
             value = value[-1]
@@ -173,19 +192,48 @@ def _width(module: nn.Module) -> int | None:
     return None
 
 
-def _rule(block_class: type, rules: dict[str, BlockRule]) -> BlockRule | None:
+def _has_channels_last(module: nn.Module) -> bool:
+    """Tell where the channels of a layer lie: linear layers, layer norms and torch's attention have them last."""
+    if "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first":
+        return False  # layer norms of convolutional networks
+    return isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.MultiheadAttention)
+
+
+def parameters_of(block: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a block's forward takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(block.forward).parameters.items() if p.kind in kinds)
+
+
+def _only_parameter(block: nn.Module) -> int | None:
+    """Return the number of a block's only parameter, which must be the stream; ``None`` if it has more or takes any."""
+    return 0 if len(inspect.signature(block.forward).parameters) == len(parameters_of(block)) == 1 else None
+
+
+def _rule(block_class: type, rules: dict[str, BlockRule]) -> tuple[BlockRule | None, type]:
+    """Return the rule of a class and the class that it was written for."""
     for base in block_class.__mro__:
         rule = rules.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
-            return rule
-    return None
+            return rule, base
+    return None, block_class
 
 
 def _container(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _block_around(path: str, modules: dict[str, nn.Module]) -> str:
+def _block_around(path: str, found: Sequence[str], modules: dict[str, nn.Module]) -> str:
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if parts[end - 1].isdigit() and any(
+            len(other := site.split(".")) == len(parts)
+            and other[: end - 1] == parts[: end - 1]
+            and other[end - 1] != parts[end - 1]
+            and other[end:] == parts[end:]
+            for site in found
+        ):
+            return ".".join(parts[:end])
     block = _container(path)
     while block and isinstance(modules[block], nn.Sequential | nn.ModuleList | nn.ModuleDict):
         block = _container(block)

@@ -1,17 +1,22 @@
 """What every attention module of the package has in common."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dia_lightning.attention._roles import Role, add_role
 
 
 class AttentionUnit(nn.Module):
     """Base class of the attention modules ("units") that :func:`~dia_lightning.attention.attach` shares.
 
     A unit maps features to an attention map: ``forward(features, state) -> (map, state)`` with features
-    ``[B, C, H, W]`` and a map that broadcasts against them. Units without memory take and return ``None`` as state.
+    ``[B, C, H, W]`` and a map that broadcasts against them. Tokens and sequences come as ``[B, C, N, 1]``, volumes and
+    video as ``[B, C, D, H, W]``. Units without memory take and return ``None`` as state. The tensors of a state are
+    brought to the device and dtype of the next block's features.
 
     A unit that contains a normalisation layer keeps it in :attr:`norm` and takes the keyword ``norm`` in ``forward``:
     when one unit serves several blocks and :attr:`share_norm` is false, every block passes a norm of its own, because
@@ -22,6 +27,8 @@ class AttentionUnit(nn.Module):
     start_value: float = 0.5
     #: Whether all blocks that share the unit also share :attr:`norm`.
     share_norm: bool = True
+    #: Whether positions count by their mean only, so that ``forward`` takes it ``[B, C]`` as the keyword ``mean``.
+    takes_mean: bool = False
 
     #: The unit's normalisation layer, if it has one.
     norm: nn.Module | None
@@ -47,10 +54,16 @@ class AttentionUnit(nn.Module):
                 f"{type(self).__name__} cannot start at the identity: its map starts at 0 with this activation. "
                 "Use activation='sigmoid' or identity=False."
             )
-        for parameter in self.output_parameters():
-            nn.init.zeros_(parameter)
+        zero = {id(parameter) for parameter in self.output_parameters()}
+        for module in self.modules():
+            start_at_zero(module, [name for name, own in module._parameters.items() if id(own) in zero])
         # A power of two in every unit, so that the product is exactly 1 in any floating-point format.
         self.scale = torch.tensor(1.0 / self.start_value)
+
+    def reset_parameters(self) -> None:
+        """Set what the unit itself holds, and not its layers, to the start values; ``to_empty`` needs it."""
+        if self.scale is not None:
+            self.scale.fill_(1.0 / self.start_value)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
         """Return parameters that make every map ``start_value`` when zero, and can all leave zero in training."""
@@ -67,6 +80,44 @@ class AttentionUnit(nn.Module):
         raise NotImplementedError
 
 
+class StartsAtZero(Role):
+    """Role of a layer some of whose parameters start at zero, whenever it is reset."""
+
+    rank = 4
+    equals_plain = True
+    dia_zeros: tuple[str, ...]
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]  # of the layer
+        for name in self.dia_zeros:
+            nn.init.zeros_(getattr(self, name))
+
+
+def start_at_zero(module: nn.Module, names: Sequence[str]) -> None:
+    """Set parameters of a module to zero, now and whenever it is reset."""
+    if not names:
+        return
+    module.dia_zeros = tuple(names) if not isinstance(module, StartsAtZero) else (*module.dia_zeros, *names)  # type: ignore[assignment]
+    add_role(module, StartsAtZero)
+    for name in names:
+        nn.init.zeros_(module.get_parameter(name))
+
+
+def mean_over_positions(features: Tensor) -> Tensor:
+    """Return the mean ``[B, C]`` of features ``[B, C, ...]``."""
+    return features.mean(tuple(range(2, features.ndim)))
+
+
+def degrees_of_freedom(features: Tensor) -> Any:
+    """Return the number of positions of features ``[B, C, ...]`` less one, but at least one; free in an export."""
+    return torch.sym_max(math.prod(features.shape[2:]) - 1, 1)
+
+
+def beside(values: Tensor, features: Tensor) -> Tensor:
+    """Return values ``[B, C]`` in a shape ``[B, C, 1, ...]`` that broadcasts against features."""
+    return values.reshape(*values.shape, *[1] * (features.ndim - 2))
+
+
 def reduced(channels: int, reduction: int) -> int:
     """Return the width of a bottleneck, ``max(1, channels // reduction)``; both must be positive."""
     if channels < 1:
@@ -74,3 +125,10 @@ def reduced(channels: int, reduction: int) -> int:
     if reduction < 1:
         raise ValueError(f"reduction must be a positive number, got {reduction}.")
     return max(1, channels // reduction)
+
+
+def choice(spatial_dims: int, for_planes: Any, for_volumes: Any) -> Any:
+    """Return what a unit needs for 2 or for 3 position axes."""
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+    return for_planes if spatial_dims == 2 else for_volumes

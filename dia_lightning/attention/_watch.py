@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dia_lightning.attention._chain import AttachedBlock
-from dia_lightning.attention._tap import Tap
+from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._links import Slot
 
 #: Called with the number of the layer, its map and the state after it.
 Watcher = Callable[[int, Tensor, Any], None]
@@ -43,7 +43,7 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
         >>> [layer for layer in attention_layers(network) if layer.stage == 2][0]
         AttentionLayer(path='layer3.0.bn2', stage=2, block='layer3.0')
     """
-    return _layers(network, _taps(network))
+    return [layer for layer, _ in _layers(network)]
 
 
 @contextmanager
@@ -74,30 +74,29 @@ def watch_maps(network: nn.Module, watcher: Watcher) -> Iterator[list[AttentionL
         >>> len(seen), seen[0]
         (9, torch.Size([2, 16, 1, 1]))
     """
-    taps = _taps(network)
-    if any(tap.watcher is not None for _, tap in taps):
+    layers = _layers(network)
+    if any(slot.watcher is not None for _, slot in layers):
         raise ValueError("The maps of this network are watched already. Leave the inner context out.")
     try:
-        for number, (_, tap) in enumerate(taps):
-            tap.watcher = _numbered(watcher, number)
-        yield _layers(network, taps)
+        for number, (_, slot) in enumerate(layers):
+            slot.watcher = _numbered(watcher, number)
+        yield [layer for layer, _ in layers]
     finally:
-        for _, tap in taps:
-            tap.watcher = None
+        for _, slot in layers:
+            slot.watcher = None
 
 
-def _layers(network: nn.Module, taps: list[tuple[str, Tap]]) -> list[AttentionLayer]:
-    blocks = [path for path, module in network.named_modules() if isinstance(module, AttachedBlock)]
-    around = {path: [block for block in blocks if not block or path.startswith(f"{block}.")] for path, _ in taps}
-    return [AttentionLayer(path, tap.stage, max(around[path], key=len)) for path, tap in taps]
+def _layers(network: nn.Module) -> list[tuple[AttentionLayer, Slot]]:
+    blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, AttachedBlock)]
+    if not blocks:
+        raise ValueError("No attention is attached to this network. Call attach(network, ...) first.")
+    layers = [
+        (AttentionLayer(f"{path}.{slot.path}" if path else slot.path, slot.stage, path), slot)
+        for path, block in blocks
+        for slot in block.dia_link.slots
+    ]
+    return sorted(layers, key=lambda item: item[1].layer)
 
 
 def _numbered(watcher: Watcher, number: int) -> Callable[[Tensor, Any], None]:
     return lambda attention_map, state: watcher(number, attention_map, state)
-
-
-def _taps(network: nn.Module) -> list[tuple[str, Tap]]:
-    taps = [(path, module) for path, module in network.named_modules() if isinstance(module, Tap)]
-    if not taps:
-        raise ValueError("No attention is attached to this network. Call attach(network, ...) first.")
-    return sorted(taps, key=lambda item: item[1].layer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._registry import register_attention
-from dia_lightning.attention._unit import AttentionUnit, reduced
+from dia_lightning.attention._unit import AttentionUnit, beside, mean_over_positions, reduced
 
 #: Hidden and cell state, each ``[B, C]``, of every stacked cell.
 LSTMState = tuple[tuple[Tensor, Tensor], ...]
@@ -53,6 +53,8 @@ class DIALSTM(AttentionUnit):
         torch.Size([2, 64, 1, 1])
     """
 
+    takes_mean = True
+
     def __init__(
         self,
         channels: int,
@@ -83,17 +85,20 @@ class DIALSTM(AttentionUnit):
         last = [self.upper[-1]] if self.upper else [self.input_expand, self.hidden_expand]
         return chain.from_iterable(layer.parameters() for layer in last)
 
-    def forward(self, features: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
+    def forward(
+        self, features: Tensor, state: LSTMState | None = None, mean: Tensor | None = None
+    ) -> tuple[Tensor, LSTMState]:
         """Step once.
 
         Args:
             features: ``[B, C, H, W]``.
             state: what the previous block of the stage returned; ``None`` at the first block.
+            mean: of the features over all positions ``[B, C]``, if it is known.
 
         Returns:
             The map ``[B, C, 1, 1]``, in (0, 1) for ``activation="sigmoid"``, and the state for the next block.
         """
-        value = features.mean((2, 3))  # [B, C]
+        value = mean_over_positions(features) if mean is None else mean  # [B, C]
         if state is None:
             zero = torch.zeros_like(value)
             state = ((zero, zero),) * (1 + len(self.upper))
@@ -103,8 +108,7 @@ class DIALSTM(AttentionUnit):
         states = [self._step(gates, cell)]
         for layer, (hidden, cell) in zip(self.upper, state[1:], strict=True):
             states.append(self._step(layer(self.dropout(states[-1][0]), hidden), cell))
-        attention_map = states[-1][0][:, :, None, None]  # [B, C, 1, 1]
-        return self.rescale(attention_map, features), tuple(states)
+        return self.rescale(beside(states[-1][0], features), features), tuple(states)
 
     def _step(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         i, f, g, o = gates.chunk(4, dim=1)  # [B, 4C] -> 4 x [B, C]

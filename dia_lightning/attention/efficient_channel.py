@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._registry import register_attention
-from dia_lightning.attention._unit import AttentionUnit, reduced
+from dia_lightning.attention._unit import AttentionUnit, beside, mean_over_positions, reduced
 
 
 @register_attention("eca")
@@ -30,6 +30,8 @@ class EfficientChannelAttention(AttentionUnit):
         (5,)
     """
 
+    takes_mean = True
+
     def __init__(self, channels: int, kernel_size: int | None = None) -> None:
         super().__init__()
         if kernel_size is None:
@@ -43,7 +45,8 @@ class EfficientChannelAttention(AttentionUnit):
         """Return those before the sigmoid."""
         return self.conv.parameters()
 
-    def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""
-        value = self.conv(features.mean((2, 3))[:, None])[:, 0]  # [B, 1, C] -> [B, C]
-        return self.rescale(torch.sigmoid(value)[:, :, None, None], features), None
+    def forward(self, features: Tensor, state: None = None, mean: Tensor | None = None) -> tuple[Tensor, None]:
+        """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``, whose ``mean`` may be known."""
+        mean = mean_over_positions(features) if mean is None else mean
+        value = self.conv(mean[:, None])[:, 0]  # [B, 1, C] -> [B, C]
+        return self.rescale(beside(torch.sigmoid(value), features), features), None

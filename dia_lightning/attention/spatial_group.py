@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._registry import register_attention
-from dia_lightning.attention._unit import AttentionUnit, reduced
+from dia_lightning.attention._unit import AttentionUnit, beside, degrees_of_freedom, mean_over_positions, reduced
 
 
 @register_attention("sge")
@@ -38,8 +38,15 @@ class SpatialGroupEnhance(AttentionUnit):
         self.groups = min(groups, reduced(channels, 1))
         if self.groups < 1 or channels % self.groups:
             raise ValueError(f"groups must divide the number of channels ({channels}), got {groups}.")
-        self.weight = nn.Parameter(torch.zeros(self.groups, 1, 1))
-        self.bias = nn.Parameter(torch.ones(self.groups, 1, 1))
+        self.weight = nn.Parameter(torch.empty(self.groups, 1, 1))
+        self.bias = nn.Parameter(torch.empty(self.groups, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weights to zero and the biases to one, as the authors' code does."""
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.bias)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
         """Return those before the sigmoid."""
@@ -47,10 +54,14 @@ class SpatialGroupEnhance(AttentionUnit):
 
     def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, H, W]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""
-        batch, channels, height, width = features.shape
-        weighted = (features * features.mean((2, 3), keepdim=True)).reshape(batch, self.groups, -1, height, width)
-        similarity = weighted.sum(2)  # [B, G, H, W]
-        centred = similarity - similarity.mean((2, 3), keepdim=True)
-        deviation = similarity.std((2, 3), keepdim=True, correction=min(1, height * width - 1))
-        gate = torch.sigmoid(self.weight * (centred / (deviation + 1e-5)) + self.bias)
-        return self.rescale(gate.repeat_interleave(channels // self.groups, dim=1), features), None
+        channels, positions = features.shape[1], tuple(range(2, features.ndim))
+        weighted = features * beside(mean_over_positions(features), features)
+        grouped = weighted.reshape(features.shape[0], self.groups, channels // self.groups, *features.shape[2:])
+        similarity = grouped.sum(2)  # [B, G, H, W]
+        centred = similarity - similarity.mean(positions, keepdim=True)
+        variance = centred.square().sum(positions, keepdim=True) / degrees_of_freedom(features)
+        deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # whose gradient at zero is zero
+        weight, bias = (beside(parameter.flatten()[None], features) for parameter in (self.weight, self.bias))
+        gate = torch.sigmoid(weight * (centred / (deviation + 1e-5)) + bias)
+        group = torch.arange(channels, device=gate.device) // (channels // self.groups)  # of each channel
+        return self.rescale(gate.index_select(1, group), features), None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._registry import register_attention
-from dia_lightning.attention._unit import AttentionUnit, reduced
+from dia_lightning.attention._unit import AttentionUnit, beside, mean_over_positions, reduced
 
 
 @register_attention("se")
@@ -27,6 +27,8 @@ class SqueezeExcitation(AttentionUnit):
         torch.Size([2, 64, 1, 1])
     """
 
+    takes_mean = True
+
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
         hidden = reduced(channels, reduction)
@@ -37,7 +39,8 @@ class SqueezeExcitation(AttentionUnit):
         """Return those before the sigmoid."""
         return self.expand.parameters()
 
-    def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""
-        value = self.expand(torch.relu(self.reduce(features.mean((2, 3)))))  # [B, C]
-        return self.rescale(torch.sigmoid(value)[:, :, None, None], features), None
+    def forward(self, features: Tensor, state: None = None, mean: Tensor | None = None) -> tuple[Tensor, None]:
+        """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``, whose ``mean`` may be known."""
+        mean = mean_over_positions(features) if mean is None else mean
+        value = self.expand(torch.relu(self.reduce(mean)))  # [B, C]
+        return self.rescale(beside(torch.sigmoid(value), features), features), None

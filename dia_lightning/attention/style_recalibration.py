@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._registry import register_attention
-from dia_lightning.attention._unit import AttentionUnit, reduced
+from dia_lightning.attention._unit import AttentionUnit, beside, degrees_of_freedom, mean_over_positions, reduced
 
 
 @register_attention("srm")
@@ -32,9 +32,15 @@ class StyleRecalibration(AttentionUnit):
 
     def __init__(self, channels: int, share_norm: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(reduced(channels, 1), 2))
+        self.weight = nn.Parameter(torch.empty(reduced(channels, 1), 2))
         self.norm = nn.BatchNorm1d(channels)
         self.share_norm = share_norm
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weights to zero, as the authors' code does."""
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
         """Return those before the sigmoid."""
@@ -42,9 +48,9 @@ class StyleRecalibration(AttentionUnit):
 
     def forward(self, features: Tensor, state: None = None, norm: nn.Module | None = None) -> tuple[Tensor, None]:
         """Return the map ``[B, C, 1, 1]`` in (0, 1) of ``features`` ``[B, C, H, W]``."""
-        mean = features.mean((2, 3))
-        positions = features.shape[2] * features.shape[3]
-        variance = (features - mean[:, :, None, None]).square().sum((2, 3)) / max(positions - 1, 1)
+        mean = mean_over_positions(features)
+        squares = (features - beside(mean, features)).square().flatten(2).sum(2)
+        variance = squares / degrees_of_freedom(features)
         style = torch.stack([mean, (variance + 1e-5).sqrt()], dim=2)  # [B, C, 2]
         value = (self.norm if norm is None else norm)((style * self.weight).sum(2))  # [B, C]
-        return self.rescale(torch.sigmoid(value)[:, :, None, None], features), None
+        return self.rescale(beside(torch.sigmoid(value), features), features), None

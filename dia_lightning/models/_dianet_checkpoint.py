@@ -43,7 +43,7 @@ class _Layout:
 _LAYOUTS = {
     "cifar_resnet": _Layout("layer", "bn1", step=9, other_layers=2, width=64),
     "cifar_preresnet": _Layout(
-        "layer", "bn", step=9, other_layers=2, width=64, renamed={"bn": "bn1", "bn_additional": "conv3.branch_norm"}
+        "layer", "bn", step=9, other_layers=2, width=64, renamed={"bn": "bn1", "bn_additional": "branch_norm"}
     ),
     "cifar_wrn": _Layout(
         "block",
@@ -51,7 +51,7 @@ _LAYOUTS = {
         step=6,
         other_layers=4,
         width=16,
-        renamed={"convShortcut": "downsample.0", "bn_additional": "conv2.branch_norm"},
+        renamed={"convShortcut": "downsample.0", "bn_additional": "branch_norm"},
     ),
     "cifar_resnext": _Layout(
         "stage_",

@@ -111,7 +111,7 @@ def freeze_norms(body: nn.Module) -> None:
         if type(module).__module__.startswith("timm."):
             _freeze_norm_of_timm(body, path, module)
         elif isinstance(module, nn.BatchNorm2d):
-            if type(module) is not nn.BatchNorm2d:
+            if type(module) != nn.BatchNorm2d:  # noqa: E721  # one that has attention equals it
                 raise ValueError(f"frozen_norm=True does not know {type(module).__name__} ({path}). Set it to False.")
             frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
             state = {name: value for name, value in module.state_dict().items() if name != "num_batches_tracked"}

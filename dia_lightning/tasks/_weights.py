@@ -129,7 +129,7 @@ def _without_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def _belongs_to_attention(key: str) -> bool:
-    return any(part in ("dia", "branch_norm", "unit_norm") for part in key.split("."))
+    return any(part == "dia" or part.startswith(("branch_norm", "unit_norm")) for part in key.split("."))
 
 
 def _sizes(keys: list[str], weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:

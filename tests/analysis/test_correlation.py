@@ -70,7 +70,7 @@ def test_maps_of_a_real_network_correlate_as_numpy_says(share: Any) -> None:
     collected: list[Tensor] = []
     for _, module in network.named_modules():
         if type(module).__name__ == "DIALSTM":
-            module.register_forward_hook(lambda *args: collected.append(args[2][0][:, :, 0, 0]))
+            module.register_forward_hook(lambda *args: collected.append(args[2][:, :, 0, 0]))
     with torch.no_grad():
         network(images)
         with MapRecorder(network) as recorder:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from dia_lightning.attention import attach
-from dia_lightning.attention._tap import TAPPED
+from dia_lightning.attention._running import RUNNING
 
 Weights = dict[str, Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -177,7 +177,7 @@ def gradients(model: nn.Module) -> Weights:
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
-        found[re.sub(r"\.\d+\.dia\.", ".dia.", name.replace(f".{TAPPED}.", "."))] = parameter.grad.clone()
+        found[re.sub(r"\.\d+\.dia\.", ".dia.", name)] = parameter.grad.clone()
     return found
 
 
@@ -198,11 +198,14 @@ def largest_difference(first: Weights, second: Weights) -> float:
     return max((first[key] - second[key]).abs().max().item() for key in first)
 
 
-def outstanding(model: nn.Module) -> int:
-    """Return how many states and open blocks the chains of a network hold in this thread."""
-    chains = {id(chain): chain for module in model.modules() if (chain := getattr(module, "chain", None)) is not None}
-    assert chains
-    return sum(len(chain.handovers) + len(chain.frames) for chain in chains.values())
+def outstanding() -> int:
+    """Return how many calls of blocks and of their owners are under way in this thread."""
+    frame, scope, count = RUNNING.frame, RUNNING.scope, 0
+    while frame is not None:
+        frame, count = frame.outer, count + 1
+    while scope is not None:
+        scope, count = scope.outer, count + 1
+    return count
 
 
 def plain_keys(model: nn.Module) -> list[str]:

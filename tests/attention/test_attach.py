@@ -103,8 +103,8 @@ def test_preactivation_branches_get_a_norm_before_the_unit() -> None:
         for index, block in enumerate(getattr(plain, name)):
             shortcut = features if block.downsample is None else block.downsample(features)
             branch = block.conv2(F.relu(block.bn2(block.conv1(F.relu(block.bn1(features))))))
-            norm = {key: weights[f"{name}.{index}.conv2.branch_norm.{key}"] for key in ("running_mean", "running_var")}
-            scale, shift = (weights[f"{name}.{index}.conv2.branch_norm.{key}"] for key in ("weight", "bias"))
+            norm = {key: weights[f"{name}.{index}.branch_norm.{key}"] for key in ("running_mean", "running_var")}
+            scale, shift = (weights[f"{name}.{index}.branch_norm.{key}"] for key in ("weight", "bias"))
             branch = F.batch_norm(branch, **norm, weight=scale, bias=shift)
             attention_map, state = lstm_step(units[name], branch, state)
             features = branch * attention_map + shortcut
@@ -125,7 +125,7 @@ def test_preactivation_branches_get_a_norm_before_the_unit() -> None:
 )
 def test_branch_norms_go_to_plugged_blocks_unless_refused_or_at_the_identity(options: Any, expected: int) -> None:
     model = attach(get_model("cifar_preresnet", depth=14, block="basic"), "dia-lstm", **options)
-    assert sum(name.endswith(".conv2.branch_norm") for name, _ in model.named_modules()) == expected
+    assert sum(name.endswith(".branch_norm") for name, _ in model.named_modules()) == expected
 
 
 def test_identity_and_added_norms_contradict_each_other() -> None:
@@ -335,7 +335,7 @@ def test_blocks_keep_their_class_name_and_attributes(tiny: tuple[TinyNet, TinyNe
 def test_blocks_that_share_a_unit_have_norms_of_their_own(name: str) -> None:
     model = attach(TinyNet(), name).train()
     model(images(8, dtype=torch.float32))
-    norms = [model.stage1[0].dia.norm, *(model.stage1[k].bn2.unit_norm for k in (1, 2))]
+    norms = [model.stage1[0].dia.norm, *(model.stage1[k].unit_norm for k in (1, 2))]
     assert len({id(norm) for norm in norms}) == 3
     means = [norm.running_mean for norm in norms]
     assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1, 1]
@@ -349,7 +349,7 @@ def test_blocks_that_share_a_unit_have_norms_of_their_own(name: str) -> None:
 def test_norms_of_their_own_see_the_statistics_of_their_own_block() -> None:
     plain, attached = pair(TinyNet(blocks=(3, 1, 1)).double(), "srm")
     unit = copy.deepcopy(attached.stage1[0].dia)
-    norms = [unit.norm, *(copy.deepcopy(attached.stage1[k].bn2.unit_norm) for k in (1, 2))]
+    norms = [unit.norm, *(copy.deepcopy(attached.stage1[k].unit_norm) for k in (1, 2))]
     plain.train()
     attached.train()
     attached(images(4))
@@ -359,7 +359,7 @@ def test_norms_of_their_own_see_the_statistics_of_their_own_block() -> None:
         style = torch.stack([branch.mean((2, 3)), (branch.flatten(2).var(2) + 1e-5).sqrt()], dim=2)
         value = (style * unit.weight).sum(2)
         expected = 0.9 * norm.running_mean + 0.1 * value.mean(0)
-        seen = attached.stage1[0].dia.norm if index == 0 else attached.stage1[index].bn2.unit_norm
+        seen = attached.stage1[0].dia.norm if index == 0 else attached.stage1[index].unit_norm
         torch.testing.assert_close(seen.running_mean, expected, rtol=0, atol=1e-12)
         attention_map = F.batch_norm(value, None, None, norm.weight, norm.bias, training=True).sigmoid()
         features = F.relu(branch * attention_map[:, :, None, None] + shortcut)
@@ -412,5 +412,5 @@ def test_what_cannot_be_attached_to_is_named() -> None:
     with pytest.raises(ValueError, match=r"model must be an nn\.Module, got 'resnet18'"):
         attach("resnet18", "se")  # type: ignore[type-var]
     headed = attach(get_model("cifar_resnet", depth=11), "se", sites=["fc"])
-    with pytest.raises(RuntimeError, match=r"shape \(2, 100\) have no positions to attend to: Linear"):
+    with pytest.raises(RuntimeError, match=r"shape \(2, 100\) have no positions to attend to: 'fc'"):
         headed(torch.randn(2, 3, 16, 16))

@@ -83,19 +83,68 @@ def test_s17_timms_norm_conversions_keep_the_attention(tiny: Pair) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_s17_a_norm_replaced_after_attaching_is_noticed_and_leaves_nothing_behind(tiny: Pair, index: int) -> None:
-    attached = tiny[1]
-    attached.stage1[index].bn2 = nn.BatchNorm2d(8).double()
-    with pytest.raises(RuntimeError, match=r"0 of 1 sites .* replaced after attach\(\)\? Call detach\(\) first"):
-        attached(images())
-    assert outstanding(attached) == 0
+def test_s17_a_layer_put_into_a_slot_after_attaching_carries_the_attention_on(tiny: Pair, index: int) -> None:
+    plain, attached = tiny
+    for network in tiny:
+        network.stage1[index].bn2 = randomised(nn.GroupNorm(2, 8).double(), seed=3)
+    expected = threaded(plain, unit_weights(attached), images())
+    torch.testing.assert_close(attached(images()), expected, rtol=0, atol=1e-12)
+    assert isinstance(attached.stage1[index].bn2, nn.GroupNorm)
 
 
-def test_s17_fusing_a_site_into_its_convolution_is_refused(tiny: Pair) -> None:
+def test_s17_fusing_a_site_into_its_convolution_keeps_the_attention(tiny: Pair) -> None:
+    expected = tiny[1](images())
     block = tiny[1].stage1[1]
     block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
-    with pytest.raises(RuntimeError, match="0 of 1 sites with attention ran"):
+    torch.testing.assert_close(tiny[1](images()), expected, rtol=0, atol=1e-12)
+
+
+class Adapter(nn.Module):
+    """Holds the layer that it adds to, as LoRA does."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Conv2d(8, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, 8, 1, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        output: Tensor = self.base_layer(features) + self.up(self.down(features))
+        return output
+
+
+def test_s17_an_adapter_around_a_site_takes_its_place_and_gives_it_back(tiny: Pair) -> None:
+    plain, attached = tiny
+    before = attached(images())
+    adapter = randomised(Adapter(plain.stage1[1].bn2).double().eval(), seed=3)
+    original, copied = attached.stage1[1].bn2, copy.deepcopy(adapter)
+    plain.stage1[1].bn2, attached.stage1[1].bn2 = adapter, copied
+    copied.base_layer = original
+    original.load_state_dict(adapter.base_layer.state_dict())
+    expected = threaded(plain, unit_weights(attached), images())
+    torch.testing.assert_close(attached(images()), expected, rtol=0, atol=1e-12)
+    assert {name for name in attached.state_dict() if "base_layer" in name} == {
+        f"stage1.1.bn2.base_layer.{name}" for name in original.state_dict()
+    }
+    attached.stage1[1].bn2 = original
+    original.load_state_dict(tiny[0].stage1[1].bn2.base_layer.state_dict())
+    assert attached(images()).shape == before.shape
+    assert type(copied.base_layer) == type(original)  # noqa: E721  # a class with attention equals the plain one
+
+
+def test_s17_a_slot_that_is_gone_is_named(tiny: Pair) -> None:
+    del tiny[1].stage1[1].bn2
+    with pytest.raises(RuntimeError, match=r"belongs to 'bn2' of a BasicBlock, and nothing is there any more .*detach"):
         tiny[1](images())
+    assert outstanding() == 0
+
+
+def test_s17_a_layer_replaced_before_a_full_compilation_is_named(tiny: Pair) -> None:
+    tiny[1].stage1[1].bn2 = nn.BatchNorm2d(8).double().eval()
+    with pytest.raises(Exception, match=r"'bn2' of a BasicBlock was replaced after attach\(\)\. Run the network once"):
+        torch.compile(tiny[1], backend="eager", fullgraph=True)(images())
+    expected = copy.deepcopy(tiny[1])(images())
+    assert torch.equal(torch.compile(tiny[1], backend="eager")(images()), expected)
 
 
 def test_s17_fusing_other_norms_is_exact(tiny: Pair) -> None:
@@ -115,15 +164,12 @@ def test_s20_functional_call_with_named_parameters_is_exact(tiny: Pair) -> None:
     assert torch.equal(functional_call(attached, weights, (images(),)), other(images()))
 
 
-def test_s20_functional_call_with_a_state_dict_is_exact_or_refused(tiny: Pair) -> None:
+def test_s20_functional_call_with_a_state_dict_is_exact(tiny: Pair) -> None:
     attached = tiny[1]
     before = attached(images())
     other = randomised(copy.deepcopy(attached), seed=5)
-    try:
-        output = functional_call(attached, dict(other.state_dict()), (images(),))
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
-        output = other(images())
-    torch.testing.assert_close(output, other(images()), rtol=0, atol=1e-12)
+    output = functional_call(attached, dict(other.state_dict()), (images(),))
+    assert torch.equal(output, other(images()))
     assert torch.equal(attached(images()), before)
 
 
@@ -139,7 +185,7 @@ def test_s20_vmap_over_the_weights_of_an_ensemble_is_exact(tiny: Pair) -> None:
     outputs = vmap(run)(parameters, buffers)
     expected = torch.stack([member(batch) for member in members])
     torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-12)
-    assert outstanding(tiny[1]) == 0
+    assert outstanding() == 0
 
 
 def test_s20_gradients_per_sample_are_exact(tiny: Pair) -> None:

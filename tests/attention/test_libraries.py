@@ -9,11 +9,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dia_lightning.attention import DIALSTM, attach, check, detach
-from dia_lightning.attention._chain import AttachedBlock
+from dia_lightning.attention import DIALSTM, attach, attention_layers, check, detach
+from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._links import Chain, Slot
 from dia_lightning.attention._site_table import BLOCK_RULES
 from dia_lightning.attention._sites import Branch
-from dia_lightning.attention._tap import TAPPED, Tap
 from tests.attention.libraries import NETWORKS, build, images, output
 
 BRANCHES: tuple[Branch, ...] = ("conv", "attention", "mlp")
@@ -68,7 +68,17 @@ def test_the_identity_start_is_the_plain_network_bit_for_bit(name: str) -> None:
         assert not torch.allclose(output(doubled, inputs), plain)  # the sites matter to the output
 
 
-def hooked(network: nn.Module, units: dict[str, nn.Module], taps: dict[str, Tap]) -> None:
+def slots_of(network: nn.Module) -> dict[str, tuple[Slot, Chain]]:
+    """Return the slots of a network and their chains by the path of the site."""
+    return {
+        f"{path}.{slot.path}": (slot, block.dia_link.chain)
+        for path, block in network.named_modules()
+        if isinstance(block, AttachedBlock)
+        for slot in block.dia_link.slots
+    }
+
+
+def hooked(network: nn.Module, units: dict[str, nn.Module], slots: dict[str, tuple[Slot, Chain]]) -> None:
     """An independent way to share units: forward hooks, and a state per unit that the first site of a stage resets."""
     states: dict[int, Any] = {}
     first = {id(unit): path for path, unit in reversed(units.items())}
@@ -77,7 +87,7 @@ def hooked(network: nn.Module, units: dict[str, nn.Module], taps: dict[str, Tap]
         unit = units[path]
         if first[id(unit)] == path:
             states[id(unit)] = None
-        last = taps[path].channels_last
+        last = slots[path][0].channel_axis == -1
         planes = features.movedim(-1, 1) if last else features
         flat = planes.flatten(2).unsqueeze(-1)  # DIA-LSTM only looks at means over positions
         attention_map, states[id(unit)] = unit(flat, states[id(unit)])
@@ -85,9 +95,9 @@ def hooked(network: nn.Module, units: dict[str, nn.Module], taps: dict[str, Tap]
         recalibrated: Tensor = planes * attention_map.reshape(shape)
         return recalibrated.movedim(1, -1) if last else recalibrated
 
-    for path, tap in taps.items():
+    for path, (slot, _) in slots.items():
         site = network.get_submodule(path)
-        if tap.before:
+        if slot.before:
             site.register_forward_pre_hook(lambda _, args, path=path: (recalibrate(path, args[0]), *args[1:]))
         else:
             site.register_forward_hook(lambda _, __, out, path=path: recalibrate(path, out))
@@ -107,9 +117,9 @@ def test_outputs_and_gradients_equal_those_of_an_independent_implementation(name
                 for parameter in block.dia.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
             by_chain[id(block.dia_link.chain)] = copy.deepcopy(block.dia)
-    taps = {path: module for path, module in attached.named_modules() if isinstance(module, Tap)}
-    units = {path: by_chain[id(tap.chain)] for path, tap in taps.items()}
-    hooked(reference, units, taps)
+    slots = slots_of(attached)
+    units = {path: by_chain[id(chain)] for path, (_, chain) in slots.items()}
+    hooked(reference, units, slots)
     ours, theirs = output(attached, inputs), output(reference, inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     torch.autograd.backward([ours.square().mean(), theirs.square().mean()])
@@ -230,14 +240,14 @@ def test_attention_modules_of_the_network_itself_stay() -> None:
     own = {name for name, module in network.named_modules() if type(module).__name__ == "SEModule"}
     attach(network, "dia-lstm")
     kept = {name for name, module in network.named_modules() if type(module).__name__ == "SEModule"}
-    assert {name.replace(f".{TAPPED}", "") for name in kept} == own
+    assert kept == own
 
 
 def test_branches_of_a_transformer_can_be_chosen() -> None:
     for branches, sites in ((["attention"], ["attn"]), (["mlp"], ["mlp"]), (None, ["attn", "mlp"])):
         network = attach(build("timm vit")[0], "se", branches=branches)  # type: ignore[arg-type]
-        taps = [name for name, module in network.named_modules() if isinstance(module, Tap)]
-        assert taps == [f"blocks.{block}.{site}" for block in range(3) for site in sites]
+        found = [layer.path for layer in attention_layers(network)]
+        assert found == [f"blocks.{block}.{site}" for block in range(3) for site in sites]
 
 
 def test_attention_blocks_of_a_unet_are_left_out_unless_asked_for() -> None:

@@ -15,8 +15,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dia_lightning.attention import attach, detach
-from dia_lightning.attention._chain import AttachedBlock
+from dia_lightning.attention._attached_block import AttachedBlock
 from tests.attention.libraries import Inputs, build, output
+from tests.attention.networks import outstanding
 
 NAMES = ("timm resnet18", "timm vit", "diffusers unet")
 
@@ -39,11 +40,6 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Inputs, Tensor]:
 
 def blocks(network: nn.Module) -> Iterator[AttachedBlock]:
     return (module for module in network.modules() if isinstance(module, AttachedBlock))
-
-
-def held(network: nn.Module) -> int:
-    chains = {id(block.dia_link.chain): block.dia_link.chain for block in blocks(network)}
-    return sum(len(chain.handovers) + len(chain.frames) for chain in chains.values())
 
 
 def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -72,7 +68,7 @@ def test_s4_an_exception_in_mid_stage_leaves_nothing(case: tuple[nn.Module, Inpu
     with pytest.raises(InterruptedError):
         output(network, inputs)
     assert torch.equal(output(network, inputs), expected)
-    assert held(network) == 0
+    assert outstanding() == 0
 
 
 def test_s8_a_forward_of_the_network_inside_its_own_forward(case: tuple[nn.Module, Inputs, Tensor]) -> None:
@@ -177,7 +173,7 @@ def test_s15_a_block_of_the_middle_called_alone_is_refused(case: tuple[nn.Module
     output(network, inputs)
     for handle in handles:
         handle.remove()
-    block, args = next((block, args) for block, args in seen if block.dia_link.position == 1)
+    block, args = next((block, args) for block, args in seen if block.dia_link.before is not None)
     with pytest.raises(RuntimeError, match="without the state of the blocks before it"):
         block(*(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args))
 
@@ -221,7 +217,7 @@ def test_s26_forwards_that_are_given_up_hold_no_more_than_one_state(case: tuple[
     for _ in range(20):
         with pytest.raises(GivenUpError):
             output(network, inputs)
-    assert held(network) <= len({id(block.dia_link.chain) for block in blocks(network)})
+    assert outstanding() == 0
     handle.remove()
     assert torch.equal(output(network, inputs), expected)
 

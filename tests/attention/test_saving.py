@@ -55,7 +55,7 @@ def test_keys_of_the_plain_network_stay_and_stay_in_order(name: str) -> None:
 def test_keys_of_added_norms_stand_under_their_site() -> None:
     model = attach(get_model("cifar_preresnet", depth=11), "srm")
     keys = list(model.state_dict())
-    assert {"layer1.0.conv3.weight", "layer1.0.conv3.branch_norm.running_var", "layer1.0.dia.norm.weight"} <= set(keys)
+    assert {"layer1.0.conv3.weight", "layer1.0.branch_norm.running_var", "layer1.0.dia.norm.weight"} <= set(keys)
     assert not any("wrapped" in key for key in keys)
 
 

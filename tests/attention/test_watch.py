@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -36,14 +37,15 @@ def test_blocks_without_attention_are_no_layers() -> None:
 def test_what_is_seen_is_what_features_are_multiplied_by(share: str) -> None:
     watched = network(share)
     seen: dict[int, Tensor] = {}
-    first: nn.Module = watched.get_submodule("layer1.0.bn2")
+    block: Any = watched.get_submodule("layer1.0")
     inside: list[Tensor] = []
-    first.tapped.register_forward_hook(lambda *args: inside.append(args[2]))  # type: ignore[union-attr]
-    first.register_forward_hook(lambda *args: inside.append(args[2]))
+    block.bn2.register_forward_hook(lambda *args: inside.append(args[2]))
+    block.register_forward_hook(lambda _, args, output: inside.extend((args[0], output)))
     with watch_maps(watched, lambda layer, attention_map, _: seen.update({layer: attention_map})):
         watched(IMAGES)
+    branch, shortcut, output = inside
     assert list(seen) == list(range(9))
-    assert torch.equal(inside[0] * seen[0], inside[1])
+    assert torch.equal((branch * seen[0] + shortcut).relu(), output)
 
 
 def test_states_of_dia_lstm_are_handed_out_and_others_have_none() -> None:

@@ -192,9 +192,9 @@ def project_raw_input(model: nn.Module) -> nn.Module:
 
 def test_blocks_of_each_family_have_a_rule_of_their_own() -> None:
     for name, block in (("cifar_resnext", ResNeXtBlock), ("cifar_wrn", WideBlock)):
-        rule = _rule(block, BLOCK_RULES)
+        rule, _ = _rule(block, BLOCK_RULES)
         assert rule is BLOCK_RULES[f"dia_lightning.models.{name}.{block.__name__}"]
-        assert rule is not _rule(block.__base__ or block, BLOCK_RULES)
+        assert rule is not _rule(block.__base__ or block, BLOCK_RULES)[0]
 
 
 REFERENCES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {

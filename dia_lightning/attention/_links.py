@@ -1,0 +1,93 @@
+"""Where attention is: what a block knows of its place in the network, the same for every forward."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place in a block whose layer ends a residual branch, whatever layer that is at the moment.
+
+    Args:
+        path: of the layer, from the block.
+        before: whether the layer's input is multiplied, and not its output.
+        channels: number of channels there.
+        channel_axis: axis of the channels, 1 or -1.
+        batch_axis: axis of the samples, 0 or 1.
+        branch_norm: name of the block's norm between the site and the unit, for branches that do not end in one.
+        unit_norm: name of the block's norm that takes the place of the unit's own.
+        stage: number of the stage that the site belongs to, from 0 on, whatever units are shared.
+        layer: number of the slot in the network, in the order in which those of a stage run.
+        watcher: is given the map and the state after it, in every call; it must not change them.
+    """
+
+    path: str
+    before: bool
+    channels: int
+    channel_axis: int
+    batch_axis: int
+    branch_norm: str | None
+    unit_norm: str | None
+    stage: int
+    layer: int
+    watcher: Callable[[Tensor, Any], None] | None = None
+
+
+class Chain:
+    """Blocks that share a unit. A copy is another chain."""
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []  # a copy of one link finds the others here, instead of one by one through `before`
+
+
+class Link:
+    """A block's place in its chain.
+
+    Args:
+        chain: the chain, to whose end the link is added.
+        slots: where the block ends its residual branches; none if it only hands the state on.
+        parameters: names of what the block's forward takes.
+        stream: number of the parameter that is the residual stream; ``None`` if that is not known.
+    """
+
+    def __init__(self, chain: Chain, slots: tuple[Slot, ...], parameters: tuple[str, ...], stream: int | None) -> None:
+        self.chain = chain
+        self.slots = slots
+        self.parameters = parameters
+        self.stream = stream
+        self.before = chain.links[-1] if chain.links else None
+        self.last = True
+        if self.before is not None:
+            self.before.last = False
+        chain.links.append(self)
+
+    def follows(self, other: "Link") -> bool:
+        """Tell whether another link comes earlier in the chain."""
+        before = self.before
+        while before is not None and before is not other:
+            before = before.before
+        return before is not None
+
+    def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
+        """Return the tensors of the stream; if it is not known, those that could be, and whether that is one."""
+        if self.stream is not None:
+            name = self.parameters[self.stream]
+            return tensors_in(args[self.stream] if self.stream < len(args) else kwargs.get(name)), True
+        features = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim >= 3 and tensor.is_floating_point()]
+        return features, len(features) <= 1
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and mappings."""
+    return list(_leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(item)
