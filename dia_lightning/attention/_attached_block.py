@@ -53,12 +53,16 @@ class AttachedBlock(Role):
         """Return the layers in the slots of the block."""
         return [site_in(self, slot) for slot in self.dia_link.slots]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for slot in self.dia_link.slots:  # version 0.1 named the norms of a site after it
+    def dia_rename(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rename the keys of version 0.1 in a state dict, where the norms of a site stood under the site."""
+        for slot in self.dia_link.slots:
             for kind, name in (("branch_norm", slot.branch_norm), ("unit_norm", slot.unit_norm)):
                 old = f"{prefix}{slot.path}.{kind}."
                 for key in [key for key in state_dict if name is not None and key.startswith(old)]:
                     state_dict[f"{prefix}{name}.{key.removeprefix(old)}"] = state_dict.pop(key)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.dia_rename(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> None:

@@ -44,33 +44,29 @@ class _Attached(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is 
         attach(self, **dia)
         self.register_to_config(dia=dict(dia))
 
+    def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
+        super()._fix_state_dict_keys_on_load(state_dict)
+        for path, module in self.named_modules():
+            if hasattr(module, "dia_rename"):
+                module.dia_rename(state_dict, f"{path}." if path else "")
+
     @staticmethod
     def _get_init_keys(network: type) -> set[str]:
         """Return which entries of a config are arguments; diffusers itself looks at the last class alone."""
         return {name for kind in network.__mro__ for name in inspect.signature(kind.__init__).parameters}  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], *, output_loading_info: bool = False, device_map: Any = None, **options: Any
-    ) -> Any:
+    def from_pretrained(cls, path: str | os.PathLike[str], *, output_loading_info: bool = False, **options: Any) -> Any:
         """Load a network from a folder, as diffusers does, and refuse a file that does not have all of its weights.
 
         Args:
             path: the folder.
             output_loading_info: whether to return also what diffusers noticed.
-            device_map: not possible here.
             **options: as ``ModelMixin.from_pretrained`` takes them, for example ``torch_dtype``.
 
         Raises:
-            ValueError: if the file has no weights of the attention, or others than the network has; or for a
-                ``device_map``.
+            ValueError: if the file has no weights of the attention, or others than the network has.
         """
-        if device_map is not None:
-            raise ValueError(
-                f"device_map={device_map!r} is not possible with attention. Leave it out, and call .to(device) after."
-            )
-        # with low memory diffusers would write weights past the taps that hold the layers with attention
-        options["low_cpu_mem_usage"] = False
         network, found = super().from_pretrained(path, output_loading_info=True, **options)
         strange = sorted({*found["missing_keys"], *found["unexpected_keys"]})
         if strange:  # memory that nobody has written to would be left in what is missing

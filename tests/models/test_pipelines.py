@@ -19,6 +19,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dia_lightning.attention import attach
@@ -287,10 +288,31 @@ def test_plain_weights_are_refused_where_attention_would_stay_empty(kind: str, t
         build.from_pretrained(tmp_path, dia=DIA)  # type: ignore[attr-defined]
 
 
-def test_weights_are_not_spread_over_devices_while_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": False}, {"device_map": {"": "cpu"}}], ids=str)
+def test_every_way_of_loading_gives_the_same_network(options: dict[str, Any], tmp_path: Path) -> None:
     export_pipeline(tiny_task(attention="dia-lstm"), tmp_path / "model")
-    with pytest.raises(ValueError, match=r"device_map=.* is not possible with attention"):
-        DIAUNet2DModel.from_pretrained(tmp_path / "model" / "unet", device_map="cpu")
+    saved = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    loaded = DIAUNet2DModel.from_pretrained(tmp_path / "model" / "unet", **options).state_dict()
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in saved.items())
+
+
+def test_norms_under_their_names_of_version_0_1_are_found(tmp_path: Path) -> None:
+    network = DIAUNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        dia={"attention": "srm"},
+    )
+    network.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {key.replace(".unit_norm.", ".conv2.unit_norm."): value + 1 for key, value in load_file(file).items()}
+    assert any(".conv2.unit_norm." in key for key in old)
+    save_file(old, file, metadata={"format": "pt"})
+    loaded = DIAUNet2DModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, network.state_dict()[key] + 1) for key, value in loaded.items())
 
 
 def test_loading_also_tells_what_diffusers_noticed(tmp_path: Path) -> None:
