@@ -34,13 +34,14 @@ def site_in(block: nn.Module, slot: Slot) -> nn.Module:
     Raises:
         RuntimeError: if there is no layer, or it would have to change in the middle of a compilation.
     """
-    try:
-        site = block.get_submodule(slot.path)
-    except AttributeError as error:
+    site: nn.Module | None = block
+    for name in slot.path.split("."):
+        site = None if site is None else site._modules.get(name)
+    if site is None:
         raise RuntimeError(
-            f"Attention belongs to {slot.path!r} of a {type(block).__name__}, and nothing is there any more ({error}): "
-            "was the block fused or reparametrised after attach()? detach() the network before that."
-        ) from None
+            f"Attention belongs to {slot.path!r} of a {type(block).__name__}, and nothing is there any more: was the "
+            "block fused or reparametrised after attach()? detach() the network before that."
+        )
     if not isinstance(site, AttachedSite):
         if torch.compiler.is_compiling():
             raise RuntimeError(

@@ -70,7 +70,8 @@ def _masked_mean(unit: nn.Module, features: Tensor, valid: Tensor) -> Tensor:
 def _moved(state: Any, features: Tensor) -> Any:
     """Bring a state that another block made to the device and precision of this one's features."""
     if isinstance(state, Tensor):
-        return state.to(features.device, features.dtype if state.is_floating_point() else state.dtype)
+        dtype = features.dtype if state.is_floating_point() else state.dtype
+        return state if state.dtype == dtype and state.device == features.device else state.to(features.device, dtype)
     if isinstance(state, dict):
         return {key: _moved(value, features) for key, value in state.items()}
     if isinstance(state, tuple | list):

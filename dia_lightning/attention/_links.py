@@ -82,7 +82,7 @@ class Link:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors in nested tuples, lists and mappings."""
-    return list(_leaves(value))
+    return [value] if isinstance(value, Tensor) else list(_leaves(value))
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

@@ -100,7 +100,7 @@ class Frame:
             return
         handover = Handover(self.unit, self.state, link, self.grad)
         self._leave_in_scope(handover)
-        beside = [] if link.stream is None else self._given_beside_the_stream()
+        beside = [] if isinstance(output, Tensor) or link.stream is None else self._given_beside_the_stream()
         for tensor in tensors_in(output):
             if any(tensor is other for other in beside):
                 continue  # passed through, and may outlive the forward
@@ -219,8 +219,8 @@ def _received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hand
                     _notes(tensor).give(link, found[0])
     if len(found) != 1 or not link.follows(found[0].link):
         raise RuntimeError(_no_state(link))
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
-    if needs_grad and not found[0].grad:
+    lost = torch.is_grad_enabled() and not found[0].grad
+    if lost and any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
         raise RuntimeError(
             "Gradients through the attention state would be lost: the block before was run without autograd, as "
             "reentrant activation checkpointing of single blocks does. Pass use_reentrant=False to "

@@ -108,9 +108,10 @@ def mean_over_positions(features: Tensor) -> Tensor:
     return features.mean(tuple(range(2, features.ndim)))
 
 
-def degrees_of_freedom(features: Tensor) -> Any:
-    """Return the number of positions of features ``[B, C, ...]`` less one, but at least one; free in an export."""
-    return torch.sym_max(math.prod(features.shape[2:]) - 1, 1)
+def degrees_of_freedom(features: Tensor) -> Tensor:
+    """Return the number of positions of features ``[B, C, ...]`` less one, but at least one."""
+    positions = math.prod(features.shape[2:])
+    return torch.full((), positions - 1, dtype=torch.float32, device=features.device).clamp_min(1)  # free in exports
 
 
 def beside(values: Tensor, features: Tensor) -> Tensor:

@@ -248,6 +248,24 @@ def test_parameters_are_in_the_order_of_version_0_1_as_optimizers_number_them() 
     assert [name for name, _ in network.named_parameters()] == names
 
 
+def test_loaders_that_walk_the_names_of_tensors_load_whole(tiny: Pair, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    torch.save(tiny[1].state_dict(), tmp_path / "weights.pt")
+    with accelerate.init_empty_weights():
+        network = attach(TinyNet().double(), "dia-lstm").eval()
+    network = accelerate.load_checkpoint_and_dispatch(network, str(tmp_path / "weights.pt"), device_map={"": "cpu"})
+    assert torch.equal(network(images()), tiny[1](images()))
+
+
+def test_weights_that_are_mapped_from_a_file_are_assigned(tiny: Pair, tmp_path: Path) -> None:
+    torch.save(tiny[1].state_dict(), tmp_path / "weights.pt")
+    with torch.device("meta"):
+        network = attach(TinyNet().double(), "dia-lstm").eval()
+    weights = torch.load(tmp_path / "weights.pt", mmap=True, weights_only=True)
+    network.load_state_dict(weights, assign=True)
+    assert torch.equal(network(images()), tiny[1](images()))
+
+
 # When attention comes too late, or into something that cannot take it
 
 
