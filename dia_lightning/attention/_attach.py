@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
@@ -16,7 +17,16 @@ from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._roles import add_role
 from dia_lightning.attention._site_table import BLOCK_RULES
-from dia_lightning.attention._sites import Branch, Place, Site, all_places, find_places, named_places, parameters_of
+from dia_lightning.attention._sites import (
+    Branch,
+    Place,
+    Site,
+    all_places,
+    axes_of,
+    find_places,
+    named_places,
+    parameters_of,
+)
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,7 +55,8 @@ def attach(
     Args:
         model: the network, or any module that contains one, for example a ``LightningModule``.
         attention: a registered name (see :func:`list_attention`), or a callable ``channels -> nn.Module`` whose
-            modules map ``(features [B, C, H, W], state)`` to ``(map, state)``.
+            modules map ``(features [B, C, H, W], state)`` to ``(map, state)``; see :class:`AttentionUnit` for tokens,
+            sequences and volumes. A callable that takes ``spatial_dims`` is given 3 for volumes and video, else 2.
         share: ``"stage"`` for one unit per stage, shared by its blocks (DIA), or ``"block"`` for one unit per block.
         plug: which blocks get attention, as one truth value per block in order, or a string such as ``"110|0011"``, or
             the name of a mask in :data:`EAN_MASKS`. Blocks that are left out hand the state on unchanged. By default
@@ -58,15 +69,16 @@ def attach(
         branches: which branches of transformer blocks: ``["attention"]``, ``["mlp"]`` or both. By default both; in
             U-Nets of diffusers the residual blocks only, unless ``["conv", "attention"]`` asks for both.
         sites: for networks that are not known: patterns of module paths such as ``"encoder.*.conv2"``, or a function
-            ``(path, module) -> bool``, that name layers whose output ends a residual branch. The block is the nearest
-            module around each.
+            ``(path, module) -> bool``, that name layers whose output ends a residual branch. The block of each is the
+            module around it that is repeated, else the nearest one that is no plain container.
         **attention_args: further arguments of the attention module, for example ``reduction=8``.
 
     Returns:
         The same object, with attention.
 
     Raises:
-        ValueError: if attention is attached already, no block is known, or an argument does not fit.
+        ValueError: if attention is attached already, the network is wrapped, sharded or compiled, no block is known,
+            a name is in use that the attention needs, or an argument does not fit.
 
     Source:
         arXiv 2210.16101 and 1905.10671; masks of blocks from arXiv 2011.14058. The identity start is this package's
@@ -94,7 +106,17 @@ def attach(
     chains = _chains(stages, plugged, share)
     units = [_new_unit(build, chain[0], identity) for chain in chains]  # all, before the network is touched
     for unit, chain in zip(units, chains, strict=True):
-        _refuse_names_in_use(unit, chain, with_norm)
+        _refuse_unfit_places(unit, chain, with_norm)
+    if (
+        share == "stage"
+        and all(len(stage) == 1 for stage in stages)
+        and len({p.channels for p, *_ in stages}) < len(stages)
+    ):
+        warnings.warn(
+            f"Nothing is shared: none of the {len(stages)} blocks ({', '.join(stage[0].path for stage in stages[:3])}"
+            ", ...) stands beside another one in its container, so every block gets a unit of its own.",
+            stacklevel=2,
+        )
     stage_of = {place.path: number for number, stage in enumerate(stages) for place in stage}
     layers = count()
     for unit, chain in zip(units, chains, strict=True):
@@ -130,7 +152,7 @@ def detach(model: Model) -> Model:
 
 
 def _refuse_unfit(model: nn.Module) -> None:
-    """Refuse a network that has attention, or that something has taken hold of which would not see it."""
+    """Refuse a network that has attention, or that is wrapped by something that would not see it."""
     wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "ScriptModule")
     for name, module in model.named_modules():
         if isinstance(module, AttachedBlock):
@@ -173,20 +195,6 @@ def _chains(stages: list[list[Place]], plugged: dict[str, bool], share: str) -> 
     return chains
 
 
-def _refuse_names_in_use(unit: nn.Module, chain: list[Place], with_norm: bool) -> None:
-    for place in chain:
-        names = ["dia"] if place is chain[0] else []
-        for site in place.sites:
-            names += [_norm_name(place, site, "branch_norm")] if with_norm and place.branch_norm else []
-            names += [_norm_name(place, site, "unit_norm")] if _own_norm(unit) is not None else []
-        for name in names:
-            if hasattr(place.block, name):
-                raise ValueError(
-                    f"{type(place.block).__name__} has an attribute {name!r} already, where a module of the attention "
-                    f"would go ({place.path}). Rename it."
-                )
-
-
 def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> nn.Module:
     unit = build(place.channels, place.spatial_dims)
     if not isinstance(unit, nn.Module):
@@ -220,68 +228,75 @@ def _attach_chain(
     for place in chain:
         slots: list[Slot] = []
         for site in place.sites if plugged[place.path] else ():
-            branch_norm = nn.BatchNorm2d(place.channels) if with_norm and place.branch_norm else None
-            first = not slots and place is chain[0]
+            norms = _norms(unit, place, site, with_norm)
+            if not slots and place is chain[0]:  # has the norm of the unit itself
+                norms.pop("unit_norm", None)
+            for name, norm in reversed(list(norms.values())):
+                _register_behind(place.block, site.path.partition(".")[0], name, norm)
             slots.append(
                 Slot(
                     site.path,
                     site.before,
                     place.channels,
                     channel_axis=-1 if site.channels_last else 1,
-                    batch_axis=place.batch_axis if site.channels_last else 0,
-                    unit_norm=None if first else _add_norm(place, site, "unit_norm", copy.deepcopy(_own_norm(unit))),
-                    branch_norm=_add_norm(place, site, "branch_norm", branch_norm),  # before it in the block
+                    batch_axis=place.batch_axis(site),
+                    ndim=axes_of(place.block.get_submodule(site.path)),
+                    branch_norm=norms.get("branch_norm", (None,))[0],
+                    unit_norm=norms.get("unit_norm", (None,))[0],
                     stage=stage,
                     layer=next(layers),
                 )
             )
             add_role(place.block.get_submodule(site.path), AttachedSite)
-        place.block.dia_link = Link(links, tuple(slots), parameters_of(place.block), place.stream)  # type: ignore[assignment]
+        vars(place.block)["dia_link"] = Link(links, tuple(slots), parameters_of(place.block), place.stream)
         add_role(place.block, AttachedBlock)
     chain[0].block.add_module("dia", unit)
     add_role(unit, AttachedUnit)
     return links
 
 
-def _own_norm(unit: nn.Module) -> nn.Module | None:
-    """Return the norm of a unit that every further site has one of its own of."""
-    return unit.norm if isinstance(unit, AttentionUnit) and not unit.share_norm else None
+def _norms(unit: nn.Module, place: Place, site: Site, with_norm: bool) -> dict[str, tuple[str, nn.Module]]:
+    """Return the norms that a block gets for a site, with their names, in the order in which they run."""
+    norms: dict[str, nn.Module] = {}
+    if with_norm and place.branch_norm:
+        norms["branch_norm"] = nn.BatchNorm2d(place.channels)
+    if isinstance(unit, AttentionUnit) and unit.norm is not None and not unit.share_norm:
+        norms["unit_norm"] = copy.deepcopy(unit.norm)
+    suffix = "" if len(place.sites) == 1 else f"_{site.path.replace('.', '_')}"
+    return {kind: (f"{kind}{suffix}", _like(norm, place.block)) for kind, norm in norms.items()}
 
 
-def _norm_name(place: Place, site: Site, kind: str) -> str:
-    return kind if len(place.sites) == 1 else f"{kind}_{site.path.replace('.', '_')}"
+def _refuse_unfit_places(unit: nn.Module, chain: list[Place], with_norm: bool) -> None:
+    for place in chain:
+        for site in place.sites:
+            place.batch_axis(site)
+        names = [name for site in place.sites for name, _ in _norms(unit, place, site, with_norm).values()]
+        for name in ["dia", *names] if place is chain[0] else names:
+            if hasattr(place.block, name):
+                raise ValueError(
+                    f"{type(place.block).__name__} has an attribute {name!r} already, where a module of the attention "
+                    f"would go ({place.path}). Rename it."
+                )
 
 
-def _add_norm(place: Place, site: Site, kind: str, norm: nn.Module | None) -> str | None:
-    """Register a norm of a site in its block, behind the child that holds the site, and return its name."""
-    if norm is None:
-        return None
-    block, name = place.block, _norm_name(place, site, kind)
-    block.add_module(name, _like(norm, block))
-    names = list(block._modules)
-    for behind in names[names.index(site.path.partition(".")[0]) + 1 : -1]:  # as they run, and as version 0.1 had them
+def _register_behind(block: nn.Module, child: str, name: str, module: nn.Module) -> None:
+    """Register a module behind a child of a block: as they run, and as version 0.1 numbered parameters."""
+    block.add_module(name, module)
+    names = [] if isinstance(block, nn.Sequential) else list(block._modules)
+    for behind in names[names.index(child) + 1 : -1] if names else ():
         block._modules[behind] = block._modules.pop(behind)
-    return name
 
 
 def _give_owners(model: nn.Module, blocks: list[str], chain: Chain) -> None:
-    """Let the modules that may run the blocks of a chain know it: sequences around them, up to the first module that
-    is no plain container."""
-    if "" in blocks:
-        return  # the network is the block
-    paths = [path.split(".")[:-1] for path in blocks]
-    common = 0
-    while all(len(path) > common and path[common] == paths[0][common] for path in paths):
-        common += 1
-    for end in range(common, -1, -1):
-        module = model.get_submodule(".".join(paths[0][:end]))
-        forward = type(module).forward
-        if forward is nn.Module.forward:
-            continue  # a list, which is never called
-        module.dia_chains = (*getattr(module, "dia_chains", ()), chain)  # type: ignore[assignment]
-        add_role(module, ChainOwner)
-        if forward is not nn.Sequential.forward:
-            return
+    """Let every module around the blocks of a chain know that its forward may run them."""
+    around = (
+        {path.rpartition(".")[0] for path in blocks} if "" not in blocks else set()
+    )  # else the network is the block
+    for name, module in model.named_modules():
+        holds_all = all(not name or path == name or path.startswith(f"{name}.") for path in around)
+        if around and holds_all and type(module).forward is not nn.Module.forward:  # lists are never called
+            vars(module)["dia_chains"] = (*vars(module).get("dia_chains", ()), chain)
+            add_role(module, ChainOwner)
 
 
 def _like(module: nn.Module, block: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """A residual block with attention, and the module whose forward runs the blocks of a chain."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch.fx
 from torch import nn
@@ -12,50 +12,63 @@ from dia_lightning.attention._roles import Role, remove_role
 from dia_lightning.attention._running import RUNNING, Frame, Scope
 
 
+def _always(value: Any) -> property:
+    """Return an attribute that reads as the value and drops what is written."""
+    return property(lambda module: value, lambda module, written: None)
+
+
+def _layers(block: "AttachedBlock") -> Iterator[nn.Module]:
+    own = own_names(block)
+    return iter([module for name, module in block._modules.items() if name not in own and module is not None])
+
+
 class AttachedBlock(Role):
     """Role of every block of a chain. The first one also holds the unit, as ``dia``."""
 
     rank = 1
-    dia_link: Link
+    attributes: ClassVar = {
+        nn.TransformerEncoderLayer: {"activation_relu_or_gelu": _always(0)},  # else a kernel would replace the layers
+        nn.Sequential: {"__iter__": _layers, "__len__": lambda block: len(list(_layers(block)))},  # the unit is none
+    }
+    dia_link: Link | None = None  # a block that is made of the class of another one has no attention
     dia: nn.Module
 
-    @classmethod
-    def class_attributes(cls, plain: type[nn.Module]) -> dict[str, Any]:
-        # In evaluation a fused kernel would take the place of the layers.
-        return {"activation_relu_or_gelu": _always(0)} if issubclass(plain, nn.TransformerEncoderLayer) else {}
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_traced(args, kwargs):
-            return super().__call__(*args, **kwargs)  # as a leaf
-        with Frame(self, self.dia_link, self.dia_sites(), args, kwargs) as frame:
-            output = super().__call__(*args, **kwargs)
-        frame.hand_on(output)
-        return output
+        if self.dia_link is None or _is_traced(args, kwargs):  # torch.fx may take the block as a leaf
+            return super().__call__(*args, **kwargs)
+        return self._framed(self.dia_link, super().__call__, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         frame = RUNNING.frame
         if frame is not None and frame.block is self and not frame.begun:
             frame.begun = True
+            frame.arguments = args, kwargs  # as hooks on the block have changed them
             return super().forward(*args, **kwargs)
-        # not through the call above: recomputed by a checkpoint inside of it, or called by name
+        if self.dia_link is None:
+            return super().forward(*args, **kwargs)
         if _is_traced(args, kwargs):
             raise RuntimeError(
                 "torch.fx cannot trace through a block with shared attention. Make the block classes leaves, for "
                 "example create_feature_extractor(..., tracer_kwargs={'leaf_modules': [type(model.layer1[0])]})."
             )
-        with Frame(self, self.dia_link, self.dia_sites(), args, kwargs) as frame:
-            frame.begun = True
-            output = super().forward(*args, **kwargs)
+        # not by the call above: recomputed by a checkpoint inside of that, or called by its name
+        return self._framed(self.dia_link, super().forward, args, kwargs, begun=True)
+
+    def _framed(
+        self, link: Link, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], begun: bool = False
+    ) -> Any:
+        with Frame(self, link, self.dia_sites(), args, kwargs, begun) as frame:
+            output = run(*args, **kwargs)
         frame.hand_on(output)
         return output
 
     def dia_sites(self) -> list[nn.Module]:
         """Return the layers in the slots of the block."""
-        return [site_in(self, slot) for slot in self.dia_link.slots]
+        return [] if self.dia_link is None else [site_in(self, slot) for slot in self.dia_link.slots]
 
     def dia_rename(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Rename the keys of version 0.1 in a state dict, where the norms of a site stood under the site."""
-        for slot in self.dia_link.slots:
+        for slot in () if self.dia_link is None else self.dia_link.slots:
             for kind, name in (("branch_norm", slot.branch_norm), ("unit_norm", slot.unit_norm)):
                 old = f"{prefix}{slot.path}.{kind}."
                 for key in [key for key in state_dict if name is not None and key.startswith(old)]:
@@ -77,40 +90,30 @@ class ChainOwner(Role):
 
     rank = 0
     equals_plain = True
+    attributes: ClassVar = {nn.TransformerEncoder: {"use_nested_tensor": _always(False)}}  # as those kernels need
     dia_chains: Sequence[Chain] = ()  # a slice of a sequence has none
-
-    @classmethod
-    def class_attributes(cls, plain: type[nn.Module]) -> dict[str, Any]:
-        # Padded batches would be packed for the fused kernel of the layers.
-        return {"use_nested_tensor": _always(False)} if issubclass(plain, nn.TransformerEncoder) else {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with Scope(self.dia_chains):
-            return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)  # and no forward, whose signature others read
 
 
 def take_apart(module: nn.Module) -> None:
-    """Take every role of attention and what belongs to it away from a module."""
-    if isinstance(module, AttachedSite):
-        remove_role(module, AttachedSite)
-    if isinstance(module, AttachedBlock):
-        remove_role(module, AttachedBlock)
-        names = [name for slot in module.dia_link.slots for name in (slot.branch_norm, slot.unit_norm)]
-        for name in ("dia", *names):
-            module._modules.pop(name, None)  # type: ignore[arg-type]  # no module is called None
-        del module.dia_link
-    if isinstance(module, ChainOwner):
-        remove_role(module, ChainOwner)
-        vars(module).pop("dia_chains", None)
+    """Remove all roles of attention from a module, and what they brought."""
+    for role in (AttachedSite, AttachedBlock, ChainOwner):
+        if isinstance(module, role):
+            remove_role(module, role)
+    for name in own_names(module):
+        module._modules.pop(name, None)
+    for name in ("dia_link", "dia_chains"):
+        vars(module).pop(name, None)
 
 
-def _always(value: Any) -> property:
-    """Return an attribute that reads as the value; what is written waits behind it for the plain class."""
-
-    def write(self: nn.Module, written: Any) -> None:
-        pass
-
-    return property(lambda self: value, write)
+def own_names(block: nn.Module) -> set[str]:
+    """Return the names of what attention has registered in a block."""
+    link: Link | None = vars(block).get("dia_link")
+    norms = [] if link is None else [name for slot in link.slots for name in (slot.branch_norm, slot.unit_norm)]
+    return set() if link is None else {"dia", *(name for name in norms if name is not None)}
 
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -25,6 +25,9 @@ class AttachedSite(Role):
         frame, slot = place
         if not slot.before:
             return _recalibrated(super().__call__(*args, **kwargs), frame, slot)
+        if not args:
+            name, features = next(iter(kwargs.items()))
+            return super().__call__(**{**kwargs, name: _recalibrated(features, frame, slot)})
         return super().__call__(_recalibrated(args[0], frame, slot), *args[1:], **kwargs)
 
 
@@ -68,55 +71,44 @@ def _place_of(site: nn.Module) -> tuple[Frame, Slot] | None:
             if module is site:
                 return frame, slot
         frame = frame.outer
+    name = type(site).__name__
     if backward_task() != -1:
         raise RuntimeError(
-            f"A {type(site).__name__} with attention was recomputed in backward without its block: the block "
-            "checkpoints a part of itself. Switch that off and checkpoint the whole block, with use_reentrant=False."
+            f"A {name} with attention was recomputed in backward without its block: the block checkpoints a part of "
+            "itself. Switch that off and checkpoint the whole block, with use_reentrant=False."
         )
     if RUNNING.frame is not None or RUNNING.scope is not None:
         raise RuntimeError(
-            f"A {type(site).__name__} with attention was called outside of its block, so there is no attention state "
-            "for it. Call the block, or detach() the network first."
+            f"A {name} with attention was called outside of its block, or moved to another place in it, so there is no "
+            "attention state for it. Call the block, or detach() the network before you change it."
         )
     return None  # somebody looks at the layer alone
 
 
 def _recalibrated(features: Any, frame: Frame, slot: Slot) -> Any:
     """Return features multiplied by their attention map; of a tuple, as attention layers return, the first."""
-    frame.ran += 1
-    frame.grad = frame.grad and torch.is_grad_enabled()
     if isinstance(features, tuple):
-        return (_recalibrated_tensor(features[0], frame, slot), *features[1:])
-    return _recalibrated_tensor(features, frame, slot)
-
-
-def _recalibrated_tensor(features: Any, frame: Frame, slot: Slot) -> Tensor:
-    if not isinstance(features, Tensor) or features.is_nested:
-        kind = "a nested tensor" if isinstance(features, Tensor) else type(features).__name__
+        entries = (_recalibrated(features[0], frame, slot), *features[1:])
+        return type(features)(*entries) if hasattr(features, "_fields") else entries
+    frame.note_run(slot)
+    channel, batch = slot.channel_axis, slot.batch_axis
+    is_dense = isinstance(features, Tensor) and not features.is_nested
+    fits = is_dense and features.ndim > 2 and features.ndim == (slot.ndim or features.ndim)
+    if not fits or features.is_quantized or features.shape[channel] != slot.channels:
+        axes = f"[B, {slot.channels}, ...]" if channel == 1 else f"[B, ..., {slot.channels}]"
+        kind = f"{'quantized ' if is_dense and features.is_quantized else ''}{type(features).__name__}"
         raise RuntimeError(
-            f"Attention at {slot.path!r} of a {type(frame.block).__name__} needs a tensor of features, got {kind}. "
-            "Leave the layer out of `sites`."
-        )
-    if features.ndim < 3:
-        raise RuntimeError(
-            f"Features of shape {tuple(features.shape)} have no positions to attend to: {slot.path!r} of a "
-            f"{type(frame.block).__name__} does not end a residual branch. Leave it out of `sites`."
-        )
-    if features.shape[slot.channel_axis] != slot.channels:
-        axes = f"[B, {slot.channels}, ...]" if slot.channel_axis == 1 else f"[B, ..., {slot.channels}]"
-        raise RuntimeError(
-            f"Attention at {slot.path!r} of a {type(frame.block).__name__} needs features {axes}, got shape "
-            f"{tuple(features.shape)}: its channels lie on another axis. "
-            "Leave it out of `sites`."
+            f"Attention at {slot.path!r} of a {type(frame.block).__name__} needs features {axes}"
+            f"{f' of {slot.ndim} axes' if slot.ndim else ''}, got a {kind}"
+            f"{f' of shape {tuple(features.shape)}' if is_dense else ''}. If the layer does not end a residual branch, "
+            "leave it out of `sites`."
         )
     if slot.branch_norm is not None:
         features = frame.block.get_submodule(slot.branch_norm)(features)
-    axes_of = slot.batch_axis, slot.channel_axis
-    planes = features if axes_of == (0, 1) else features.movedim(axes_of, (0, 1))  # [B, C, ...]
+    planes = features if (batch, channel) == (0, 1) else features.movedim((batch, channel), (0, 1))  # [B, C, ...]
     if planes.ndim > 3:
         attention_map = attend(frame, slot, planes, None)
     else:  # tokens are a plane of width one: [B, C, N, 1]
-        valid = real_tokens(frame, len(planes), planes.shape[2])
+        valid = real_tokens(frame, planes.shape[0], planes.shape[2])
         attention_map = attend(frame, slot, planes.unsqueeze(-1), valid).squeeze(-1)
-    recalibrated: Tensor = features * (attention_map if axes_of == (0, 1) else attention_map.movedim((0, 1), axes_of))
-    return recalibrated
+    return features * (attention_map if (batch, channel) == (0, 1) else attention_map.movedim((0, 1), (batch, channel)))

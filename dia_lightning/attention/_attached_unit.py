@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._roles import Role
@@ -21,11 +23,11 @@ class AttachedUnit(Role):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         frame = RUNNING.frame
-        if frame is None or not frame.attends:
-            return super().forward(*args, **kwargs)
-        frame.attends = False
-        attention_map, frame.state = super().forward(*args, **kwargs)
-        return attention_map
+        result = super().forward(*args, **kwargs)
+        if frame is None or not frame.wants_map:
+            return result
+        frame.wants_map = False
+        return _split(result, frame, self)
 
 
 def attend(frame: Frame, slot: Slot, features: Tensor, valid: Tensor | None) -> Tensor:
@@ -41,40 +43,74 @@ def attend(frame: Frame, slot: Slot, features: Tensor, valid: Tensor | None) -> 
     if slot.unit_norm is not None:
         options["norm"] = frame.block.get_submodule(slot.unit_norm)
     if valid is not None:
-        options["mean"] = _masked_mean(frame.unit, features, valid)
+        options.update(_masked(frame.unit, features, valid))
+    given = features
+    if frame.samples not in (None, 1, features.shape[0]) and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"Between two blocks of a stage with shared attention {frame.samples} samples became {features.shape[0]}, "
+            "so that the state would go to others. Leave samples out before or after a stage, or give every block its "
+            "own unit with share='block'."
+        )
+    if frame.placement is not None and frame.placement != (features.device, features.dtype):
+        given, options = _to_unit(frame.unit, features, options)
+        frame.state = _to(frame.state, given)
+    frame.placement = features.device, features.dtype
+    frame.samples = None if torch.compiler.is_compiling() else features.shape[0]
     running, RUNNING.frame = RUNNING.frame, frame
-    frame.attends = True
-    result: Any = frame.unit(features, _moved(frame.state, features), **options)
+    frame.wants_map = True
+    result: Any = frame.unit(given, frame.state, **options)
     RUNNING.frame = running
-    if frame.attends:  # a module that was put in the place of the unit later
-        frame.attends = False
-        result, frame.state = result
+    if frame.wants_map:  # a module that was put in the place of the unit later
+        frame.wants_map = False
+        result = _split(result, frame, frame.unit)
     attention_map: Tensor = result
+    if attention_map.ndim != features.ndim:
+        raise RuntimeError(
+            f"{type(frame.unit).__name__} must return a map of {features.ndim} axes that broadcasts against features "
+            f"of shape {tuple(features.shape)}, got shape {tuple(attention_map.shape)}."
+        )
     if slot.watcher is not None:
         slot.watcher(attention_map, frame.state)
+    return attention_map if given is features else attention_map.to(features)
+
+
+def _split(result: Any, frame: Frame, unit: nn.Module) -> Any:
+    """Give a unit's state to the frame and return its map."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise RuntimeError(
+            f"{type(unit).__name__}.forward must return (map, state), where None is a state too; got a "
+            f"{type(result).__name__}."
+        )
+    attention_map, frame.state = result
     return attention_map
 
 
-def _masked_mean(unit: nn.Module, features: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean [B, C] of features [B, C, N, 1] over the real tokens."""
+def _masked(unit: nn.Module, features: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """Return the mean [B, C] of features [B, C, N, 1] over the real tokens, as an option of the unit."""
     if not getattr(unit, "takes_mean", False):
+        if not torch.compiler.is_compiling() and valid.all():
+            return {}
         raise RuntimeError(
             f"{type(unit).__name__} would count padded tokens, so that a sample depended on the longest one of its "
             "batch. Use a unit that needs the mean only (dia-lstm, se, eca), or batches without padding."
         )
-    weights = valid.to(features.dtype)[:, None, :, None]  # [B, 1, N, 1]
-    mean: Tensor = (features * weights).sum((2, 3)) / weights.sum((2, 3)).clamp_min(1)
-    return mean
+    real = features[..., 0].masked_fill(~valid[:, None], 0)  # [B, C, N], whatever stands in the padding
+    total = real.sum(2, dtype=torch.promote_types(features.dtype, torch.float32))
+    return {"mean": (total / valid.sum(1, keepdim=True).clamp_min(1)).to(features.dtype)}
 
 
-def _moved(state: Any, features: Tensor) -> Any:
-    """Bring a state that another block made to the device and precision of this one's features."""
-    if isinstance(state, Tensor):
-        dtype = features.dtype if state.is_floating_point() else state.dtype
-        return state if state.dtype == dtype and state.device == features.device else state.to(features.device, dtype)
-    if isinstance(state, dict):
-        return {key: _moved(value, features) for key, value in state.items()}
-    if isinstance(state, tuple | list):
-        moved = [_moved(value, features) for value in state]
-        return type(state)(*moved) if hasattr(state, "_fields") else type(state)(moved)
-    return state
+def _to(state: Any, features: Tensor) -> Any:
+    """Bring a state that another block made to the device and dtype of this one's features."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.to(features.device, features.dtype if t.is_floating_point() else t.dtype), state
+    )
+
+
+def _to_unit(unit: nn.Module, features: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Bring features, where another block runs elsewhere or in another precision, to the weights of the unit."""
+    weight = next(unit.parameters(), features)
+    dtype = features.dtype if torch.is_autocast_enabled(features.device.type) else weight.dtype
+    if weight.device.type == "meta" or (weight.device, dtype) == (features.device, features.dtype):
+        return features, options
+    options = {name: value.to(weight.device, dtype) if name == "mean" else value for name, value in options.items()}
+    return features.to(weight.device, dtype), options

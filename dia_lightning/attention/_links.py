@@ -1,7 +1,7 @@
 """Where attention is: what a block knows of its place in the network, the same for every forward."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ class Slot:
         channels: number of channels there.
         channel_axis: axis of the channels, 1 or -1.
         batch_axis: axis of the samples, 0 or 1.
+        ndim: number of axes of the features, if the kind of layer tells it.
         branch_norm: name of the block's norm between the site and the unit, for branches that do not end in one.
         unit_norm: name of the block's norm that takes the place of the unit's own.
         stage: number of the stage that the site belongs to, from 0 on, whatever units are shared.
@@ -29,6 +30,7 @@ class Slot:
     channels: int
     channel_axis: int
     batch_axis: int
+    ndim: int | None
     branch_norm: str | None
     unit_norm: str | None
     stage: int
@@ -73,7 +75,7 @@ class Link:
 
     def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
         """Return the tensors of the stream; if it is not known, those that could be, and whether that is one."""
-        if self.stream is not None:
+        if self.stream is not None and self.parameters:
             name = self.parameters[self.stream]
             return tensors_in(args[self.stream] if self.stream < len(args) else kwargs.get(name)), True
         features = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim >= 3 and tensor.is_floating_point()]
@@ -81,13 +83,16 @@ class Link:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and mappings."""
+    """Return the tensors in nested tuples, lists, mappings and dataclasses."""
     return [value] if isinstance(value, Tensor) else list(_leaves(value))
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple | list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, Mapping) or is_dataclass(value):
+        for item in (value if isinstance(value, Mapping) else vars(value)).values():
             yield from _leaves(item)

@@ -67,10 +67,24 @@ class Place:
         """Number of position axes: 3 in blocks of volumes or video, else 2; tokens are a plane of width one."""
         return 3 if any("3d" in type(module).__name__ for module in self.block.modules()) else 2
 
-    @property
-    def batch_axis(self) -> int:
-        """Axis of the samples in token features, as the attention or recurrent layers of the block take them."""
-        return 1 if any(getattr(module, "batch_first", None) is False for module in self.block.modules()) else 0
+    def batch_axis(self, site: Site) -> int:
+        """Return the axis of the samples in the features of a site.
+
+        Raises:
+            ValueError: if the block has layers that take tokens first, and may or may not transpose for them.
+        """
+        layer = self.block.get_submodule(site.path)
+        torchs = isinstance(self.block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        first = getattr(self.block.self_attn if torchs else layer, "batch_first", None)
+        if not site.channels_last or first is not None:
+            return 1 if site.channels_last and first is False else 0
+        for path, module in self.block.named_modules():
+            if getattr(module, "batch_first", None) is False:
+                raise ValueError(
+                    f"sites: whether samples or tokens come first at {self.path}.{site.path} is not known, because "
+                    f"{path!r} takes tokens first. Build that with batch_first=True, or name it as the site."
+                )
+        return 0
 
 
 def find_places(model: nn.Module, rules: dict[str, BlockRule], branches: Sequence[Branch] | None) -> list[list[Place]]:
@@ -106,7 +120,7 @@ def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Calla
         channels = width(module.get_submodule(rule.width if rule.width is not None else chosen[0].path))
         stream = 0 if cast(Any, type(module)).forward is cast(Any, known).forward else _only_parameter(module)
         place = Place(path, module, chosen, channels, rule.branch_norm, rule.zero_bias, stream)
-        stage = (path.rpartition(".")[0], channels)
+        stage = (_container(path), channels)
         if stage != open_stage:
             stages.append([])
         stages[-1].append(place)
@@ -158,6 +172,8 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
             Site(path.removeprefix(prefix), channels_last=_has_channels_last(modules[path])) for path in paths
         )
         place = Place(block, modules[block], ends_here, widths[paths[0]], stream=_only_parameter(modules[block]))
+        for site in ends_here:
+            place.batch_axis(site)
         previous = stages[-1][-1] if stages else None
         if previous is None or _container(previous.path) != _container(block) or previous.channels != place.channels:
             stages.append([])
@@ -193,10 +209,16 @@ def _width(module: nn.Module) -> int | None:
 
 
 def _has_channels_last(module: nn.Module) -> bool:
-    """Tell where the channels of a layer lie: linear layers, layer norms and torch's attention have them last."""
+    """Tell where the channels of a layer lie: linear layers, layer norms and attention have them last."""
     if "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first":
         return False  # layer norms of convolutional networks
-    return isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.MultiheadAttention)
+    return any(hasattr(module, name) for name in ("out_features", "normalized_shape", "embed_dim"))
+
+
+def axes_of(module: nn.Module) -> int | None:
+    """Return how many axes the features of a layer have, if its class tells."""
+    kind = next((base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn")), "")
+    return int(kind[-2]) + 2 if kind[-2:] in ("1d", "2d", "3d") and kind != "BatchNorm1d" else None
 
 
 def parameters_of(block: nn.Module) -> tuple[str, ...]:
@@ -220,7 +242,7 @@ def _rule(block_class: type, rules: dict[str, BlockRule]) -> tuple[BlockRule | N
 
 
 def _container(path: str) -> str:
-    return path.rpartition(".")[0]
+    return path.removesuffix("._checkpoint_wrapped_module").rpartition(".")[0]  # of torch's checkpoint_wrapper
 
 
 def _block_around(path: str, found: Sequence[str], modules: dict[str, nn.Module]) -> str:

@@ -14,9 +14,13 @@ class AttentionUnit(nn.Module):
     """Base class of the attention modules ("units") that :func:`~dia_lightning.attention.attach` shares.
 
     A unit maps features to an attention map: ``forward(features, state) -> (map, state)`` with features
-    ``[B, C, H, W]`` and a map that broadcasts against them. Tokens and sequences come as ``[B, C, N, 1]``, volumes and
-    video as ``[B, C, D, H, W]``. Units without memory take and return ``None`` as state. The tensors of a state are
-    brought to the device and dtype of the next block's features.
+    ``[B, C, H, W]`` and a map of as many axes that broadcasts against them. Tokens and sequences come as
+    ``[B, C, N, 1]``, volumes and video as ``[B, C, D, H, W]``. Units without memory take and return ``None`` as state.
+    Where a block has features of another device or dtype than the one before, they are brought to the unit and the map
+    back, and the state follows.
+
+    A unit to which positions count by their mean only sets :attr:`takes_mean` and takes the mean ``[B, C]`` as the
+    keyword ``mean`` in ``forward``, in place of its own; so padded tokens can be left out.
 
     A unit that contains a normalisation layer keeps it in :attr:`norm` and takes the keyword ``norm`` in ``forward``:
     when one unit serves several blocks and :attr:`share_norm` is false, every block passes a norm of its own, because
@@ -27,7 +31,7 @@ class AttentionUnit(nn.Module):
     start_value: float = 0.5
     #: Whether all blocks that share the unit also share :attr:`norm`.
     share_norm: bool = True
-    #: Whether positions count by their mean only, so that ``forward`` takes it ``[B, C]`` as the keyword ``mean``.
+    #: Whether ``forward`` takes the keyword ``mean``.
     takes_mean: bool = False
 
     #: The unit's normalisation layer, if it has one.

@@ -412,5 +412,5 @@ def test_what_cannot_be_attached_to_is_named() -> None:
     with pytest.raises(ValueError, match=r"model must be an nn\.Module, got 'resnet18'"):
         attach("resnet18", "se")  # type: ignore[type-var]
     headed = attach(get_model("cifar_resnet", depth=11), "se", sites=["fc"])
-    with pytest.raises(RuntimeError, match=r"shape \(2, 100\) have no positions to attend to: 'fc'"):
+    with pytest.raises(RuntimeError, match=r"'fc' of a CifarNetwork needs .* got a Tensor of shape \(2, 100\)"):
         headed(torch.randn(2, 3, 16, 16))

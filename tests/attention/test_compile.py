@@ -198,7 +198,7 @@ def test_a_compiled_forward_that_stops_in_mid_stage_can_be_repeated(tiny: Pair) 
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "single blocks"])
-def test_two_streams_through_compiled_blocks_in_turn_are_exact_or_refused(tiny: Pair, whole: bool) -> None:
+def test_two_streams_through_compiled_blocks_in_turn_are_exact(tiny: Pair, whole: bool) -> None:
     attached = tiny[1]
 
     def run(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,10 +211,7 @@ def test_two_streams_through_compiled_blocks_in_turn_are_exact_or_refused(tiny: 
     if not whole:
         for block in attached.stage1:
             block.compile(backend="eager")
-    try:
-        outputs = (compiled(run) if whole else run)(images(seed=1), images(seed=2))
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException):
-        return
+    outputs = (compiled(run) if whole else run)(images(seed=1), images(seed=2))
     assert all(torch.equal(output, target) for output, target in zip(outputs, expected, strict=True))
 
 

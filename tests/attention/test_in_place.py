@@ -4,7 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import remove_parametrizations
 from torchvision.models.resnet import BasicBlock
 
-from dia_lightning.attention import AttentionUnit, attach, detach
+from dia_lightning.attention import DIALSTM, AttentionUnit, attach, detach
 from dia_lightning.models import get_model
 from dia_lightning.models.cifar_preresnet import BasicBlock as PreactivationBlock
 
@@ -329,3 +329,112 @@ def test_roles_of_one_module_add_up_and_come_apart() -> None:
         for role in roles:
             remove_role(module, role)
         assert type(module) is BasicBlock
+
+
+# Blocks of every make
+
+
+class Residual(nn.Sequential):
+    """The usual idiom: a sequence that is added to its input."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        output: Tensor = features + super().forward(features)  # type: ignore[no-untyped-call]
+        return output
+
+
+@pytest.mark.parametrize("attention", ["dia-lstm", "srm"])
+def test_a_block_that_is_a_sequence_does_not_run_the_attention_as_a_layer(attention: str) -> None:
+    plain: Any = nn.Sequential(*(Residual(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)) for _ in range(3))).double().eval()
+    network: Any = randomised(attach(copy.deepcopy(plain), attention, sites="*.1"), seed=1)
+    assert len(network[0]) == 2
+    features = expected = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    state = None
+    for index, block in enumerate(network):
+        branch = nn.functional.batch_norm(
+            block[0](expected), block[1].running_mean, block[1].running_var, block[1].weight, block[1].bias
+        )
+        norm = {} if index == 0 or attention != "srm" else {"norm": block.unit_norm}
+        attention_map, state = network[0].dia(branch, state, **norm)
+        expected = expected + branch * attention_map
+    torch.testing.assert_close(network(features), expected, rtol=0, atol=1e-12)
+    assert [type(module) for module in detach(network).modules()] == [type(module) for module in plain.modules()]
+
+
+def test_an_instance_of_the_class_of_an_attached_block_is_a_plain_block(tiny: Pair) -> None:
+    features = tiny[0].stem(images())
+    block = type(tiny[1].stage1[1])(8, 8).double().eval()
+    block.load_state_dict(tiny[0].stage1[1].state_dict())
+    assert torch.equal(block(features), tiny[0].stage1[1](features))
+
+
+class Registered(BasicBlock):  # type: ignore[misc]
+    """A block that keeps its subclasses, and guards its attributes."""
+
+    known: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        Registered.known.append(cls.__name__)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith(("__", "dia")):
+            raise AttributeError(f"{name} is not for you")
+        super().__setattr__(name, value)
+
+
+def test_registries_of_subclasses_and_guarded_attributes_of_blocks_are_left_alone() -> None:
+    network = nn.Sequential(Registered(8, 8), Registered(8, 8)).eval()
+    attach(network, "dia-lstm")
+    assert network(torch.randn(2, 8, 6, 6)).shape == (2, 8, 6, 6)
+    detach(network)
+    assert Registered.known == []
+
+
+def test_blocks_in_checkpoint_wrappers_share_as_without() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    network: Any = TinyNet()
+    for stage in (network.stage1, network.stage3):
+        for index, block in enumerate(stage):
+            stage[index] = checkpoint_wrapper(block)
+    attach(network, "se")
+    assert sum(isinstance(module, AttentionUnit) for module in network.modules()) == 3
+    network(images(dtype=torch.float32)).sum().backward()
+
+
+def test_a_network_whose_blocks_share_nothing_is_warned_of() -> None:
+    network = nn.Sequential(*(nn.Sequential(BasicBlock(8, 8), nn.Dropout()) for _ in range(3)))
+    with pytest.warns(UserWarning, match=r"Nothing is shared: none of the 3 blocks \(0\.0, 1\.0, 2\.0"):
+        attach(network, "dia-lstm")
+
+
+# Units of every make
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda features: features.mean((2, 3), keepdim=True), r"must return \(map, state\).*got a Tensor"),
+        (lambda features: (features.mean((2, 3)), None), r"a map of 4 axes .* got shape \(2, 8\)"),
+        (lambda features: (features, None, None), r"must return \(map, state\)"),
+    ],
+    ids=["no state", "no axes", "three"],
+)
+def test_a_unit_that_returns_something_else_is_refused(result: Any, message: str) -> None:
+    class Unit(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+
+        def forward(self, features: Tensor, state: Any) -> Any:
+            return result(features)
+
+    network = attach(nn.Sequential(BasicBlock(8, 8)), Unit)
+    with pytest.raises(RuntimeError, match=message):
+        network(torch.randn(2, 8, 6, 6))
+
+
+def test_a_unit_that_is_put_in_the_place_of_another_one_is_used(tiny: Pair) -> None:
+    other = copy.deepcopy(tiny[1])
+    fresh = DIALSTM(8).double()
+    other.stage1[0].dia = fresh
+    tiny[1].stage1[0].dia.load_state_dict(fresh.state_dict())
+    assert torch.equal(other(images()), tiny[1](images()))

@@ -98,19 +98,22 @@ class Attention(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", ["dia-lstm", "se", "sge", "srm"])
-def test_tokens_first_and_samples_first_are_the_same_attention(name: str, batch_first: bool) -> None:
-    first: Any = nn.Sequential(*(Attention(batch_first=True) for _ in range(2))).double().eval()
-    first = randomised(attach(first, name, sites=["*.attn", "*.outer"]))
-    other = nn.Sequential(*(Attention(batch_first) for _ in range(2))).double().eval()
-    other = attach(other, name, sites=["*.attn", "*.outer"])
+def test_tokens_first_and_samples_first_are_the_same_attention(name: str) -> None:
+    first, other = encoder(name, batch_first=True), encoder(name, batch_first=False)
     other.load_state_dict(first.state_dict())
     tokens = torch.randn(3, 7, 16, dtype=torch.float64)
-    found = other(tokens) if batch_first else other(tokens.transpose(0, 1)).transpose(0, 1)
+    found = other(tokens.transpose(0, 1)).transpose(0, 1)
     torch.testing.assert_close(found, first(tokens), rtol=0, atol=1e-12)
-    alone = first(tokens[:1])
-    torch.testing.assert_close(first(tokens)[:1], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[:1], first(tokens[:1]), rtol=0, atol=1e-12)
+
+
+def test_where_samples_lie_beside_a_layer_that_takes_tokens_first_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match=r"come first at 0\.outer is not known, because 'attn' takes tokens first"):
+        attach(nn.Sequential(Attention(batch_first=False)), "se", sites="*.outer")
+    network = randomised(attach(nn.Sequential(Attention(batch_first=False)).double(), "se", sites="*.attn"))
+    tokens = torch.randn(7, 3, 16, dtype=torch.float64)
+    torch.testing.assert_close(network(tokens)[:, :1], network(tokens[:, :1]), rtol=0, atol=1e-12)
 
 
 def test_a_site_that_returns_a_tuple_has_its_first_entry_recalibrated() -> None:
@@ -164,6 +167,8 @@ def test_padded_tokens_do_not_count(name: str, batch_first: bool) -> None:
 def test_units_that_would_count_padding_refuse_it(name: str) -> None:
     network = encoder(name, batch_first=True)
     padding = torch.zeros(2, 7, dtype=torch.bool)
+    network(torch.randn(2, 7, 16, dtype=torch.float64), src_key_padding_mask=padding)  # marks none
+    padding[0, 5:] = True
     with pytest.raises(RuntimeError, match=r"would count padded tokens.*dia-lstm, se, eca"):
         network(torch.randn(2, 7, 16, dtype=torch.float64), src_key_padding_mask=padding)
 
@@ -182,13 +187,24 @@ class Masked(nn.Module):
 
 LENGTHS = torch.tensor([[4], [7]])
 REAL = torch.arange(7)[None] < LENGTHS
+
+
+def added(lowest: float) -> Tensor:
+    return torch.zeros(2, 1, 1, 7).masked_fill(~REAL[:, None, None], lowest)
+
+
 MASKS = {
     "of keys": REAL,
     "of keys, as integers": REAL.long(),
+    "of keys, as numbers": REAL.float(),
+    "of keys by queries": REAL[:, None],
     "of keys by heads and queries": REAL[:, None, None],
-    "of pairs": REAL[:, None, None] & REAL[:, None, :, None],
-    "added to the logits": torch.zeros(2, 1, 1, 7).masked_fill(~REAL[:, None, None], float("-inf")),
-    "the lowest number added": torch.zeros(2, 1, 1, 7).masked_fill(~REAL[:, None, None], torch.finfo().min),
+    "of pairs": REAL[:, None] & REAL[:, :, None],
+    "of pairs by heads": REAL[:, None, None] & REAL[:, None, :, None],
+    "added": added(float("-inf")),
+    "the lowest number added": added(torch.finfo().min),
+    "-1e9 added": added(-1e9),
+    "-1e4 added": added(-1e4),
 }
 
 
@@ -201,6 +217,44 @@ def test_masks_are_read_as_their_libraries_write_them(kind: str) -> None:
     for sample, length in enumerate((4, 7)):
         alone = network[0](tokens[sample : sample + 1, :length])
         torch.testing.assert_close(found[sample, :length], alone[0], rtol=0, atol=1e-12)
+
+
+class Patterned(Masked):
+    """A block whose mask is called as in torch and timm."""
+
+    def forward(self, tokens: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize("mask", [torch.ones(7, 7).tril().bool(), torch.zeros(7, 7), torch.ones(1, 1, 7, 7).bool()])
+def test_a_pattern_of_pairs_under_the_name_of_torch_is_no_padding(mask: Tensor, size: int) -> None:
+    network: Any = randomised(attach(nn.Sequential(Patterned()).double(), "se", sites="*.outer"))
+    tokens = torch.randn(size, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(network[0](tokens, mask), network[0](tokens), rtol=0, atol=1e-12)
+
+
+class Strange(Masked):
+    """A block whose mask has a name that does not tell what it marks."""
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(tokens)
+
+
+def test_a_mask_of_samples_that_nobody_knows_is_refused() -> None:
+    network: Any = attach(nn.Sequential(Strange()), "se", sites="*.outer")
+    with pytest.raises(RuntimeError, match="does not know whether 'mask' of a Strange marks padded tokens"):
+        network[0](torch.randn(2, 7, 16), REAL)
+
+
+@pytest.mark.parametrize("name", ["dia-lstm", "se", "eca"])
+def test_what_stands_in_the_padding_does_not_matter(name: str) -> None:
+    network: Any = attach(nn.Sequential(Masked()), name, sites="*.outer").half()
+    tokens = torch.full((2, 7, 16), 60.0).half()
+    expected = network[0](tokens, REAL)
+    tokens[0, 4:] = float("nan")
+    assert torch.equal(network[0](tokens, REAL)[REAL], expected[REAL])
+    assert expected.isfinite().all()
 
 
 @pytest.mark.parametrize("mask", [torch.ones(7, 7).tril().bool(), torch.zeros(7, 7), torch.ones(1, 1, 7, 7).bool()])
@@ -263,9 +317,15 @@ def test_channels_on_another_axis_than_expected_are_named() -> None:
     network: Any = attach(nn.Sequential(Normed(nn.BatchNorm2d(8))), "se", sites="*.norm")
     network[0].norm = nn.AdaptiveAvgPool2d((5, 7))
     network[0].conv = nn.Conv2d(8, 4, 1)
-    message = r"'norm' of a Normed needs features \[B, 8, \.\.\.\], got shape \(2, 4, 5, 7\)"
+    message = r"needs features \[B, 8, \.\.\.\] of 4 axes, got a Tensor of shape \(2, 4, 5, 7\)"
     with pytest.raises(RuntimeError, match=message):
         network(torch.randn(2, 8, 5, 7))
+
+
+def test_an_image_without_a_batch_is_refused() -> None:
+    network = attach(nn.Sequential(Normed(nn.Conv2d(8, 8, 1))), "se", sites="*.norm")
+    with pytest.raises(RuntimeError, match=r"of 4 axes, got a Tensor of shape \(8, 8, 8\)"):
+        network(torch.randn(8, 8, 8))  # as high as there are channels
 
 
 def test_layers_that_are_never_called_are_refused_with_what_to_name() -> None:
@@ -291,5 +351,6 @@ def test_an_export_takes_images_of_every_size(name: str) -> None:
     torch.testing.assert_close(program.module()(other), network(other), rtol=0, atol=1e-5)
 
 
-def test_every_registered_unit_is_tested_here() -> None:
-    assert {"cbam", "dia-lstm", "eca", "se", "sge", "spa", "srm"} <= set(list_attention())
+def test_every_unit_of_the_package_is_tested_here() -> None:
+    own = {name for name in list_attention() if "-" not in name or name == "dia-lstm"}  # others are of other tests
+    assert own == set(every_unit.args[1])

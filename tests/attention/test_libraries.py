@@ -68,12 +68,17 @@ def test_the_identity_start_is_the_plain_network_bit_for_bit(name: str) -> None:
         assert not torch.allclose(output(doubled, inputs), plain)  # the sites matter to the output
 
 
+def chain_of(block: AttachedBlock) -> int:
+    assert block.dia_link is not None
+    return id(block.dia_link.chain)
+
+
 def slots_of(network: nn.Module) -> dict[str, tuple[Slot, Chain]]:
     """Return the slots of a network and their chains by the path of the site."""
     return {
         f"{path}.{slot.path}": (slot, block.dia_link.chain)
         for path, block in network.named_modules()
-        if isinstance(block, AttachedBlock)
+        if isinstance(block, AttachedBlock) and block.dia_link is not None
         for slot in block.dia_link.slots
     }
 
@@ -116,7 +121,7 @@ def test_outputs_and_gradients_equal_those_of_an_independent_implementation(name
             with torch.no_grad():
                 for parameter in block.dia.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
-            by_chain[id(block.dia_link.chain)] = copy.deepcopy(block.dia)
+            by_chain[chain_of(block)] = copy.deepcopy(block.dia)
     slots = slots_of(attached)
     units = {path: by_chain[id(chain)] for path, (_, chain) in slots.items()}
     hooked(reference, units, slots)
@@ -127,7 +132,7 @@ def test_outputs_and_gradients_equal_those_of_an_independent_implementation(name
     for block in attached_blocks(attached):
         if "dia" in block._modules:
             for key, parameter in block.dia.named_parameters():
-                expected = wanted[f"{id(block.dia_link.chain)}.{key}"]
+                expected = wanted[f"{chain_of(block)}.{key}"]
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-10)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -215,7 +216,7 @@ class EarlyCopy(Early):
 def test_a_block_that_leaves_its_site_out_otherwise_is_refused_with_the_site() -> None:
     network = chain(lambda: EarlyCopy(8, 8))
     network[1].off = True
-    with pytest.raises(RuntimeError, match=r"0 of 1 sites .* EarlyCopy: 'bn2' \(BatchNorm2d\).*return early"):
+    with pytest.raises(RuntimeError, match=r"one call of EarlyCopy .*'bn2' .BatchNorm2d. 0 times.*return early"):
         network(features())
     assert outstanding() == 0
 
@@ -365,3 +366,178 @@ def test_a_buffer_that_blocks_pass_through_keeps_nothing() -> None:
     for block in network:
         stream, _ = block(stream, bias)
     assert not vars(bias)
+
+
+class Contextual(BasicBlock):  # type: ignore[misc]
+    """A block that takes and returns the stream and a context in one tuple."""
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        stream, context = inputs
+        return super().forward(stream + context), context
+
+
+class ContextualStage(nn.Module):
+    """Runs some of its blocks on a stream and a context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Contextual(8, 8) for _ in range(3))
+        self.checkpointed = False
+
+    def forward(self, stream: Tensor, context: Tensor, keep: tuple[int, ...] = (0, 1, 2), scale: float = 1.0) -> Tensor:
+        for index in keep:
+            inputs = (stream * scale, context) if scale != 1 else (stream, context)
+            block = self.blocks[index]
+            stream, context = checkpoint(block, inputs, use_reentrant=False) if self.checkpointed else block(inputs)
+        return stream
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5], ids=["same tensor", "code between"])
+def test_a_context_in_one_tuple_with_the_stream_carries_no_state(scale: float) -> None:
+    network: Any = randomised(attach(ContextualStage().double().eval(), "dia-lstm"))
+    context = nn.Conv2d(8, 8, 1).double()(features(5))
+
+    def run(checkpointed: bool, retain: bool) -> dict[str, Tensor]:
+        own = copy.deepcopy(network)
+        own.checkpointed = checkpointed
+        losses = [own(features(seed), context, scale=scale).square().sum() for seed in (1, 2)]
+        torch.autograd.backward(sum(losses), retain_graph=True)
+        return gradients(own)
+
+    assert largest_difference(run(True, True), run(False, True)) <= 1e-12
+    network(features(1), context, scale=scale)
+    with pytest.raises(RuntimeError):
+        network(features(2), context, (1, 2), scale)  # the first block is skipped
+    blocks = network.blocks
+    expected = [blocks[1](blocks[0]((features(seed), context)))[0] for seed in (1, 2)]
+    (u, _), (v, _) = (blocks[0]((features(seed), context)) for seed in (1, 2))
+    assert torch.equal(blocks[1]((u, context))[0], expected[0])
+    assert torch.equal(blocks[1]((v, context))[0], expected[1])
+
+
+def test_a_state_does_not_go_to_other_samples() -> None:
+    class Leaving(nn.Module):
+        """Samples leave early, between two blocks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(BasicBlock(8, 8) for _ in range(2))
+
+        def forward(self, stream: Tensor) -> Tensor:
+            output: Tensor = self.blocks[1](self.blocks[0](stream)[:1])
+            return output
+
+    with pytest.raises(RuntimeError, match="2 samples became 1"):
+        attach(Leaving().double().eval(), "dia-lstm")(features())
+    assert attach(Leaving().double().eval(), "se")(features()).shape == (1, 8, 6, 6)  # without a state nothing can mix
+
+
+def test_a_tensor_that_was_written_since_carries_no_state() -> None:
+    network = chain(lambda: BasicBlock(8, 8))
+    with torch.no_grad():
+        buffer = network[0](features(1))
+        buffer.copy_(features(2))
+        with pytest.raises(RuntimeError, match="without the state"):
+            network[1](buffer)
+
+
+def test_a_first_block_that_returns_its_input_leaves_nothing_on_it() -> None:
+    network = chain(lambda: Early(8, 8))
+    network[0].off = True
+    given = features()
+    network(given)
+    with pytest.raises(RuntimeError, match="without the state"):
+        network[1](given)
+
+
+def test_frozen_lower_blocks_may_run_without_autograd_before_a_prompt_that_learns() -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(BasicBlock(8, 8) for _ in range(2))
+            self.prompt = nn.Parameter(torch.ones(1, 8, 1, 1))
+
+        def forward(self, stream: Tensor) -> Tensor:
+            with torch.no_grad():
+                stream = self.blocks[0](stream)
+            output: Tensor = self.blocks[1](stream + self.prompt)
+            return output
+
+    network: Any = randomised(attach(Prompted().double().eval(), "dia-lstm"))
+    network(features()).sum().backward()
+    assert network.prompt.grad.abs().max() > 0
+    assert network.blocks[0].conv1.weight.grad is None
+
+
+class TwoSites(nn.Module):
+    """Calls one of its two norms twice and the other one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        output: Tensor = stream + self.first(self.first(stream))
+        return output
+
+
+def test_a_site_that_runs_twice_does_not_stand_for_one_that_does_not_run() -> None:
+    network = attach(nn.Sequential(TwoSites()).double(), "se", sites=["*.first", "*.second"])
+    with pytest.raises(RuntimeError, match=r"'first' .* 2 times, 'second' .* 0 times"):
+        network(features())
+
+
+class Parent(nn.Module):
+    """Runs the blocks of its child itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child: Any = Refiner()
+        self.child.blocks = nn.ModuleList(BasicBlock(8, 8) for _ in range(3))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        for block in self.child.blocks:
+            stream = block(stream * 0.5)
+        return stream
+
+
+def test_a_parent_may_run_the_blocks_of_its_child_without_autograd() -> None:
+    network = randomised(attach(Parent().double().eval(), "dia-lstm"))
+    expected = network(features())
+    with torch.no_grad():
+        assert torch.equal(network(features()), expected)
+
+
+@pytest.mark.parametrize("last", [torch.float32, torch.float64])
+def test_the_last_block_in_another_precision_uses_the_unit_in_its_own(last: torch.dtype) -> None:
+    network: Any = randomised(attach(Pipeline().eval(), "dia-lstm"))
+    expected = network(features().float())
+    network.blocks[2].to(last)
+    found = network(features().float())
+    assert found.dtype == last
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-5)
+
+
+@dataclass
+class Carried:
+    """What blocks hand on, with the stream in it."""
+
+    stream: Tensor
+    step: int
+
+
+class Carrying(BasicBlock):  # type: ignore[misc]
+    """A block that takes and returns a dataclass."""
+
+    def forward(self, carried: Carried) -> Carried:
+        return Carried(super().forward(carried.stream), carried.step + 1)
+
+
+def test_a_stream_in_a_dataclass_carries_the_state() -> None:
+    network = chain(lambda: Carrying(8, 8))
+    expected = by_hand(network, features(), (0, 1, 2))
+    torch.testing.assert_close(network(Carried(features(), 0)).stream, expected, rtol=0, atol=1e-12)
+    output = Carried(features(), 0)
+    for block in network:
+        output = checkpoint(block, output, use_reentrant=False)
+    torch.testing.assert_close(output.stream, expected, rtol=0, atol=1e-12)
