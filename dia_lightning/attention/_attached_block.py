@@ -7,9 +7,10 @@ import torch.fx
 from torch import nn
 
 from dia_lightning.attention._attached_site import AttachedSite, site_in
+from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Chain, Link
 from dia_lightning.attention._roles import Role, remove_role
-from dia_lightning.attention._running import RUNNING, Frame, Scope
+from dia_lightning.attention._running import RUNNING, Scope
 
 
 def _always(value: Any) -> property:

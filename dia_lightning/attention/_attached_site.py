@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_unit import attend
+from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._padding import real_tokens
 from dia_lightning.attention._roles import Role, add_role, remove_role
-from dia_lightning.attention._running import RUNNING, Frame, backward_task
+from dia_lightning.attention._running import RUNNING, is_recomputed
 
 
 class AttachedSite(Role):
@@ -72,7 +73,7 @@ def _place_of(site: nn.Module) -> tuple[Frame, Slot] | None:
                 return frame, slot
         frame = frame.outer
     name = type(site).__name__
-    if backward_task() != -1:
+    if is_recomputed():
         raise RuntimeError(
             f"A {name} with attention was recomputed in backward without its block: the block checkpoints a part of "
             "itself. Switch that off and checkpoint the whole block, with use_reentrant=False."

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._roles import Role
-from dia_lightning.attention._running import RUNNING, Frame
+from dia_lightning.attention._running import RUNNING
 
 
 class AttachedUnit(Role):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dia_lightning.attention._running import Frame
+from dia_lightning.attention._frame import Frame
 
 #: Parameters that mark real tokens, by whether a mask [B, N] may be given (else it is a pattern [N, N]).
 _REAL = {"attention_mask": True, "attn_mask": False, "src_mask": False}

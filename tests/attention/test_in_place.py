@@ -12,6 +12,8 @@ import torch
 import torchvision
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import remove_parametrizations
 from torchvision.models.resnet import BasicBlock
@@ -211,10 +213,9 @@ def test_a_network_from_the_meta_device_starts_as_was_asked_for(attention: str, 
     batch = images(2, 64, dtype=torch.float32)
     if identity:
         assert torch.equal(network(batch), plain(batch))
-    for unit in (module for module in network.modules() if isinstance(module, AttentionUnit)):
-        fresh = type(unit).__mro__  # the class of the unit without what attach() adds
-        assert AttentionUnit in fresh
-        assert all(not (parameter == 7).all() for parameter in unit.parameters())
+    units = [module for module in network.modules() if isinstance(module, AttentionUnit)]
+    assert len(units) == 4
+    assert all(not (tensor == 7).all() for unit in units for tensor in (*unit.parameters(), *unit.buffers()))
 
 
 def test_zero_biases_of_the_authors_come_back_with_reset_parameters() -> None:
@@ -269,11 +270,19 @@ def test_weights_that_are_mapped_from_a_file_are_assigned(tiny: Pair, tmp_path: 
 # When attention comes too late, or into something that cannot take it
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.parallel.DistributedDataParallel], ids=["compile", "ddp"])
-def test_a_wrapped_network_is_refused(wrap: Any, tmp_path: Path) -> None:
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "compile": lambda network: torch.compile(network),
+    "ddp": nn.parallel.DistributedDataParallel,
+    "fsdp": lambda network: FullyShardedDataParallel(network, device_id=torch.device("cpu")),
+    "fully_shard": lambda network: nn.Sequential(fully_shard(network, mesh=init_device_mesh("cpu", (1,)))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_network_is_refused(wrap: str, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        wrapped = wrap(TinyNet())
+        wrapped = WRAPPERS[wrap](TinyNet())
         for network in (wrapped, nn.ModuleDict({"backbone": wrapped})):
             with pytest.raises(ValueError, match="Attach before the network is wrapped, sharded or compiled"):
                 attach(network, "se")

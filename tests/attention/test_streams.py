@@ -277,19 +277,32 @@ def test_blocks_that_checkpoint_their_own_call_are_exact_or_refused(reentrant: b
         assert largest_difference(run(reentrant), run(None)) == 0
 
 
-def test_a_reentrant_and_a_copying_checkpoint_get_different_advice() -> None:
-    network = chain(lambda: BasicBlock(8, 8))
-    start = network[0](features().requires_grad_())
+class Recomputing(torch.autograd.Function):
+    """A checkpoint of somebody else, which copies what it is given."""
 
-    def copied(stream: Tensor) -> Tensor:
-        output: Tensor = network[1](stream.detach().requires_grad_())
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, block: nn.Module) -> Tensor:
+        ctx.stream, ctx.block = stream, block
+        output: Tensor = block(stream)
         return output
 
-    with pytest.raises(RuntimeError) as error:
-        copied(start)
-    assert "use_reentrant" not in str(error.value)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.enable_grad():
+            copied = ctx.stream.detach().clone().requires_grad_()
+            ctx.block(copied).backward(grads[0])
+        return copied.grad, None
+
+
+def test_a_reentrant_and_a_copying_checkpoint_get_different_advice() -> None:
+    network = chain(lambda: BasicBlock(8, 8))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         checkpoint(network[1], network[0](features().requires_grad_()), use_reentrant=True).sum().backward()
+    stream = network[1](network[0](features().requires_grad_()))
+    loss = Recomputing.apply(stream, network[2]).sum()
+    with pytest.raises(RuntimeError, match="a copy of that of the forward") as error:
+        loss.backward()
+    assert "use_reentrant" not in str(error.value)
 
 
 @pytest.mark.parametrize("where", range(3))

@@ -1,0 +1,184 @@
+"""Where a block finds what the block before has handed on."""
+
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from dia_lightning.attention._links import Chain, Link
+from dia_lightning.attention._running import Handover, is_recomputed, scope_of
+
+#: How many operations back to search for a handover.
+MAX_OPERATIONS = 2000
+
+
+def received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handover:
+    """Find what the block before has handed on.
+
+    Raises:
+        RuntimeError: if there is nothing, more than one thing, or it was made without autograd and gradients are due.
+    """
+    stream, certain = link.stream_in(args, kwargs)
+    found = _noted(stream, link, certain)
+    if not (found and (certain or is_recomputed())):
+        scope = scope_of(link.chain)
+        left = [] if scope is None else [other for other in scope.handovers if link.follows(other.link)]
+        if not certain and (len(left) != 1 or any(other is not left[0] for other in found)):
+            raise RuntimeError(_which_stream(len(stream)))
+        found = left if len(left) == 1 and _may_be_made_of(stream, left[0]) else _made_of(stream, link.chain)
+        if len(found) == 1 and torch.is_grad_enabled():
+            for tensor in stream:  # so that a recomputation of this block finds it
+                if torch.compiler.is_compiling() or tensor.grad_fn is not None:  # others may outlive the forward
+                    notes_on(tensor).give(link, found[0])
+    if len(found) != 1 or not link.follows(found[0].link):
+        raise RuntimeError(_no_state(link))
+    if torch.is_grad_enabled() and not found[0].grad and _passed_reentrant_checkpoint(stream):
+        raise RuntimeError(
+            "Gradients through the attention state would be lost: the block before was run without autograd by "
+            "reentrant activation checkpointing. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or "
+            "checkpoint whole stages."
+        )
+    return found[0]
+
+
+def note(tensor: Tensor, handover: Handover) -> None:
+    """Note on a tensor that a block returns, and on the operation that made it, what the block hands on."""
+    notes_on(tensor).leave(handover, _version(tensor))
+    if not torch.compiler.is_compiling() and tensor.grad_fn is not None:
+        tensor.grad_fn.metadata[handover.link.chain] = handover  # type: ignore[index]  # typed as a method
+        handover.in_graph = True
+
+
+class _Notes:
+    """What is noted on a tensor. It stays behind when the tensor is copied or saved, and counts until it is written."""
+
+    def __init__(self) -> None:
+        # what the block that returned the tensor has left, one per chain, and the version of the tensor
+        self.left: list[tuple[Handover, int]] = []
+        # what a block that was given the tensor received; None once two forwards gave it with different ones
+        self.given: list[tuple[Link, Handover | None]] = []
+
+    def leave(self, handover: Handover, version: int) -> None:
+        others = [(other, at) for other, at in self.left if other.link.chain is not handover.link.chain]
+        self.left = [*others, (handover, version)]
+
+    def give(self, link: Link, handover: Handover) -> None:
+        known = [other for to, other in self.given if to is link]
+        others = [(to, other) for to, other in self.given if to is not link]
+        self.given = [*others, (link, handover if not known or known[0] is handover else None)]
+
+    def find(self, link: Link, certain: bool, version: int) -> Handover | None:
+        for to, handover in self.given if is_recomputed() else ():
+            if to is link:
+                return handover
+        for handover, at in self.left if certain or not is_recomputed() else ():
+            if handover.link.chain is link.chain and at == version:
+                return handover
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return OrderedDict, ()  # loads with weights_only=True
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place, as far as it tells."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def notes_on(tensor: Tensor) -> _Notes:
+    notes: _Notes | None = getattr(tensor, "_dia_notes", None)
+    if not isinstance(notes, _Notes):  # none yet, or a loaded tensor's
+        notes = tensor._dia_notes = _Notes()  # type: ignore[attr-defined]  # rides on the activation
+    return notes
+
+
+def _noted(stream: list[Tensor], link: Link, certain: bool) -> list[Handover]:
+    """Return the different handovers that are noted on the stream; only sure ones if it is not certain."""
+    found: list[Handover] = []
+    for tensor in stream:
+        notes = getattr(tensor, "_dia_notes", None)
+        handover = notes.find(link, certain, _version(tensor)) if isinstance(notes, _Notes) else None
+        if handover is not None and all(handover is not other for other in found):
+            found.append(handover)
+    return found
+
+
+def _may_be_made_of(stream: list[Tensor], handover: Handover) -> bool:
+    """Tell whether a stream can have been made of what a block returned, as far as autograd knows."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and handover.in_graph):
+        return True
+    return any(other is handover for other in _noted_on_operations(stream, handover.link.chain))
+
+
+def _passed_reentrant_checkpoint(stream: list[Tensor]) -> bool:
+    """Tell whether what made a stream is hidden from autograd by a reentrant checkpoint."""
+    if torch.compiler.is_compiling():
+        return False
+    return any("CheckpointFunction" in type(node).__name__ for node in _operations(stream, lambda node: False))
+
+
+def _made_of(stream: list[Tensor], chain: Chain) -> list[Handover]:
+    """Return the different handovers of a chain among the operations that made a stream; none if they are too many."""
+    noted = [] if torch.compiler.is_compiling() else list(_noted_on_operations(stream, chain))
+    found: list[Handover] = []
+    for handover in noted if len(noted) < MAX_OPERATIONS else ():
+        if handover is not None and all(handover is not other for other in found):
+            found.append(handover)
+    return found
+
+
+def _noted_on_operations(stream: list[Tensor], chain: Chain) -> Iterator[Handover | None]:
+    """Yield what is noted on each operation that made a stream, nearest first, and on none before a noted one."""
+    for node in _operations(stream, lambda node: node.metadata.get(chain) is not None):
+        yield node.metadata.get(chain)
+
+
+def _operations(stream: list[Tensor], is_end: Callable[[Any], bool]) -> Iterator[Any]:
+    """Yield the operations that made a stream, nearest first, up to some at which to end."""
+    nodes: deque[Any] = deque(tensor.grad_fn for tensor in stream)
+    seen: set[Any] = {None}
+    while nodes and len(seen) <= MAX_OPERATIONS:
+        node = nodes.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not is_end(node):
+            nodes.extend(parent for parent, _ in node.next_functions)
+        yield node
+
+
+def _no_state(link: Link) -> str:
+    number = next(number for number, other in enumerate(link.chain.links) if other is link)
+    block = f"Block {number} of a stage with shared attention"
+    if not is_recomputed():
+        return (
+            f"{block} was called without the state of the blocks before it. Run the blocks of a stage in order, each "
+            "once per forward, inside the forward of the module that holds them or each on what the one before "
+            "returned. The first block of a stage holds the attention and cannot be skipped: leave it out of layer "
+            "drop, or give every block its own with share='block'."
+        )
+    frame, reentrant = sys._getframe(), False
+    while frame is not None:
+        reentrant |= frame.f_code is CheckpointFunction.backward.__code__
+        frame = frame.f_back  # type: ignore[assignment]
+    cause = "its input is a copy of that of the forward. Let nothing copy the inputs of checkpointed blocks"
+    if reentrant:
+        cause = "reentrant activation checkpointing gives it a copy of its input. Pass use_reentrant=False"
+    return (
+        f"{block} was recomputed in backward without the state of those before it: {cause}, or checkpoint whole stages."
+    )
+
+
+def _which_stream(count: int) -> str:
+    return (
+        f"A block of a stage with shared attention was given {count} tensors of features, and it is not known which of "
+        "them carries the state of the blocks before it. Run the blocks of one stream inside the forward of the module "
+        "that holds them, each once per forward."
+    )
