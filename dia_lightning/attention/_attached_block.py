@@ -40,7 +40,7 @@ class AttachedBlock(Role):
         return self._framed(self.dia_link, super().__call__, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        frame = RUNNING.frame
+        frame: Frame | None = RUNNING.frame
         if frame is not None and frame.block is self and not frame.begun:
             frame.begun = True
             frame.arguments = args, kwargs  # as hooks on the block have changed them

@@ -66,7 +66,7 @@ def _place_of(site: nn.Module) -> tuple[Frame, Slot] | None:
     Raises:
         RuntimeError: if a network with attention runs the site outside of its block.
     """
-    frame = RUNNING.frame
+    frame: Frame | None = RUNNING.frame
     while frame is not None:
         for slot, module in zip(frame.link.slots, frame.sites, strict=True):
             if module is site:

@@ -23,7 +23,7 @@ class AttachedUnit(Role):
     equals_plain = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        frame = RUNNING.frame
+        frame: Frame | None = RUNNING.frame
         result = super().forward(*args, **kwargs)
         if frame is None or not frame.wants_map:
             return result

@@ -55,7 +55,9 @@ class Frame:
         link, returned = self.link, tensors_in(output)
         all_ran = len(self.ran) == len(link.slots) and all(slot in self.ran for slot in link.slots)
         is_skipped = not all_ran and self._returned_its_stream(returned)
-        handover = None if link.last or not (all_ran or is_skipped) else Handover(self)
+        handover = None
+        if (all_ran or is_skipped) and not link.last:
+            handover = Handover(self.unit, self.state, link, self.grad, self.placement, self.samples)
         self._leave_in_scope(handover)
         if not (all_ran or is_skipped):
             raise RuntimeError(_sites_did_not_run(self))

@@ -20,28 +20,36 @@ compilers need one graph for them.
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dia_lightning.attention._links import Chain, Link
 
-if TYPE_CHECKING:
-    from dia_lightning.attention._frame import Frame
 
-
+@dataclass(eq=False)
 class Handover:
-    """What a block hands on to the next one of its chain."""
+    """What a block hands on to the next one of its chain.
 
-    def __init__(self, frame: "Frame") -> None:
-        self.unit: nn.Module = frame.unit
-        self.state: Any = frame.state
-        self.link: Link = frame.link
-        self.grad: bool = frame.grad  # whether autograd recorded how the state was made
-        self.placement: tuple[torch.device, torch.dtype] | None = frame.placement
-        self.samples: int | None = frame.samples
-        self.in_graph = False  # whether it is noted on an operation
+    Args:
+        unit: the unit of the chain.
+        state: its state.
+        link: of the block.
+        grad: whether autograd recorded how the state was made.
+        placement: device and dtype of the features that the unit saw last, if any.
+        samples: how many these were.
+        in_graph: whether the handover is noted on an operation.
+    """
+
+    unit: nn.Module
+    state: Any
+    link: Link
+    grad: bool
+    placement: tuple[torch.device, torch.dtype] | None
+    samples: int | None
+    in_graph: bool = False
 
 
 class Scope:
@@ -64,7 +72,7 @@ class Running(threading.local):
     """Innermost frame and scope of a thread."""
 
     def __init__(self) -> None:
-        self.frame: Frame | None = None
+        self.frame: Any = None  # a Frame, which knows of this
         self.scope: Scope | None = None
 
 
