@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "check"]
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), "check"])
+
+
 def __getattr__(name: str) -> Any:
     if name != "check":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

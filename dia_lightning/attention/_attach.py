@@ -26,6 +26,7 @@ from dia_lightning.attention._sites import (
     find_places,
     named_places,
     parameters_of,
+    possible_sites,
 )
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero
 
@@ -104,19 +105,15 @@ def attach(
     plugged = dict(zip((place.path for place in all_places(stages)), _mask(plug, stages), strict=True))
     with_norm = not identity if branch_norm is None else branch_norm
     chains = _chains(stages, plugged, share)
+    if share == "stage" and len(chains) > 1 and all(len(chain) == 1 for chain in chains):
+        warnings.warn(
+            f"Nothing is shared: each of the {len(chains)} stages ({', '.join(chain[0].path for chain in chains[:3])}"
+            f"{', ...' if len(chains) > 3 else ''}) has a single block, so every block gets a unit of its own.",
+            stacklevel=2,
+        )
     units = [_new_unit(build, chain[0], identity) for chain in chains]  # all, before the network is touched
     for unit, chain in zip(units, chains, strict=True):
         _refuse_unfit_places(unit, chain, with_norm)
-    if (
-        share == "stage"
-        and all(len(stage) == 1 for stage in stages)
-        and len({p.channels for p, *_ in stages}) < len(stages)
-    ):
-        warnings.warn(
-            f"Nothing is shared: none of the {len(stages)} blocks ({', '.join(stage[0].path for stage in stages[:3])}"
-            ", ...) stands beside another one in its container, so every block gets a unit of its own.",
-            stacklevel=2,
-        )
     stage_of = {place.path: number for number, stage in enumerate(stages) for place in stage}
     layers = count()
     for unit, chain in zip(units, chains, strict=True):
@@ -171,12 +168,16 @@ def _stages(model: nn.Module, branches: Sequence[Branch] | None, sites: Sites | 
     if sites is not None:
         if branches is not None:
             raise ValueError("branches and sites exclude each other: sites name the ends of branches themselves.")
-        if not sites:
+        if not callable(sites) and not sites:
             raise ValueError("sites names no module. Give patterns such as ['encoder.*.conv2'], or leave it out.")
-        return named_places(model, [sites] if isinstance(sites, str) else sites)
-    for branch in branches or ():
-        if branch not in get_args(Branch):
-            raise ValueError(f"branches takes {', '.join(map(repr, get_args(Branch)))}, got {branch!r}.")
+        patterns = [sites] if isinstance(sites, str) else sites
+        if not callable(patterns) and not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"sites takes patterns of module paths, such as ['encoder.*.conv2'], got {sites!r}.")
+        return named_places(model, patterns)
+    for branch in [branches] if isinstance(branches, str) else branches or ():
+        if isinstance(branches, str) or branch not in get_args(Branch):
+            known = ", ".join(map(repr, get_args(Branch)))
+            raise ValueError(f"branches takes a list of {known}, got {branch!r}.")
     stages = find_places(model, BLOCK_RULES, branches)
     if not stages:
         raise ValueError(_nothing_to_attach_to(model, branches))
@@ -196,7 +197,12 @@ def _chains(stages: list[list[Place]], plugged: dict[str, bool], share: str) -> 
 
 
 def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> nn.Module:
-    unit = build(place.channels, place.spatial_dims)
+    try:
+        unit = build(place.channels, place.spatial_dims)
+    except TypeError as error:
+        raise ValueError(
+            f"The attention cannot be built for {place.channels} channels ({place.path}): {error}."
+        ) from error
     if not isinstance(unit, nn.Module):
         raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
     if place.zero_bias and isinstance(unit, AttentionUnit):  # a user's own unit knows how it starts
@@ -209,7 +215,12 @@ def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> 
                 f"identity=True needs an attention module with start_at_identity(), as subclasses of "
                 f"dia_lightning.attention.AttentionUnit have; {type(unit).__name__} is none."
             )
-        unit.start_at_identity()
+        try:
+            unit.start_at_identity()
+        except NotImplementedError:
+            raise ValueError(
+                f"identity=True needs {type(unit).__name__}.output_parameters(), which returns the parameters to zero."
+            ) from None
     try:
         inspect.signature(unit.forward).bind(None, None)
     except TypeError:
@@ -248,7 +259,7 @@ def _attach_chain(
                 )
             )
             add_role(place.block.get_submodule(site.path), AttachedSite)
-        vars(place.block)["dia_link"] = Link(links, tuple(slots), parameters_of(place.block), place.stream)
+        vars(place.block)["dia_link"] = Link(links, place.path, tuple(slots), parameters_of(place.block), place.stream)
         add_role(place.block, AttachedBlock)
     chain[0].block.add_module("dia", unit)
     add_role(unit, AttachedUnit)
@@ -289,12 +300,11 @@ def _register_behind(block: nn.Module, child: str, name: str, module: nn.Module)
 
 def _give_owners(model: nn.Module, blocks: list[str], chain: Chain) -> None:
     """Let every module around the blocks of a chain know that its forward may run them."""
-    around = (
-        {path.rpartition(".")[0] for path in blocks} if "" not in blocks else set()
-    )  # else the network is the block
+    if "" in blocks:
+        return  # the network itself is the block
     for name, module in model.named_modules():
-        holds_all = all(not name or path == name or path.startswith(f"{name}.") for path in around)
-        if around and holds_all and type(module).forward is not nn.Module.forward:  # lists are never called
+        holds_all = all(not name or path.startswith(f"{name}.") for path in blocks)
+        if holds_all and type(module).forward is not nn.Module.forward:  # lists are never called
             vars(module)["dia_chains"] = (*vars(module).get("dia_chains", ()), chain)
             add_role(module, ChainOwner)
 
@@ -311,6 +321,8 @@ def _mask(plug: str | Sequence[bool | int] | None, stages: list[list[Place]]) ->
     blocks = sum(len(stage) for stage in stages)
     if plug is None:
         return [True] * blocks
+    if isinstance(plug, bool) or not isinstance(plug, Sequence):
+        raise ValueError(f"plug takes one truth value per block, or a string such as '110|0011', got {plug!r}.")
     counts = [len(stage) for stage in stages]
     if isinstance(plug, str):
         plug = EAN_MASKS.get(plug, plug).replace(" ", "").replace(",", "")
@@ -321,7 +333,8 @@ def _mask(plug: str | Sequence[bool | int] | None, stages: list[list[Place]]) ->
     wrong = [value for value in values if value not in ("0", "1", 0, 1)]
     if wrong:
         names = ", ".join(EAN_MASKS)
-        raise ValueError(f"plug takes 0 and 1 (or False and True), one per block, or one of {names}; got {wrong[0]!r}.")
+        given = f"{wrong[0]!r} in {plug!r}" if isinstance(plug, str) else repr(wrong[0])
+        raise ValueError(f"plug takes 0 and 1 (or False and True), one per block, or one of {names}; got {given}.")
     if len(values) != blocks:
         raise ValueError(f"plug has {len(values)} entries, but the network has {blocks} blocks ({_sum(counts)}).")
     mask = [bool(int(value)) for value in values]
@@ -336,10 +349,12 @@ def _sum(counts: list[int]) -> str:
 
 def _nothing_to_attach_to(model: nn.Module, branches: Sequence[Branch] | None) -> str:
     found = sorted({type(module).__name__ for module in model.modules() if any(module.children())})
-    known = ", ".join(sorted(BLOCK_RULES))
-    chosen = "" if branches is None else f" with branches {list(branches)}"
+    known = ", ".join(sorted({name.rpartition(".")[0] for name in BLOCK_RULES}))
+    if branches is not None and find_places(model, BLOCK_RULES, None):
+        return f"No residual block of {type(model).__name__} has branches {list(branches)}. Leave `branches` out."
     return (
-        f"No residual block is known in {type(model).__name__}{chosen}, so there is nothing to attach to. "
-        f"It consists of: {', '.join(found) or 'no submodules'}. Name the ends of its residual branches, as in "
-        f"sites=['encoder.*.conv2']. Known blocks: {known}."
+        f"No residual block is known in {type(model).__name__}, so there is nothing to attach to. Name the layers that "
+        f"end its residual branches, as in sites=['blocks.*.conv2']. Modules that could be sites: "
+        f"{possible_sites(model)}. It consists of: {', '.join(found) or 'no submodules'}. Known blocks: those of "
+        f"{known}."
     )

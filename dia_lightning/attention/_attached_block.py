@@ -35,6 +35,8 @@ class AttachedBlock(Role):
     dia: nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, AttachedBlock):  # detached since torch.compile has kept this method
+            return self(*args, **kwargs)
         if self.dia_link is None or _is_traced(args, kwargs):  # torch.fx may take the block as a leaf
             return super().__call__(*args, **kwargs)
         return self._framed(self.dia_link, super().__call__, args, kwargs)
@@ -49,8 +51,8 @@ class AttachedBlock(Role):
             return super().forward(*args, **kwargs)
         if _is_traced(args, kwargs):
             raise RuntimeError(
-                "torch.fx cannot trace through a block with shared attention. Make the block classes leaves, for "
-                "example create_feature_extractor(..., tracer_kwargs={'leaf_modules': [type(model.layer1[0])]})."
+                "torch.fx cannot trace through a block with shared attention. Make the block classes leaves, here with "
+                f"create_feature_extractor(..., tracer_kwargs={{'leaf_modules': [{type(self).__name__}]}})."
             )
         # not by the call above: recomputed by a checkpoint inside of that, or called by its name
         return self._framed(self.dia_link, super().forward, args, kwargs, begun=True)
@@ -95,6 +97,8 @@ class ChainOwner(Role):
     dia_chains: Sequence[Chain] = ()  # a slice of a sequence has none
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, ChainOwner):  # as above
+            return self(*args, **kwargs)
         with Scope(self.dia_chains):
             return super().__call__(*args, **kwargs)  # and no forward, whose signature others read
 

@@ -20,6 +20,8 @@ class AttachedSite(Role):
     equals_plain = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, AttachedSite):  # detached since torch.compile has kept this method
+            return self(*args, **kwargs)
         place = _place_of(self)
         if place is None:
             return super().__call__(*args, **kwargs)

@@ -65,7 +65,10 @@ def attend(frame: Frame, slot: Slot, features: Tensor, valid: Tensor | None) -> 
         frame.wants_map = False
         result = _split(result, frame, frame.unit)
     attention_map: Tensor = result
-    if attention_map.ndim != features.ndim:
+    fits = attention_map.ndim == features.ndim
+    if not torch.compiler.is_compiling():
+        fits = fits and all(own in (1, size) for own, size in zip(attention_map.shape, features.shape, strict=True))
+    if not fits:
         raise RuntimeError(
             f"{type(frame.unit).__name__} must return a map of {features.ndim} axes that broadcasts against features "
             f"of shape {tuple(features.shape)}, got shape {tuple(attention_map.shape)}."

@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What holds on an attached network. Printing it gives a table."""
+    """What holds on an attached network. Printing it gives a table: OK, NO, or -- for what could not be checked."""
 
     rows: list[Row] = field(default_factory=list)
 
@@ -48,7 +48,10 @@ class Report:
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{row.name:<{width}}  {'OK' if row.holds else 'NO'}  {row.note}".rstrip() for row in self.rows]
+        marks = ["--" if row.note.startswith("not checked") else "OK" if row.holds else "NO" for row in self.rows]
+        lines = [
+            f"{row.name:<{width}}  {mark}  {row.note}".rstrip() for mark, row in zip(marks, self.rows, strict=True)
+        ]
         return "\n".join(lines)
 
 
@@ -158,6 +161,10 @@ def _taps_run_once(subject: _Subject) -> _Finding:
     network, seen = subject.copy(), set[int]()
     with watch_maps(network, lambda layer, *_: seen.add(layer)) as layers:
         subject.run(network)
+    chains = {id(chain): chain for module in network.modules() for chain in vars(module).get("dia_chains", ())}
+    gone = sum(len(link.slots) for chain in chains.values() for link in chain.links) - len(layers)
+    if gone > 0:
+        return False, f"{gone} sites are gone: replace blocks before attach(), and layers in them whenever you like"
     missed = [layer.path for number, layer in enumerate(layers) if number not in seen]
     if missed:
         return False, f"{len(missed)} of {len(layers)} did not run, for example {missed[0]}: is the block used at all?"
@@ -202,6 +209,10 @@ def _copies_are_independent(subject: _Subject) -> _Finding:
 
 
 def _pickles(subject: _Subject) -> _Finding:
+    try:
+        pickle.dumps(detach(subject.copy()))
+    except Exception as error:  # whatever a user's module raises
+        return True, f"not checked: the plain network does not either ({type(error).__name__})"
     return _equal(subject, subject.run(pickle.loads(pickle.dumps(subject.network))))
 
 
@@ -265,8 +276,10 @@ def _batch_mates_do_not_matter(subject: _Subject) -> _Finding:
     other = _changed(subject, replace)
     with torch.no_grad():
         output = _tensors(subject.network(*other.args, **other.kwargs))
-    firsts = [tensor[:1] for tensor in output]
-    difference = _difference([tensor[:1] for tensor in subject.output], firsts)
+    pairs = [pair for pair in zip(subject.output, output, strict=True) if pair[0].ndim and len(pair[0]) == size]
+    if not pairs:
+        return True, "not checked: the network puts out nothing per sample"
+    difference = _difference([expected[:1] for expected, _ in pairs], [found[:1] for _, found in pairs])
     return difference <= EXACT, "" if difference <= EXACT else f"the first sample changes by {difference:.1e}"
 
 
@@ -293,6 +306,8 @@ def _runs_in_bfloat16(subject: _Subject) -> _Finding:
 
 
 def _runs_channels_last(subject: _Subject) -> _Finding:
+    if any(parameter.ndim == 5 for parameter in subject.network.parameters()):
+        return True, "not checked: the network has volumes"
     network = subject.copy().to(memory_format=torch.channels_last)
     other = _changed(
         subject, lambda tensor: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
@@ -326,6 +341,8 @@ def _refuses_reentrant_checkpoints(subject: _Subject) -> _Finding:
         with _blocks_checkpointed(network, reentrant=True):
             found = subject.gradients(network)
     except RuntimeError as error:
+        if "does not require grad" in str(error):
+            return True, "not checked: no block is given a tensor that requires a gradient by position"
         if "use_reentrant=False" not in str(error):
             raise
         return True, "refused: use_reentrant=False"

@@ -50,13 +50,17 @@ class Link:
 
     Args:
         chain: the chain, to whose end the link is added.
+        path: of the block in the network, for messages.
         slots: where the block ends its residual branches; none if it only hands the state on.
         parameters: names of what the block's forward takes.
         stream: number of the parameter that is the residual stream; ``None`` if that is not known.
     """
 
-    def __init__(self, chain: Chain, slots: tuple[Slot, ...], parameters: tuple[str, ...], stream: int | None) -> None:
+    def __init__(
+        self, chain: Chain, path: str, slots: tuple[Slot, ...], parameters: tuple[str, ...], stream: int | None
+    ) -> None:
         self.chain = chain
+        self.path = path
         self.slots = slots
         self.parameters = parameters
         self.stream = stream

@@ -30,17 +30,22 @@ def real_tokens(frame: Frame, batch: int, tokens: int) -> Tensor | None:
         tokens: number of tokens N.
 
     Raises:
-        RuntimeError: if a mask of samples has a name that does not tell what it marks.
+        RuntimeError: if a mask of samples has a name that does not tell what it marks, or the block is causal.
     """
     args, kwargs = frame.arguments
     given: dict[str, Any] = {**dict(zip(frame.link.parameters, args, strict=False)), **kwargs}
+    if given.get("is_causal") is True:
+        raise RuntimeError(
+            f"{type(frame.block).__name__} attends to earlier tokens only (is_causal=True), but the map of a unit "
+            "depends on all of them. Attention of this kind does not fit causal networks."
+        )
     for name, mask in given.items():
         if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.shape[-1] != tokens or len(mask) % batch:
             continue  # none, or a pattern of attention that all samples have
-        known = name in _REAL or name in _PADDING
-        if known and (mask.ndim > 2 or name in _PADDING or _REAL[name]):
+        of_samples = tuple(mask.shape) in ((batch, tokens), (batch, 1, 1, tokens)) and batch > 1
+        if name in _PADDING or _REAL.get(name) or (name in _REAL and mask.ndim > 2):
             return _real(mask, batch, name in _PADDING)
-        if not known and "mask" in name and batch > 1 and tuple(mask.shape) in ((batch, tokens), (batch, 1, 1, tokens)):
+        if of_samples and (mask.dtype == torch.bool or "mask" in name) and (name not in _REAL or batch != tokens):
             raise RuntimeError(
                 f"Attention does not know whether {name!r} of a {type(frame.block).__name__} marks padded tokens, "
                 "which must not count. Call it attention_mask (true for real tokens) or key_padding_mask (true for "

@@ -158,11 +158,13 @@ def _no_state(link: Link) -> str:
     number = next(number for number, other in enumerate(link.chain.links) if other is link)
     block = f"Block {number} of a stage with shared attention"
     if not is_recomputed():
+        without = "" if torch.is_grad_enabled() else " and without autograd, as here"
         return (
-            f"{block} was called without the state of the blocks before it. Run the blocks of a stage in order, each "
-            "once per forward, inside the forward of the module that holds them or each on what the one before "
-            "returned. The first block of a stage holds the attention and cannot be skipped: leave it out of layer "
-            "drop, or give every block its own with share='block'."
+            f"{block} was called without the state of the blocks before it ({link.path!r}). Run the blocks of a stage "
+            f"in order, each on what the one before returned; with other code in between{without}, inside the forward "
+            f"of the module that holds them. The first block of a stage ({link.chain.links[0].path!r}) holds the "
+            "attention and cannot be skipped or replaced: leave it out of layer drop, or give every block its own with "
+            "share='block'."
         )
     frame, reentrant = sys._getframe(), False
     while frame is not None:

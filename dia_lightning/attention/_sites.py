@@ -117,7 +117,7 @@ def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Calla
             open_stage = None
             continue
         inside = f"{path}." if path else ""
-        channels = width(module.get_submodule(rule.width if rule.width is not None else chosen[0].path))
+        channels = width(module.get_submodule(rule.width if rule.width is not None else chosen[0].path), path)
         stream = 0 if cast(Any, type(module)).forward is cast(Any, known).forward else _only_parameter(module)
         place = Place(path, module, chosen, channels, rule.branch_norm, rule.zero_bias, stream)
         stage = (_container(path), channels)
@@ -151,8 +151,9 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
         found = [path for path in modules if path and any(fnmatchcase(path, pattern) for pattern in sites)]
         unmatched = [pattern for pattern in sites if not any(fnmatchcase(path, pattern) for path in found)]
     if unmatched:
-        ends = ", ".join(path for path, module in modules.items() if path and _width(module) is not None)
-        raise ValueError(f"sites: {unmatched[0]!r} matches no module. Modules that could be sites: {ends or 'none'}.")
+        raise ValueError(
+            f"sites: {unmatched[0]!r} matches no module. Modules that could be sites: {possible_sites(model)}."
+        )
     for path in found:
         if isinstance(modules[path], nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise ValueError(
@@ -163,7 +164,7 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
         by_block.setdefault(_block_around(path, found, modules), []).append(path)
     stages: list[list[Place]] = []
     for block, paths in by_block.items():
-        widths = {path: width(modules[path]) for path in paths}
+        widths = {path: width(modules[path], path) for path in paths}
         if len(set(widths.values())) > 1:
             listed = ", ".join(f"{path} ({channels})" for path, channels in widths.items())
             raise ValueError(f"sites: one block cannot share one unit among different widths: {listed}.")
@@ -181,7 +182,13 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
     return stages
 
 
-def width(module: nn.Module) -> int:
+def possible_sites(model: nn.Module) -> str:
+    """List the paths of the layers whose number of channels is known."""
+    paths = [path for path, module in model.named_modules() if path and _width(module) is not None]
+    return ", ".join(paths[:20] or ["none"]) + (f" and {len(paths) - 20} more" if len(paths) > 20 else "")
+
+
+def width(module: nn.Module, path: str) -> int:
     """Return the number of channels that a module puts out.
 
     Raises:
@@ -190,8 +197,8 @@ def width(module: nn.Module) -> int:
     channels = _width(module)
     if channels is None:
         raise ValueError(
-            f"The width of {type(module).__name__} is unknown: it has no num_features, out_channels, out_features, "
-            "normalized_shape or embed_dim. Name the layer before it as the site."
+            f"The width of {type(module).__name__} is unknown ({path}): it has no num_features, out_channels, "
+            "out_features, normalized_shape or embed_dim. Name the last layer in it, or the one before it, as the site."
         )
     return channels
 

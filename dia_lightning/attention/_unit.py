@@ -19,6 +19,8 @@ class AttentionUnit(nn.Module):
     Where a block has features of another device or dtype than the one before, they are brought to the unit and the map
     back, and the state follows.
 
+    ``forward`` must return its map through :meth:`rescale`, or the unit cannot start at the identity.
+
     A unit to which positions count by their mean only sets :attr:`takes_mean` and takes the mean ``[B, C]`` as the
     keyword ``mean`` in ``forward``, in place of its own; so padded tokens can be left out.
 
@@ -124,7 +126,9 @@ def beside(values: Tensor, features: Tensor) -> Tensor:
 
 
 def reduced(channels: int, reduction: int) -> int:
-    """Return the width of a bottleneck, ``max(1, channels // reduction)``; both must be positive."""
+    """Return the width of a bottleneck, ``max(1, channels // reduction)``; both must be positive whole numbers."""
+    if not isinstance(reduction, int):
+        raise ValueError(f"reduction must be a whole number, got {reduction!r}.")
     if channels < 1:
         raise ValueError(f"channels must be a positive number, got {channels}.")
     if reduction < 1:

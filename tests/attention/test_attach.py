@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from dia_lightning.attention import DIALSTM, SqueezeExcitation, attach, list_attention
+from dia_lightning.attention import DIALSTM, AttentionUnit, SqueezeExcitation, attach, list_attention
 from dia_lightning.models import get_model
 
 from .networks import (
@@ -225,6 +225,17 @@ def test_a_network_without_known_blocks_names_what_it_is_made_of() -> None:
     assert "TransformerEncoderLayer" in str(error.value)
 
 
+class NoStart(AttentionUnit):
+    """A unit that does not tell what makes its map constant."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+
+    def forward(self, features: torch.Tensor, state: None = None) -> tuple[torch.Tensor, None]:
+        return features, None
+
+
 @pytest.mark.parametrize(
     ("attention", "options", "message"),
     [
@@ -238,10 +249,19 @@ def test_a_network_without_known_blocks_names_what_it_is_made_of() -> None:
         (lambda: nn.Identity(), {}, "too many positional arguments"),
         (3, {}, "3"),
         (SqueezeExcitation(8), {}, "SqueezeExcitation"),
+        ("se", {"reduction": 2.5}, "reduction must be a whole number, got 2.5"),
+        ("se", {"plug": True}, r"plug takes one truth value per block, or a string .* got True"),
+        ("se", {"plug": "ean-typo"}, "got 'e' in 'ean-typo'"),
+        ("se", {"branches": "attention"}, "branches takes a list of .* got 'attention'"),
+        ("se", {"branches": ["mlp"]}, r"No residual block of TinyNet has branches \['mlp'\]"),
+        ("se", {"sites": [nn.BatchNorm2d]}, "sites takes patterns of module paths"),
+        (nn.Sigmoid, {}, "attention cannot be built for 8 channels"),
+        (NoStart, {"identity": True}, r"identity=True needs NoStart\.output_parameters\(\)"),
     ],
     ids=[
         "share", "name", "none", "argument typo", "bad value", "channels", "builds nothing", "takes nothing", "number",
-        "module instead of class",
+        "module instead of class", "fraction", "no mask", "unknown mask", "one branch", "other branches", "classes",
+        "takes no channels", "no start",
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_errors_that_leave_the_network_alone(attention: Any, options: Any, message: str) -> None:

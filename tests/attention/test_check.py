@@ -201,6 +201,23 @@ def test_a_site_that_does_not_run_is_named() -> None:
     assert "1 of 2 did not run, for example 1.bn2" in failed["every site runs"]
 
 
+def test_a_block_that_was_replaced_is_missed() -> None:
+    network: Any = attach(blocks(), "se")
+    network[1] = BasicBlock(4, 4).eval()
+    assert "1 sites are gone" in failed_rows(network)["every site runs"]
+
+
+def test_what_cannot_be_checked_is_neither_right_nor_wrong() -> None:
+    class Local(BasicBlock):  # type: ignore[misc]
+        """A block that cannot be pickled, with attention or without."""
+
+    report = check(attach(blocks(Local), "se"), torch.randn(1, 4, 6, 5))
+    unchecked = {row.name: row.note for row in report.rows if row.note.startswith("not checked")}
+    assert report.ok
+    assert unchecked.keys() == {"pickle", "batch mates do not matter"}
+    assert str(report).count("  --  not checked") == 2
+
+
 class Numbered(BasicBlock):  # type: ignore[misc]
     """A block whose keys depend on how many children it has."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -412,8 +413,26 @@ def test_blocks_in_checkpoint_wrappers_share_as_without() -> None:
 
 def test_a_network_whose_blocks_share_nothing_is_warned_of() -> None:
     network = nn.Sequential(*(nn.Sequential(BasicBlock(8, 8), nn.Dropout()) for _ in range(3)))
-    with pytest.warns(UserWarning, match=r"Nothing is shared: none of the 3 blocks \(0\.0, 1\.0, 2\.0"):
+    with pytest.warns(UserWarning, match=r"Nothing is shared: each of the 3 stages \(0\.0, 1\.0, 2\.0\)"):
         attach(network, "dia-lstm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(TinyNet(), "dia-lstm")
+        attach(TinyNet(blocks=(1, 1, 1)), "dia-lstm", share="block")
+
+
+@pytest.mark.parametrize("what", ["network", "block", "layer"])
+def test_what_a_compiler_has_kept_runs_plain_after_detaching(tiny: Pair, what: str) -> None:
+    plain, attached = tiny
+    kept: Any = torch.compile(attached, backend="eager")
+    if what == "block":
+        attached.stage1[1] = torch.compile(attached.stage1[1], backend="eager")
+    elif what == "layer":
+        attached.stage1[1].bn2 = torch.compile(attached.stage1[1].bn2, backend="eager")
+    run = kept if what == "network" else attached
+    run(images())
+    detach(attached)
+    assert torch.equal(run(images()), plain(images()))
 
 
 # Units of every make
@@ -425,8 +444,9 @@ def test_a_network_whose_blocks_share_nothing_is_warned_of() -> None:
         (lambda features: features.mean((2, 3), keepdim=True), r"must return \(map, state\).*got a Tensor"),
         (lambda features: (features.mean((2, 3)), None), r"a map of 4 axes .* got shape \(2, 8\)"),
         (lambda features: (features, None, None), r"must return \(map, state\)"),
+        (lambda features: (features[..., :3, :], None), r"broadcasts against features .* got shape \(2, 8, 3, 6\)"),
     ],
-    ids=["no state", "no axes", "three"],
+    ids=["no state", "no axes", "three", "other positions"],
 )
 def test_a_unit_that_returns_something_else_is_refused(result: Any, message: str) -> None:
     class Unit(nn.Module):

@@ -247,6 +247,28 @@ def test_a_mask_of_samples_that_nobody_knows_is_refused() -> None:
         network[0](torch.randn(2, 7, 16), REAL)
 
 
+class Flagged(Masked):
+    """A block that is told by something else which tokens are real."""
+
+    def forward(self, tokens: Tensor, valid: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        return super().forward(tokens)
+
+
+def test_flags_of_samples_by_any_name_are_refused() -> None:
+    network: Any = attach(nn.Sequential(Flagged()), "se", sites="*.outer")
+    for option in ({"valid": REAL}, {"attn_mask": REAL}):
+        with pytest.raises(RuntimeError, match="does not know whether"):
+            network[0](torch.randn(2, 7, 16), **option)
+    network[0](torch.randn(2, 7, 16), valid=torch.rand(2, 7))  # may be anything
+
+
+def test_a_causal_transformer_is_refused() -> None:
+    network = encoder("dia-lstm", batch_first=True)
+    causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="does not fit causal networks"):
+        network(torch.randn(2, 7, 16, dtype=torch.float64), mask=causal, is_causal=True)
+
+
 @pytest.mark.parametrize("name", ["dia-lstm", "se", "eca"])
 def test_what_stands_in_the_padding_does_not_matter(name: str) -> None:
     network: Any = attach(nn.Sequential(Masked()), name, sites="*.outer").half()

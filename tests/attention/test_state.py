@@ -312,7 +312,7 @@ def test_s15_skipping_the_first_block_is_refused(tiny: Pair) -> None:
 def test_s15_the_same_block_twice_is_refused(tiny: Pair) -> None:
     features = tiny[1].stage1[0](tiny[1].stem(images()))
     features = tiny[1].stage1[1](features)
-    with pytest.raises(RuntimeError, match="each once per forward"):
+    with pytest.raises(RuntimeError, match="in order, each on what the one before returned"):
         tiny[1].stage1[1](features)
 
 
