@@ -152,12 +152,17 @@ def _examine(name: str, examine: Callable[[_Subject], _Finding], subject: _Subje
         return Row(name, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def _equal(subject: _Subject, output: list[Tensor], advice: str = "") -> _Finding:
+def _finding(holds: bool, note: str) -> _Finding:
+    """Return a finding whose note is only for what does not hold."""
+    return holds, "" if holds else note
+
+
+def _equal(subject: _Subject, output: list[Tensor]) -> _Finding:
     difference = subject.difference(output)
-    return difference <= EXACT, "" if difference <= EXACT else f"differs by {difference:.1e}. {advice}".rstrip()
+    return _finding(difference <= EXACT, f"differs by {difference:.1e}")
 
 
-def _taps_run_once(subject: _Subject) -> _Finding:
+def _every_site_runs(subject: _Subject) -> _Finding:
     network, seen = subject.copy(), set[int]()
     with watch_maps(network, lambda layer, *_: seen.add(layer)) as layers:
         subject.run(network)
@@ -191,7 +196,7 @@ def _nothing_is_left(subject: _Subject) -> _Finding:
     with watch_maps(network, note):
         subject.run(network)
     held = sum(tensor() is not None for tensor in made)
-    return held == 0, "" if held == 0 else f"{held} of {len(made)} maps and states are held: does the unit keep them?"
+    return _finding(held == 0, f"{held} of {len(made)} maps and states are held: does the unit keep them?")
 
 
 def _copies_are_independent(subject: _Subject) -> _Finding:
@@ -205,7 +210,7 @@ def _copies_are_independent(subject: _Subject) -> _Finding:
     if subject.difference(subject.run(network)) == 0:
         return False, "a copy's attention has no effect on the copy"
     same = subject.difference(subject.run(subject.network)) <= EXACT
-    return same, "" if same else "a change of a copy changes the network: they share tensors"
+    return _finding(same, "a change of a copy changes the network: they share tensors")
 
 
 def _pickles(subject: _Subject) -> _Finding:
@@ -242,7 +247,7 @@ def _saves_as_safetensors(subject: _Subject) -> _Finding:
     network = subject.copy()
     network.load_state_dict(load(save({key: value.contiguous() for key, value in network.state_dict().items()})))
     pointers = [value.data_ptr() for value in network.state_dict().values() if value.numel()]
-    return len(pointers) == len(set(pointers)), "" if len(pointers) == len(set(pointers)) else "tensors are shared"
+    return _finding(len(pointers) == len(set(pointers)), "tensors are shared")
 
 
 def _plain_weights_fit(subject: _Subject) -> _Finding:
@@ -252,7 +257,7 @@ def _plain_weights_fit(subject: _Subject) -> _Finding:
     lost = [name for name, _ in plain.named_parameters() if name not in names]
     unexpected = network.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
     holds = not lost and not unexpected
-    return holds, "" if holds else f"names differ: {[*lost, *unexpected][:3]}"
+    return _finding(holds, f"names differ: {[*lost, *unexpected][:3]}")
 
 
 def _history_does_not_matter(subject: _Subject) -> _Finding:
@@ -280,7 +285,7 @@ def _batch_mates_do_not_matter(subject: _Subject) -> _Finding:
     if not pairs:
         return True, "not checked: the network puts out nothing per sample"
     difference = _difference([expected[:1] for expected, _ in pairs], [found[:1] for _, found in pairs])
-    return difference <= EXACT, "" if difference <= EXACT else f"the first sample changes by {difference:.1e}"
+    return _finding(difference <= EXACT, f"the first sample changes by {difference:.1e}")
 
 
 def _threads_do_not_mix(subject: _Subject) -> _Finding:
@@ -289,8 +294,8 @@ def _threads_do_not_mix(subject: _Subject) -> _Finding:
     expected = [each.run(network) for each in inputs]
     with ThreadPoolExecutor(len(inputs)) as pool:  # three times each, in turn
         found = list(pool.map(lambda each: each.run(network), inputs * 3))
-    worst = max(_difference(*pair) for pair in zip(expected * 3, found, strict=True))
-    return worst <= EXACT, "" if worst <= EXACT else f"differs by {worst:.1e}"
+    differences = [_difference(*pair) for pair in zip(expected * 3, found, strict=True)]
+    return _finding(all(difference <= EXACT for difference in differences), f"differs by {max(differences):.1e}")
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -331,7 +336,7 @@ def _checkpoints(subject: _Subject) -> _Finding:
     scale = max(ours.abs().max().item() for ours, _ in pairs)
     holds = lost == 0 and all(difference <= EXACT * scale for difference in differences)
     note = f"{lost} gradients are lost, others differ by up to {max(differences):.1e}: checkpoint whole stages"
-    return holds, "" if holds else note
+    return _finding(holds, note)
 
 
 def _refuses_reentrant_checkpoints(subject: _Subject) -> _Finding:
@@ -386,7 +391,7 @@ def _compiles(subject: _Subject) -> _Finding:
 
 
 _EXAMINATIONS: dict[str, Callable[[_Subject], _Finding]] = {
-    "every site runs": _taps_run_once,
+    "every site runs": _every_site_runs,
     "every parameter of the attention gets a gradient": _parameters_train,
     "no state is left after a forward": _nothing_is_left,
     "deepcopy": _copies_are_independent,

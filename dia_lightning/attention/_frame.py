@@ -46,7 +46,7 @@ class Frame:
         RUNNING.frame = self.outer
 
     def note_run(self, slot: Slot) -> None:
-        """Take down that the site in a slot has run, and whether autograd sees what it does."""
+        """Record that the site in a slot has run, and whether autograd sees what it does."""
         self.ran.append(slot)
         self.grad = self.grad and torch.is_grad_enabled()
 

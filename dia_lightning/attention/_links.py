@@ -78,7 +78,7 @@ class Link:
         return before is not None
 
     def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
-        """Return the tensors of the stream; if it is not known, those that could be, and whether that is one."""
+        """Return the tensors of the stream, or those that could be it, and whether it is certain that they are."""
         if self.stream is not None and self.parameters:
             name = self.parameters[self.stream]
             return tensors_in(args[self.stream] if self.stream < len(args) else kwargs.get(name)), True

@@ -15,7 +15,8 @@ Words: a *unit* makes attention maps. A *site* is the layer that ends a residual
 
 A block that is recomputed alone in backward finds the note on the tensor that it was given in the forward. Nothing is
 kept in modules, so threads, nested and abandoned forwards cannot mix, and no number tells equal blocks apart, so that
-compilers need one graph for them.
+compilers need one graph for them. Within one call of an owner, without autograd or compiled, and with code between
+blocks, a stream that skips the first block cannot be told from another one that has left after it.
 """
 
 import threading

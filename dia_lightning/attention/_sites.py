@@ -118,7 +118,7 @@ def _find_places(model: nn.Module, rules: dict[str, BlockRule], is_chosen: Calla
             continue
         inside = f"{path}." if path else ""
         channels = width(module.get_submodule(rule.width if rule.width is not None else chosen[0].path), path)
-        stream = 0 if cast(Any, type(module)).forward is cast(Any, known).forward else _only_parameter(module)
+        stream = _stream(module, known)
         place = Place(path, module, chosen, channels, rule.branch_norm, rule.zero_bias, stream)
         stage = (_container(path), channels)
         if stage != open_stage:
@@ -172,7 +172,7 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
         ends_here = tuple(
             Site(path.removeprefix(prefix), channels_last=_has_channels_last(modules[path])) for path in paths
         )
-        place = Place(block, modules[block], ends_here, widths[paths[0]], stream=_only_parameter(modules[block]))
+        place = Place(block, modules[block], ends_here, widths[paths[0]], stream=_stream(modules[block]))
         for site in ends_here:
             place.batch_axis(site)
         previous = stages[-1][-1] if stages else None
@@ -234,9 +234,20 @@ def parameters_of(block: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, p in inspect.signature(block.forward).parameters.items() if p.kind in kinds)
 
 
-def _only_parameter(block: nn.Module) -> int | None:
-    """Return the number of a block's only parameter, which must be the stream; ``None`` if it has more or takes any."""
-    return 0 if len(inspect.signature(block.forward).parameters) == len(parameters_of(block)) == 1 else None
+def _stream(block: nn.Module, known: type | None = None) -> int | None:
+    """Return the number of the parameter of a block's forward that is the residual stream; ``None`` if nothing tells.
+
+    Args:
+        block: the block.
+        known: the class that a rule was written for, whose forward takes the stream first.
+    """
+    parameters, taken = parameters_of(block), inspect.signature(block.forward).parameters
+    if len(parameters) == len(taken) == 1:
+        return 0
+    if known is not None:
+        name = next(iter(list(inspect.signature(cast(Any, known).forward).parameters)[1:]), None)
+        return parameters.index(name) if name in parameters else None
+    return 0 if parameters[:1] in (("hidden_states",), ("src",)) else None  # as transformers and torch name it
 
 
 def _rule(block_class: type, rules: dict[str, BlockRule]) -> tuple[BlockRule | None, type]:

@@ -554,3 +554,43 @@ def test_a_stream_in_a_dataclass_carries_the_state() -> None:
     for block in network:
         output = checkpoint(block, output, use_reentrant=False)
     torch.testing.assert_close(output.stream, expected, rtol=0, atol=1e-12)
+
+
+class ConditionedLast(BasicBlock):  # type: ignore[misc]
+    """A block of a known class that is given something else first, and calls the stream what that class calls it."""
+
+    def forward(self, context: Tensor, x: Tensor) -> Tensor:
+        output: Tensor = super().forward(x + 0.1 * context)
+        return output
+
+
+class TwoNamedStreams(nn.Module):
+    """Two streams through one set of blocks that look at each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ConditionedLast(8, 8) for _ in range(3))
+
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            u, v = block(v, u), block(u, v)
+        return u, v
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no grad"])
+def test_streams_that_look_at_each_other_are_exact_where_their_name_is_known(grad: bool) -> None:
+    network: Any = randomised(attach(TwoNamedStreams().double().eval(), "dia-lstm"))
+    weights = unit_weights(network)["blocks"]
+    u, v = features(1), features(2)
+    with torch.set_grad_enabled(grad):
+        found = network(u, v)
+        states: list[Any] = [None, None]
+        for block in network.blocks:
+            streams = []
+            for index, (stream, other) in enumerate(((u, v), (v, u))):
+                given = stream + 0.1 * other
+                branch, shortcut = branch_and_shortcut(block, given)
+                attention_map, states[index] = lstm_step(weights, branch, states[index])
+                streams.append((branch * attention_map + shortcut).relu())
+            u, v = streams
+    torch.testing.assert_close(found, (u, v), rtol=0, atol=1e-12)
