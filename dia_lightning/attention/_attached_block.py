@@ -1,5 +1,6 @@
 """A residual block with attention, and the module whose forward runs the blocks of a chain."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -88,11 +89,28 @@ class AttachedBlock(Role):
         )
 
 
+def _in_scope(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method that is called by its name, as steps of Lightning are, open the scope of its module."""
+
+    @functools.wraps(method)  # exporters and Lightning read the signature
+    def run(owner: "ChainOwner", *args: Any, **kwargs: Any) -> Any:
+        scope = RUNNING.scope
+        if scope is not None and scope.chains is owner.dia_chains:
+            return method(owner, *args, **kwargs)
+        with Scope(owner.dia_chains):
+            return method(owner, *args, **kwargs)
+
+    return run
+
+
 class ChainOwner(Role):
     """Role of a module whose forward runs the blocks of chains."""
 
     rank = 0
     equals_plain = True
+    decorated: ClassVar = dict.fromkeys(
+        ("forward", "training_step", "validation_step", "test_step", "predict_step"), _in_scope
+    )
     attributes: ClassVar = {nn.TransformerEncoder: {"use_nested_tensor": _always(False)}}  # as those kernels need
     dia_chains: Sequence[Chain] = ()  # a slice of a sequence has none
 
@@ -100,7 +118,7 @@ class ChainOwner(Role):
         if not isinstance(self, ChainOwner):  # as above
             return self(*args, **kwargs)
         with Scope(self.dia_chains):
-            return super().__call__(*args, **kwargs)  # and no forward, whose signature others read
+            return super().__call__(*args, **kwargs)
 
 
 def take_apart(module: nn.Module) -> None:

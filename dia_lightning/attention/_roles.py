@@ -26,8 +26,10 @@ class Role(nn.Module):
     #: Whether the class equals the plain one, so that tables by ``type(module)``, as counters, quantizers and fusers
     #: have, still find it. Not for roles that would be lost where such a table holds subclasses, as that of FSDP does.
     equals_plain: ClassVar[bool] = False
-    #: Further attributes of the class, where the module is of another class.
+    #: Further attributes of the class, by a base of the plain class.
     attributes: ClassVar[Mapping[type[nn.Module], Mapping[str, Any]]] = {}
+    #: Methods of the plain class, where it has them, and what decorates them.
+    decorated: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Keep a made class out of what the plain class does with its subclasses, such as registering them."""
@@ -99,6 +101,8 @@ def _class_with(plain: type[nn.Module], roles: _Roles) -> type[nn.Module]:
             for base, attributes in role.attributes.items():
                 if issubclass(plain, base):
                     names.update(attributes)
+            decorated = role.decorated.items()
+            names.update({name: wrap(getattr(plain, name)) for name, wrap in decorated if hasattr(plain, name)})
         _made[id(plain), roles] = kind(plain.__name__, (*roles, plain), names)
     return _made[id(plain), roles] if roles else plain
 

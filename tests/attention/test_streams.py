@@ -1,6 +1,7 @@
 """The state follows the residual stream, whatever else blocks are given, skip, or checkpoint inside."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock
 
 from dia_lightning.attention import attach
@@ -594,3 +597,63 @@ def test_streams_that_look_at_each_other_are_exact_where_their_name_is_known(gra
                 streams.append((branch * attention_map + shortcut).relu())
             u, v = streams
     torch.testing.assert_close(found, (u, v), rtol=0, atol=1e-12)
+
+
+class Stepping(nn.Module):
+    """Runs its blocks in methods of other names too, as modules of Lightning do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(BasicBlock(8, 8) for _ in range(3))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        for block in self.blocks:
+            stream = block(stream * 0.5)
+        return stream
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        for block in self.blocks:
+            batch = block(batch * 0.5)
+        return batch
+
+
+def test_methods_that_are_called_by_their_names_run_blocks_without_autograd() -> None:
+    network: Any = randomised(attach(Stepping().double().eval(), "dia-lstm"))
+    expected = network(features())
+    with torch.no_grad():
+        assert torch.equal(network.forward(features()), expected)
+        assert torch.equal(network.validation_step(features(), 0), expected)
+    assert list(inspect.signature(network.forward).parameters) == ["stream"]
+    assert list(inspect.signature(network.validation_step).parameters) == ["batch", "batch_idx"]
+    assert outstanding() == 0
+
+
+def test_a_module_of_lightning_that_runs_its_blocks_itself_trains_and_validates() -> None:
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(BasicBlock(8, 8) for _ in range(3))
+            self.seen: list[Tensor] = []
+            attach(self, "dia-lstm")
+
+        def features_of(self, stream: Tensor) -> Tensor:
+            for block in self.blocks:
+                stream = block(stream * 0.5)
+            return stream
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.features_of(batch[0]).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.seen.append(self.features_of(batch[0]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = DataLoader(TensorDataset(features().float()), batch_size=2)
+    module = Module()
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, data, data)
+    assert module.seen[-1].isfinite().all()
