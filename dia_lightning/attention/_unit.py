@@ -53,7 +53,7 @@ class AttentionUnit(nn.Module):
         was built without it, instead of fitting and computing something else.
 
         Raises:
-            ValueError: if the unit cannot produce a constant non-zero map.
+            ValueError: if the unit cannot produce a constant non-zero map, or has no :meth:`output_parameters`.
         """
         if self.start_value == 0:
             raise ValueError(
@@ -72,8 +72,14 @@ class AttentionUnit(nn.Module):
             self.scale.fill_(1.0 / self.start_value)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return parameters that make every map ``start_value`` when zero, and can all leave zero in training."""
-        raise NotImplementedError
+        """Return parameters that make every map ``start_value`` when zero, and can all leave zero in training.
+
+        Raises:
+            ValueError: if the unit does not define it.
+        """
+        raise ValueError(
+            f"identity=True needs {type(self).__name__}.output_parameters(), which returns the parameters to zero."
+        )
 
     def rescale(self, attention_map: Tensor, features: Tensor) -> Tensor:
         """Apply the factor of :meth:`start_at_identity`, if any, and return the map in the features' dtype."""
