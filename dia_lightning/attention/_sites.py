@@ -173,8 +173,6 @@ def named_places(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modu
             Site(path.removeprefix(prefix), channels_last=_has_channels_last(modules[path])) for path in paths
         )
         place = Place(block, modules[block], ends_here, widths[paths[0]], stream=_stream(modules[block]))
-        for site in ends_here:
-            place.batch_axis(site)
         previous = stages[-1][-1] if stages else None
         if previous is None or _container(previous.path) != _container(block) or previous.channels != place.channels:
             stages.append([])
