@@ -2,7 +2,7 @@
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hando
         if len(found) == 1 and torch.is_grad_enabled():
             for tensor in stream:  # so that a recomputation of this block finds it
                 if torch.compiler.is_compiling() or tensor.grad_fn is not None:  # others may outlive the forward
-                    notes_on(tensor).give(link, found[0])
+                    _notes_on(tensor).give(link, found[0])
     if len(found) != 1 or not link.follows(found[0].link):
         raise RuntimeError(_no_state(link))
     if torch.is_grad_enabled() and not found[0].grad and _passed_reentrant_checkpoint(stream):
@@ -47,7 +47,7 @@ def received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hando
 
 def note(tensor: Tensor, handover: Handover) -> None:
     """Note on a tensor that a block returns, and on the operation that made it, what the block hands on."""
-    notes_on(tensor).leave(handover, _version(tensor))
+    _notes_on(tensor).leave(handover, _version(tensor))
     if not torch.compiler.is_compiling() and tensor.grad_fn is not None:
         tensor.grad_fn.metadata[handover.link.chain] = handover  # type: ignore[index]  # typed as a method
         handover.in_graph = True
@@ -92,7 +92,8 @@ def _version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def notes_on(tensor: Tensor) -> _Notes:
+def _notes_on(tensor: Tensor) -> _Notes:
+    """Return the notes on a tensor; new ones if there are none yet."""
     notes: _Notes | None = getattr(tensor, "_dia_notes", None)
     if not isinstance(notes, _Notes):  # none yet, or a loaded tensor's
         notes = tensor._dia_notes = _Notes()  # type: ignore[attr-defined]  # rides on the activation
@@ -101,10 +102,16 @@ def notes_on(tensor: Tensor) -> _Notes:
 
 def _noted(stream: list[Tensor], link: Link, certain: bool) -> list[Handover]:
     """Return the different handovers that are noted on the stream; only sure ones if it is not certain."""
+    noted = [(tensor, getattr(tensor, "_dia_notes", None)) for tensor in stream]
+    return _different(
+        notes.find(link, certain, _version(tensor)) for tensor, notes in noted if isinstance(notes, _Notes)
+    )
+
+
+def _different(handovers: Iterable[Handover | None]) -> list[Handover]:
+    """Return the handovers without ``None`` and repetitions."""
     found: list[Handover] = []
-    for tensor in stream:
-        notes = getattr(tensor, "_dia_notes", None)
-        handover = notes.find(link, certain, _version(tensor)) if isinstance(notes, _Notes) else None
+    for handover in handovers:
         if handover is not None and all(handover is not other for other in found):
             found.append(handover)
     return found
@@ -127,11 +134,7 @@ def _passed_reentrant_checkpoint(stream: list[Tensor]) -> bool:
 def _made_of(stream: list[Tensor], chain: Chain) -> list[Handover]:
     """Return the different handovers of a chain among the operations that made a stream; none if they are too many."""
     noted = [] if torch.compiler.is_compiling() else list(_noted_on_operations(stream, chain))
-    found: list[Handover] = []
-    for handover in noted if len(noted) < MAX_OPERATIONS else ():
-        if handover is not None and all(handover is not other for other in found):
-            found.append(handover)
-    return found
+    return _different(noted) if len(noted) < MAX_OPERATIONS else []
 
 
 def _noted_on_operations(stream: list[Tensor], chain: Chain) -> Iterator[Handover | None]:
