@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -23,7 +22,7 @@ from dia_lightning.attention import DIALSTM, AttentionUnit, attach, detach
 from dia_lightning.models import get_model
 from dia_lightning.models.cifar_preresnet import BasicBlock as PreactivationBlock
 
-from .libraries import build
+from .libraries import build, conditional_unet
 from .networks import TinyNet, images, randomised, threaded, unit_weights
 from .running import Pair
 
@@ -101,21 +100,9 @@ def test_an_average_by_the_names_of_parameters_loads_whole(tiny: Pair) -> None:
 
 def test_walks_over_children_find_every_attention_once() -> None:
     """Of diffusers: a layer that was listed twice took the wrong processor."""
-
-    def unet() -> Any:
-        return UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-            cross_attention_dim=16,
-            attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
-
-    attached = attach(unet(), "se", branches=["conv", "attention"])
-    assert list(attached.attn_processors) == list(unet().attn_processors)
+    plain: Any = conditional_unet()
+    processors = list(plain.attn_processors)
+    assert list(attach(plain, "se", branches=["conv", "attention"]).attn_processors) == processors
 
 
 @pytest.mark.parametrize("attention", ["dia-lstm", "se", "srm", "cbam"])

@@ -110,28 +110,55 @@ class Crossed(BasicBlock):  # type: ignore[misc]
         return output
 
 
+class NamedCrossed(BasicBlock):  # type: ignore[misc]
+    """Such a block that calls the stream what its known base class calls it."""
+
+    def forward(self, other: Tensor, x: Tensor) -> Tensor:
+        output: Tensor = super().forward(x + 0.1 * other)
+        return output
+
+
 class TwoStreams(nn.Module):
-    """Two streams through one set of blocks that look at each other, with code in between."""
+    """Two streams through one set of blocks that look at each other, with or without code in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Crossed(8, 8) for _ in range(3))
+        self.blocks = nn.ModuleList(block(8, 8) for _ in range(3))
 
-    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, u: Tensor, v: Tensor, between: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         for block in self.blocks:
-            u, v = block(v, u * 0.5), block(u, v * 0.5)
+            u, v = block(v, between(u)), block(u, between(v))
         return u, v
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no grad"])
 def test_streams_that_look_at_each_other_are_refused_where_it_is_not_known_which_is_which(grad: bool) -> None:
-    network = attach(TwoStreams().double().eval(), "dia-lstm")
+    network = attach(TwoStreams(Crossed).double().eval(), "dia-lstm")
     with (
         torch.set_grad_enabled(grad),
         pytest.raises(RuntimeError, match="2 tensors of features, and it is not known which"),
     ):
-        network(features(1), features(2))
+        network(features(1), features(2), lambda stream: stream * 0.5)
     assert outstanding() == 0
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no grad"])
+def test_streams_that_look_at_each_other_are_exact_where_their_name_is_known(grad: bool) -> None:
+    network: Any = randomised(attach(TwoStreams(NamedCrossed).double().eval(), "dia-lstm"))
+    weights = unit_weights(network)["blocks"]
+    u, v = features(1), features(2)
+    with torch.set_grad_enabled(grad):
+        found = network(u, v, nn.Identity())
+        states: list[Any] = [None, None]
+        for block in network.blocks:
+            streams = []
+            for index, (stream, other) in enumerate(((u, v), (v, u))):
+                given = stream + 0.1 * other
+                branch, shortcut = branch_and_shortcut(block, given)
+                attention_map, states[index] = lstm_step(weights, branch, states[index])
+                streams.append((branch * attention_map + shortcut).relu())
+            u, v = streams
+    torch.testing.assert_close(found, (u, v), rtol=0, atol=1e-12)
 
 
 class ListBlock(BasicBlock):  # type: ignore[misc]
@@ -557,46 +584,6 @@ def test_a_stream_in_a_dataclass_carries_the_state() -> None:
     for block in network:
         output = checkpoint(block, output, use_reentrant=False)
     torch.testing.assert_close(output.stream, expected, rtol=0, atol=1e-12)
-
-
-class ConditionedLast(BasicBlock):  # type: ignore[misc]
-    """A block of a known class that is given something else first, and calls the stream what that class calls it."""
-
-    def forward(self, context: Tensor, x: Tensor) -> Tensor:
-        output: Tensor = super().forward(x + 0.1 * context)
-        return output
-
-
-class TwoNamedStreams(nn.Module):
-    """Two streams through one set of blocks that look at each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(ConditionedLast(8, 8) for _ in range(3))
-
-    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        for block in self.blocks:
-            u, v = block(v, u), block(u, v)
-        return u, v
-
-
-@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no grad"])
-def test_streams_that_look_at_each_other_are_exact_where_their_name_is_known(grad: bool) -> None:
-    network: Any = randomised(attach(TwoNamedStreams().double().eval(), "dia-lstm"))
-    weights = unit_weights(network)["blocks"]
-    u, v = features(1), features(2)
-    with torch.set_grad_enabled(grad):
-        found = network(u, v)
-        states: list[Any] = [None, None]
-        for block in network.blocks:
-            streams = []
-            for index, (stream, other) in enumerate(((u, v), (v, u))):
-                given = stream + 0.1 * other
-                branch, shortcut = branch_and_shortcut(block, given)
-                attention_map, states[index] = lstm_step(weights, branch, states[index])
-                streams.append((branch * attention_map + shortcut).relu())
-            u, v = streams
-    torch.testing.assert_close(found, (u, v), rtol=0, atol=1e-12)
 
 
 class Stepping(nn.Module):
