@@ -1,14 +1,14 @@
 """DIA-LSTM, the attention module of the DIA papers."""
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dia_lightning.attention._recurrent import RecurrentUnit, next_cell
 from dia_lightning.attention._registry import register_attention
-from dia_lightning.attention._unit import AttentionUnit, beside, mean_over_positions, reduced
+from dia_lightning.attention._unit import beside, mean_over_positions
 
 #: Hidden and cell state, each ``[B, C]``, of every stacked cell.
 LSTMState = tuple[tuple[Tensor, Tensor], ...]
@@ -17,7 +17,7 @@ _ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu
 
 
 @register_attention("dia-lstm")
-class DIALSTM(AttentionUnit):
+class DIALSTM(RecurrentUnit):
     r"""Modified LSTM that steps once per block; its hidden state is the attention map.
 
     With :math:`y_t` the spatial mean of the features of block :math:`t` and :math:`h_0 = c_0 = 0`:
@@ -53,8 +53,6 @@ class DIALSTM(AttentionUnit):
         torch.Size([2, 64, 1, 1])
     """
 
-    takes_mean = True
-
     def __init__(
         self,
         channels: int,
@@ -63,8 +61,7 @@ class DIALSTM(AttentionUnit):
         activation: Literal["sigmoid", "tanh", "relu"] = "sigmoid",
         dropout: float = 0.1,
     ) -> None:
-        super().__init__()
-        hidden = reduced(channels, reduction)
+        super().__init__(channels, reduction, gates=4)
         if cells < 1:
             raise ValueError(f"cells must be a positive number, got {cells}.")
         if activation not in _ACTIVATIONS:
@@ -73,17 +70,12 @@ class DIALSTM(AttentionUnit):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         self.start_value = 0.25 if activation == "sigmoid" else 0.0
         self.activation = activation
-        self.input_reduce = nn.Linear(channels, hidden)
-        self.input_expand = nn.Linear(hidden, 4 * channels)
-        self.hidden_reduce = nn.Linear(channels, hidden)
-        self.hidden_expand = nn.Linear(hidden, 4 * channels)
         self.upper = nn.ModuleList(_UpperCell(channels) for _ in range(cells - 1))
         self.dropout = nn.Dropout(dropout)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
         """Return those that make the gates of the last cell."""
-        last = [self.upper[-1]] if self.upper else [self.input_expand, self.hidden_expand]
-        return chain.from_iterable(layer.parameters() for layer in last)
+        return self.upper[-1].parameters() if self.upper else super().output_parameters()
 
     def forward(
         self, features: Tensor, state: LSTMState | None = None, mean: Tensor | None = None
@@ -103,16 +95,14 @@ class DIALSTM(AttentionUnit):
             zero = torch.zeros_like(value)
             state = ((zero, zero),) * (1 + len(self.upper))
         hidden, cell = state[0]
-        gates = self.input_expand(torch.relu(self.input_reduce(value)))
-        gates = gates + self.hidden_expand(torch.relu(self.hidden_reduce(hidden)))
-        states = [self._step(gates, cell)]
+        states = [self._step(self._gates(value, hidden), cell)]
         for layer, (hidden, cell) in zip(self.upper, state[1:], strict=True):
             states.append(self._step(layer(self.dropout(states[-1][0]), hidden), cell))
         return self.rescale(beside(states[-1][0], features), features), tuple(states)
 
     def _step(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         i, f, g, o = gates.chunk(4, dim=1)  # [B, 4C] -> 4 x [B, C]
-        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+        cell = next_cell(cell, i, f, g)
         return torch.sigmoid(o) * _ACTIVATIONS[self.activation](cell), cell
 
 

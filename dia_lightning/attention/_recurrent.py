@@ -1,0 +1,43 @@
+"""What the units with a memory have in common."""
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from dia_lightning.attention._unit import AttentionUnit, reduced
+
+
+class RecurrentUnit(AttentionUnit):
+    """Base class of units whose gates are the sum of two bottleneck MLPs, of the features' mean and the hidden state.
+
+    Args:
+        channels: channels C of the features.
+        reduction: ratio of both bottlenecks, whose width is ``max(1, channels // reduction)``.
+        gates: number of gates.
+    """
+
+    takes_mean = True
+
+    def __init__(self, channels: int, reduction: int, gates: int) -> None:
+        super().__init__()
+        hidden = reduced(channels, reduction)
+        self.input_reduce = nn.Linear(channels, hidden)
+        self.input_expand = nn.Linear(hidden, gates * channels)
+        self.hidden_reduce = nn.Linear(channels, hidden)
+        self.hidden_expand = nn.Linear(hidden, gates * channels)
+
+    def output_parameters(self) -> Iterable[nn.Parameter]:
+        """Return those that make the gates."""
+        return chain(self.input_expand.parameters(), self.hidden_expand.parameters())
+
+    def _gates(self, value: Tensor, hidden: Tensor) -> Tensor:
+        gates: Tensor = self.input_expand(torch.relu(self.input_reduce(value)))
+        gates = gates + self.hidden_expand(torch.relu(self.hidden_reduce(hidden)))
+        return gates
+
+
+def next_cell(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """Return the cell state of an LSTM that follows ``cell``, from gates before their activations."""
+    return torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
