@@ -8,6 +8,7 @@ from dia_lightning.attention._unit import AttentionUnit
 from dia_lightning.attention._watch import AttentionLayer, attention_layers, watch_maps
 from dia_lightning.attention.cbam import CBAM
 from dia_lightning.attention.dia_lstm import DIALSTM
+from dia_lightning.attention.dynamic_sharing import DynamicSharingUnit
 from dia_lightning.attention.efficient_channel import EfficientChannelAttention
 from dia_lightning.attention.spatial_group import SpatialGroupEnhance
 from dia_lightning.attention.spatial_pyramid import SpatialPyramidAttention
@@ -20,6 +21,7 @@ __all__ = [
     "EAN_MASKS",
     "AttentionLayer",
     "AttentionUnit",
+    "DynamicSharingUnit",
     "EfficientChannelAttention",
     "SpatialGroupEnhance",
     "SpatialPyramidAttention",

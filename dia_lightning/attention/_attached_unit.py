@@ -96,7 +96,7 @@ def _masked(unit: nn.Module, features: Tensor, valid: Tensor) -> dict[str, Tenso
             return {}
         raise RuntimeError(
             f"{type(unit).__name__} would count padded tokens, so that a sample depended on the longest one of its "
-            "batch. Use a unit that needs the mean only (dia-lstm, se, eca), or batches without padding."
+            "batch. Use a unit that needs the mean only (dia-lstm, dsu, se, eca), or batches without padding."
         )
     real = features[..., 0].masked_fill(~valid[:, None], 0)  # [B, C, N], whatever stands in the padding
     total = real.sum(2, dtype=torch.promote_types(features.dtype, torch.float32))

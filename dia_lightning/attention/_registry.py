@@ -47,7 +47,7 @@ def list_attention() -> list[str]:
 
     Example:
         >>> list_attention()[:3]
-        ['cbam', 'dia-lstm', 'eca']
+        ['cbam', 'dia-lstm', 'dsu']
     """
     return sorted(_BUILDERS)
 

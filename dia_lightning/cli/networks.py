@@ -15,6 +15,7 @@ from dia_lightning.models import build_on_meta, get_model, list_models, network_
 FORMULAS = {
     "cbam": "2*C*H + H + C + 100, H = C/16",
     "dia-lstm": "10*C*H + 2*H + 8*C, H = C/4",
+    "dsu": "8*C*H + 2*H + 6*C, H = C/4",
     "eca": "k, k = int(log2(C)/2 + 1/2), plus 1 if even",
     "se": "2*C*H + H + C, H = C/16",
     "sge": "2*min(C, 64)",

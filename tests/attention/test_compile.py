@@ -57,7 +57,10 @@ def eager_gradients(model: nn.Module, *batches: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("dia-lstm", "aot_eager"), *((name, "eager") for name in ("se", "eca", "cbam", "sge", "srm", "spa"))],
+    [
+        ("dia-lstm", "aot_eager"),
+        *((name, "eager") for name in ("dsu", "se", "eca", "cbam", "sge", "srm", "spa")),
+    ],
 )
 def test_the_whole_network_compiles_without_a_break(name: str, backend: str) -> None:
     _, attached = pair(TinyNet(blocks=(3, 1), widths=(8, 12)).double().eval(), name)

@@ -14,7 +14,7 @@ from dia_lightning.attention import CBAM, SpatialPyramidAttention, attach, list_
 
 from .networks import TinyNet, lstm_step, randomised, unit_weights
 
-every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "eca", "se", "sge", "spa", "srm"])
+every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm"])
 
 
 class Block(nn.Module):
@@ -53,7 +53,7 @@ def test_units_work_on_sequences_images_and_volumes(name: str, dims: int) -> Non
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["se", "eca", "dia-lstm"])
+@pytest.mark.parametrize("name", ["se", "eca", "dia-lstm", "dsu"])
 @pytest.mark.parametrize("dims", [1, 3])
 def test_channel_units_squeeze_over_all_positions(name: str, dims: int) -> None:
     network: Any = randomised(attach(nn.Sequential(Block(dims)).double().eval(), name, sites="*.norm"))
@@ -150,7 +150,7 @@ def test_torchs_encoder_computes_the_same_where_it_would_fuse_its_layers(name: s
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("name", ["dia-lstm", "se", "eca"])
+@pytest.mark.parametrize("name", ["dia-lstm", "dsu", "se", "eca"])
 def test_padded_tokens_do_not_count(name: str, batch_first: bool) -> None:
     network = encoder(name, batch_first=batch_first)
     tokens = torch.randn(2, 7, 16, dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_units_that_would_count_padding_refuse_it(name: str) -> None:
     padding = torch.zeros(2, 7, dtype=torch.bool)
     network(torch.randn(2, 7, 16, dtype=torch.float64), src_key_padding_mask=padding)  # marks none
     padding[0, 5:] = True
-    with pytest.raises(RuntimeError, match=r"would count padded tokens.*dia-lstm, se, eca"):
+    with pytest.raises(RuntimeError, match=r"would count padded tokens.*dia-lstm, dsu, se, eca"):
         network(torch.randn(2, 7, 16, dtype=torch.float64), src_key_padding_mask=padding)
 
 
@@ -269,7 +269,7 @@ def test_a_causal_transformer_is_refused() -> None:
         network(torch.randn(2, 7, 16, dtype=torch.float64), mask=causal, is_causal=True)
 
 
-@pytest.mark.parametrize("name", ["dia-lstm", "se", "eca"])
+@pytest.mark.parametrize("name", ["dia-lstm", "dsu", "se", "eca"])
 def test_what_stands_in_the_padding_does_not_matter(name: str) -> None:
     network: Any = attach(nn.Sequential(Masked()), name, sites="*.outer").half()
     tokens = torch.full((2, 7, 16), 60.0).half()

@@ -15,6 +15,7 @@ from dia_lightning.attention import (
     CBAM,
     DIALSTM,
     AttentionUnit,
+    DynamicSharingUnit,
     EfficientChannelAttention,
     SpatialGroupEnhance,
     SpatialPyramidAttention,
@@ -29,6 +30,7 @@ from .networks import TinyNet, lstm_step, randomised
 
 UNITS: dict[str, Callable[..., AttentionUnit]] = {
     "dia-lstm": DIALSTM,
+    "dsu": DynamicSharingUnit,
     "se": SqueezeExcitation,
     "eca": EfficientChannelAttention,
     "cbam": CBAM,
@@ -48,6 +50,13 @@ def make(name: str, channels: int = 16, **options: Any) -> Any:
     if name == "sge":
         options.setdefault("groups", 4)
     return randomised(UNITS[name](channels, **options)).double().eval()
+
+
+def assert_equal_with_gradients(found: Tensor, expected: Tensor, unit: nn.Module) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    weights, parameters = torch.randn_like(found), list(unit.parameters())
+    gradients = torch.autograd.grad(found, parameters, weights)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters, weights), rtol=0, atol=1e-11)
 
 
 # Formulas
@@ -100,6 +109,42 @@ def test_stacked_cells_read_the_hidden_state_of_the_cell_below() -> None:
             below = o.sigmoid() * cell.sigmoid()
             states = [*states[:index], (below, cell), *states[index + 1 :]]
         torch.testing.assert_close(attention_map[:, :, 0, 0], below, rtol=0, atol=1e-14)
+
+
+def test_dynamic_sharing_unit_equals_a_loop_written_by_hand() -> None:
+    unit = make("dsu", reduction=3)
+    weights = dict(unit.named_parameters())
+    hidden = cell = torch.zeros(3, 16, dtype=torch.float64)
+    state, found, expected = None, [], []
+    for _ in range(4):
+        value = features()
+        attention_map, state = unit(value, state)
+        found.append(attention_map)
+        gates = torch.zeros(3, 48, dtype=torch.float64)
+        for kind, given in (("input", value.mean((2, 3))), ("hidden", hidden)):
+            inner = F.relu(given @ weights[f"{kind}_reduce.weight"].T + weights[f"{kind}_reduce.bias"])
+            gates = gates + inner @ weights[f"{kind}_expand.weight"].T + weights[f"{kind}_expand.bias"]
+        cell = gates[:, 16:32].sigmoid() * cell + gates[:, :16].sigmoid() * gates[:, 32:].tanh()
+        hidden = cell.sigmoid()
+        expected.append(hidden[:, :, None, None])
+    assert_equal_with_gradients(torch.stack(found), torch.stack(expected), unit)
+    torch.testing.assert_close(state, (hidden, cell), rtol=0, atol=1e-14)
+
+
+def test_dynamic_sharing_unit_is_a_dia_lstm_whose_output_gate_is_open() -> None:
+    unit, reference = make("dsu"), make("dia-lstm")
+    opened = unit.state_dict()
+    for name, fill in (("weight", 0.0), ("bias", 50.0)):
+        for layer in ("input_expand", "hidden_expand"):
+            gates = opened[f"{layer}.{name}"]
+            opened[f"{layer}.{name}"] = torch.cat([gates, torch.full_like(gates[:16], fill)])
+    reference.load_state_dict(opened)
+    state = expected_state = None
+    for _ in range(3):
+        value = features()
+        attention_map, state = unit(value, state)
+        expected, expected_state = reference(value, expected_state)
+        torch.testing.assert_close(attention_map, expected, rtol=0, atol=1e-14)
 
 
 def test_squeeze_excitation_equals_torchvisions_under_mapped_weights() -> None:
@@ -218,6 +263,13 @@ def test_dia_lstm_has_the_parameters_of_the_authors_formula(channels: int, reduc
     assert count(DIALSTM(channels, reduction)) == expected
 
 
+@pytest.mark.parametrize(("channels", "reduction"), [(64, 4), (256, 16), (10, 4), (3, 8), (1, 1)])
+def test_dynamic_sharing_unit_has_three_quarters_of_the_second_layers(channels: int, reduction: int) -> None:
+    hidden = max(1, channels // reduction)
+    expected = 2 * (channels * hidden + hidden + 3 * channels * hidden + 3 * channels)
+    assert count(DynamicSharingUnit(channels, reduction)) == expected
+
+
 def test_dia_lstm_with_one_cell_has_exactly_the_four_named_layers() -> None:
     shapes = {
         name: tuple(layer.weight.shape) for name, layer in DIALSTM(64, 4).named_modules() if hasattr(layer, "bias")
@@ -251,12 +303,13 @@ def test_memoryless_units_have_the_parameters_of_their_formulas(name: str, expec
 
 
 @pytest.mark.parametrize("channels", [64, 128, 256])
-def test_maps_of_an_untrained_dia_lstm_are_near_a_quarter_at_every_step(channels: int) -> None:
-    unit = DIALSTM(channels)
+@pytest.mark.parametrize(("name", "value"), [("dia-lstm", 0.25), ("dsu", 0.5)])
+def test_maps_of_an_untrained_recurrent_unit_are_near_its_start_value(name: str, value: float, channels: int) -> None:
+    unit = UNITS[name](channels)
     state = None
     for _ in range(18):
         attention_map, state = unit(torch.randn(8, channels, 4, 4), state)
-        assert attention_map.mean().item() == pytest.approx(0.25, abs=0.02)
+        assert attention_map.mean().item() == pytest.approx(value, abs=0.02)
         assert attention_map.std().item() < 0.06
 
 
@@ -403,7 +456,7 @@ def test_maps_have_the_dtype_of_the_features_under_autocast(name: str, dtype: to
 @every_unit
 def test_memoryless_units_take_and_return_none(name: str) -> None:
     state = make(name)(features())[1]
-    assert (state is None) == (name != "dia-lstm")
+    assert (state is None) == (name not in ("dia-lstm", "dsu"))
 
 
 def test_dropout_acts_between_stacked_cells_in_training_only() -> None:
@@ -445,6 +498,8 @@ def test_a_norm_that_is_passed_takes_the_place_of_the_units_own(name: str) -> No
         (lambda: DIALSTM(8, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (lambda: DIALSTM(8, dropout=-0.1), r"dropout must be in \[0, 1\), got -0.1"),
         (lambda: DIALSTM(8, activation="gelu"), "activation must be one of sigmoid, tanh, relu, got 'gelu'"),  # type: ignore[arg-type]
+        (lambda: DynamicSharingUnit(0), "channels must be a positive number, got 0"),
+        (lambda: DynamicSharingUnit(8, reduction=0), "reduction must be a positive number, got 0"),
         (lambda: SqueezeExcitation(-1), "channels must be a positive number, got -1"),
         (lambda: SqueezeExcitation(8, reduction=-2), "reduction must be a positive number, got -2"),
         (lambda: EfficientChannelAttention(0), "channels must be a positive number, got 0"),
@@ -467,7 +522,7 @@ def test_narrow_features_use_one_group_per_channel() -> None:
     assert SpatialGroupEnhance(16, groups=64).weight.shape == (16, 1, 1)
 
 
-def test_the_seven_units_are_registered_under_the_papers_names() -> None:
+def test_the_units_are_registered_under_the_papers_names() -> None:
     assert set(UNITS) <= set(list_attention())
     assert list_attention() == sorted(list_attention())
 
