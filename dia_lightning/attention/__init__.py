@@ -6,6 +6,7 @@ from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import list_attention, register_attention
 from dia_lightning.attention._unit import AttentionUnit
 from dia_lightning.attention._watch import AttentionLayer, attention_layers, watch_maps
+from dia_lightning.attention.attention_condenser import AttentionCondenser
 from dia_lightning.attention.cbam import CBAM
 from dia_lightning.attention.dia_lstm import DIALSTM
 from dia_lightning.attention.dynamic_sharing import DynamicSharingUnit
@@ -19,6 +20,7 @@ __all__ = [
     "CBAM",
     "DIALSTM",
     "EAN_MASKS",
+    "AttentionCondenser",
     "AttentionLayer",
     "AttentionUnit",
     "DynamicSharingUnit",

@@ -21,6 +21,7 @@ FORMULAS = {
     "sge": "2*min(C, 64)",
     "spa": "22*C*H + H + C, H = C/16",
     "srm": "4*C",
+    "stac": "8*C*H + H + 4*C, H = C/16",
 }
 
 

@@ -229,7 +229,7 @@ def test_sums_of_parts_combine_to_those_of_all_images() -> None:
         torch.testing.assert_close(getattr(mine.moments, name), expected)
 
 
-@pytest.mark.parametrize("unit", ["dsu", "se", "eca", "cbam", "sge", "srm", "spa"])
+@pytest.mark.parametrize("unit", ["dsu", "se", "eca", "cbam", "sge", "srm", "spa", "stac"])
 def test_every_unit_can_be_recorded(unit: str) -> None:
     torch.manual_seed(0)
     network = attach(get_model("cifar_resnet", depth=20, block="basic"), unit, share="block").eval()

@@ -25,7 +25,7 @@ from .networks import (
     unit_weights,
 )
 
-every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm"])
+every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm", "stac"])
 MASK = "101|0|0110"
 MASK_BITS = [1, 0, 1, 0, 0, 1, 1, 0]
 
@@ -397,7 +397,7 @@ def test_a_shared_norm_sees_every_block(name: str) -> None:
 
 
 def test_attach_offers_exactly_the_units_of_the_papers_by_name() -> None:
-    assert {"dia-lstm", "dsu", "se", "eca", "cbam", "sge", "srm", "spa"} <= set(list_attention())
+    assert {"dia-lstm", "dsu", "se", "eca", "cbam", "sge", "srm", "spa", "stac"} <= set(list_attention())
     options = inspect.signature(attach).parameters
     assert [name for name, option in options.items() if option.kind is option.POSITIONAL_OR_KEYWORD] == [
         "model",

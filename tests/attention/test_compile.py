@@ -59,7 +59,7 @@ def eager_gradients(model: nn.Module, *batches: Tensor) -> dict[str, Tensor]:
     ("name", "backend"),
     [
         ("dia-lstm", "aot_eager"),
-        *((name, "eager") for name in ("dsu", "se", "eca", "cbam", "sge", "srm", "spa")),
+        *((name, "eager") for name in ("dsu", "se", "eca", "cbam", "sge", "srm", "spa", "stac")),
     ],
 )
 def test_the_whole_network_compiles_without_a_break(name: str, backend: str) -> None:

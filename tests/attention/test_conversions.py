@@ -251,7 +251,7 @@ def test_s24_bfloat16_autocast_drifts_little_over_18_blocks() -> None:
     assert ((rounded.double() - exact).norm() / exact.norm()).item() <= 1e-2
 
 
-@pytest.mark.parametrize("name", ["dia-lstm", "dsu", "se", "eca", "cbam", "sge", "srm", "spa"])
+@pytest.mark.parametrize("name", ["dia-lstm", "dsu", "se", "eca", "cbam", "sge", "srm", "spa", "stac"])
 def test_s24_channels_last_features_stay_channels_last_through_the_network(name: str) -> None:
     attached = attach(TinyNet(), name).to(memory_format=torch.channels_last)
     seen = []

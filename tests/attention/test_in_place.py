@@ -184,7 +184,7 @@ def test_parametrizations_of_a_site_come_and_go(tiny: Pair, when: str) -> None:
     torch.testing.assert_close(attached(images()), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("attention", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm"])
+@pytest.mark.parametrize("attention", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm", "stac"])
 @pytest.mark.parametrize("identity", [True, False])
 def test_a_network_from_the_meta_device_starts_as_was_asked_for(attention: str, identity: bool) -> None:
     plain = torchvision.models.resnet18(num_classes=5).eval()

@@ -10,11 +10,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from dia_lightning.attention import CBAM, SpatialPyramidAttention, attach, list_attention
+from dia_lightning.attention import CBAM, AttentionCondenser, SpatialPyramidAttention, attach, list_attention
 
 from .networks import TinyNet, lstm_step, randomised, unit_weights
 
-every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm"])
+every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm", "stac"])
 
 
 class Block(nn.Module):
@@ -73,9 +73,15 @@ def test_spatial_units_have_kernels_and_grids_of_three_axes_in_volumes() -> None
     parts = [features.reshape(2, 8, n, 4 // n, n, 8 // n, n, 4 // n).mean((3, 5, 7)).flatten(1) for n in (4, 2, 1)]
     expected = pyramid.expand(pyramid.reduce(torch.cat(parts, dim=1)).relu()).sigmoid()
     torch.testing.assert_close(pyramid(features)[0].flatten(1), expected)
+    condenser: Any = attach(nn.Sequential(Block(3)), "stac", sites="*.norm")[0].dia
+    cells = features.reshape(2, 8, 2, 2, 2, 4, 2, 2).mean((3, 5, 7)).flatten(1)
+    grid = condenser.expand(condenser.reduce(cells).relu()).sigmoid().reshape(2, 8, 2, 2, 2)
+    for axis, width in ((2, 2), (3, 4), (4, 2)):
+        grid = grid.repeat_interleave(width, axis)
+    torch.testing.assert_close(condenser(features)[0], grid)
 
 
-@pytest.mark.parametrize("unit", [CBAM, SpatialPyramidAttention])
+@pytest.mark.parametrize("unit", [AttentionCondenser, CBAM, SpatialPyramidAttention])
 def test_other_numbers_of_axes_are_refused(unit: Any) -> None:
     with pytest.raises(ValueError, match="spatial_dims must be 2 or 3, got 4"):
         unit(8, spatial_dims=4)
@@ -163,7 +169,7 @@ def test_padded_tokens_do_not_count(name: str, batch_first: bool) -> None:
     torch.testing.assert_close(run(tokens, padding)[0, :4], run(tokens[:1, :4], None)[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cbam", "sge", "spa", "srm"])
+@pytest.mark.parametrize("name", ["cbam", "sge", "spa", "srm", "stac"])
 def test_units_that_would_count_padding_refuse_it(name: str) -> None:
     network = encoder(name, batch_first=True)
     padding = torch.zeros(2, 7, dtype=torch.bool)
@@ -206,6 +212,13 @@ MASKS = {
     "-1e9 added": added(-1e9),
     "-1e4 added": added(-1e4),
 }
+
+
+def test_a_condenser_of_one_cell_leaves_padding_out() -> None:
+    network: Any = randomised(attach(nn.Sequential(Masked()).double(), "stac", size=1, sites="*.outer"))
+    tokens = torch.randn(2, 7, 16, dtype=torch.float64)
+    alone = network[0](tokens[:1, :4])
+    torch.testing.assert_close(network[0](tokens, REAL)[:1, :4], alone, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", MASKS)

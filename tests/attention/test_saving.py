@@ -20,7 +20,7 @@ from .networks import (
     snapshot,
 )
 
-every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm"])
+every_unit = pytest.mark.parametrize("name", ["cbam", "dia-lstm", "dsu", "eca", "se", "sge", "spa", "srm", "stac"])
 MASK = "101|0|0110"
 
 

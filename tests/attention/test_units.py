@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torchvision.ops import SqueezeExcitation as TorchvisionSE
 from dia_lightning.attention import (
     CBAM,
     DIALSTM,
+    AttentionCondenser,
     AttentionUnit,
     DynamicSharingUnit,
     EfficientChannelAttention,
@@ -37,6 +38,7 @@ UNITS: dict[str, Callable[..., AttentionUnit]] = {
     "sge": SpatialGroupEnhance,
     "srm": StyleRecalibration,
     "spa": SpatialPyramidAttention,
+    "stac": AttentionCondenser,
 }
 every_unit = pytest.mark.parametrize("name", UNITS)
 
@@ -249,6 +251,38 @@ def test_spatial_pyramid_attention_equals_its_formula() -> None:
     torch.testing.assert_close(unit(value)[0][:, :, 0, 0], expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (7, 8), (5, 2), (1, 1), (20, 1)], ids=str)
+@pytest.mark.parametrize("size", [2, 3])
+def test_attention_condenser_equals_its_formula(shape: tuple[int, int], size: int) -> None:
+    unit = make("stac", reduction=4, size=size)
+    value = torch.randn(3, 16, *shape, dtype=torch.float64)
+    # A cell ends where the last position that it touches does, so cells overlap where they do not divide the axis.
+    rows, columns = ([slice(k * n // size, -(-(k + 1) * n // size)) for k in range(size)] for n in shape)
+    cells = torch.stack([value[:, :, row, column].mean((2, 3)) for row in rows for column in columns], dim=2)
+    inner = F.relu(F.linear(cells.flatten(1), unit.reduce.weight, unit.reduce.bias))
+    grid = F.linear(inner, unit.expand.weight, unit.expand.bias).sigmoid().reshape(3, 16, size, size)
+    expected = torch.empty_like(value)
+    for y in range(shape[0]):
+        for x in range(shape[1]):
+            expected[:, :, y, x] = grid[:, :, y * size // shape[0], x * size // shape[1]]
+    assert_equal_with_gradients(unit(value)[0], expected, unit)
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (20, 1), (4, 6, 5)], ids=str)
+def test_attention_condenser_of_one_cell_is_squeeze_excitation(shape: tuple[int, ...]) -> None:
+    unit = make("stac", reduction=4, size=1, spatial_dims=len(shape))
+    reference = make("se", reduction=4)
+    reference.load_state_dict(unit.state_dict())
+    value = torch.randn(3, 16, *shape, dtype=torch.float64)
+    assert torch.equal(unit(value)[0], reference(value)[0])
+    mean = torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(unit(value, mean=mean)[0], reference(value, mean=mean)[0])
+
+
+def test_attention_condenser_takes_a_mean_for_one_cell_only() -> None:
+    assert [AttentionCondenser(8, size=size).takes_mean for size in (1, 2, 3)] == [True, False, False]
+
+
 # Sizes and start values
 
 
@@ -268,6 +302,14 @@ def test_dynamic_sharing_unit_has_three_quarters_of_the_second_layers(channels: 
     hidden = max(1, channels // reduction)
     expected = 2 * (channels * hidden + hidden + 3 * channels * hidden + 3 * channels)
     assert count(DynamicSharingUnit(channels, reduction)) == expected
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_both_layers_of_an_attention_condenser_see_every_cell(size: int, spatial_dims: Literal[2, 3]) -> None:
+    width = 64 * size**spatial_dims
+    unit = AttentionCondenser(64, size=size, spatial_dims=spatial_dims)
+    assert count(unit) == 2 * width * 4 + 4 + width
 
 
 def test_dia_lstm_with_one_cell_has_exactly_the_four_named_layers() -> None:
@@ -296,6 +338,7 @@ def test_three_cells_give_the_authors_size_of_resnet164() -> None:
         ("sge", 2 * 64),
         ("srm", 2 * 64 + 2 * 64),
         ("spa", 21 * 64 * 4 + 4 + 64 * 4 + 64),
+        ("stac", 2 * 256 * 4 + 4 + 256),
     ],
 )
 def test_memoryless_units_have_the_parameters_of_their_formulas(name: str, expected: int) -> None:
@@ -511,6 +554,9 @@ def test_a_norm_that_is_passed_takes_the_place_of_the_units_own(name: str) -> No
         (lambda: SpatialGroupEnhance(9, groups=0), "got 0"),
         (lambda: StyleRecalibration(0), "channels must be a positive number, got 0"),
         (lambda: SpatialPyramidAttention(8, reduction=0), "reduction must be a positive number, got 0"),
+        (lambda: AttentionCondenser(8, reduction=0), "reduction must be a positive number, got 0"),
+        (lambda: AttentionCondenser(8, size=0), "size must be a positive whole number, got 0"),
+        (lambda: AttentionCondenser(8, size=2.0), "size must be a positive whole number, got 2.0"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_sizes_are_named(make_unit: Callable[[], nn.Module], message: str) -> None:
