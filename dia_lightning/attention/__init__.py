@@ -3,7 +3,9 @@
 from dia_lightning.attention._attach import attach, detach
 from dia_lightning.attention._check import check
 from dia_lightning.attention._masks import EAN_MASKS
+from dia_lightning.attention._places import find_sites
 from dia_lightning.attention._registry import list_attention, register_attention
+from dia_lightning.attention._sites import LeftOut, Site, Stages
 from dia_lightning.attention._unit import AttentionUnit
 from dia_lightning.attention._watch import AttentionLayer, attention_layers, watch_maps
 from dia_lightning.attention.attention_condenser import AttentionCondenser
@@ -25,14 +27,18 @@ __all__ = [
     "AttentionUnit",
     "DynamicSharingUnit",
     "EfficientChannelAttention",
+    "LeftOut",
+    "Site",
     "SpatialGroupEnhance",
     "SpatialPyramidAttention",
     "SqueezeExcitation",
+    "Stages",
     "StyleRecalibration",
     "attach",
     "attention_layers",
     "check",
     "detach",
+    "find_sites",
     "list_attention",
     "register_attention",
     "watch_maps",

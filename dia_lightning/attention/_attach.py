@@ -4,41 +4,31 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from itertools import count, groupby
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from dia_lightning.attention._attached_block import AttachedBlock, ChainOwner, take_apart
 from dia_lightning.attention._attached_site import AttachedSite
 from dia_lightning.attention._attached_unit import AttachedUnit
-from dia_lightning.attention._links import Chain, Link, Slot
-from dia_lightning.attention._masks import EAN_MASKS
+from dia_lightning.attention._links import Chain, Link, Slot, parameters_of
+from dia_lightning.attention._masks import plugged
+from dia_lightning.attention._named_sites import axes_of_class
+from dia_lightning.attention._places import Place, Sites, all_places, places
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._roles import add_role
-from dia_lightning.attention._site_table import BLOCK_RULES
-from dia_lightning.attention._sites import (
-    Branch,
-    Place,
-    Site,
-    all_places,
-    axes_of,
-    find_places,
-    named_places,
-    parameters_of,
-    possible_sites,
-)
+from dia_lightning.attention._sites import Branch, Site
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero
 
 Model = TypeVar("Model", bound=nn.Module)
-#: A pattern of module paths, several, or a function of path and module.
-Sites: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 def attach(
     model: Model,
     attention: str | Callable[..., nn.Module],
     *,
+    example: Any = None,
     share: Literal["stage", "block"] = "stage",
     plug: str | Sequence[bool | int] | None = None,
     identity: bool = False,
@@ -101,23 +91,20 @@ def attach(
         )
     build = attention_builder(attention, attention_args)
     _refuse_unfit(model)
-    stages = _stages(model, branches, sites)
-    plugged = dict(zip((place.path for place in all_places(stages)), _mask(plug, stages), strict=True))
+    stages = places(model, example=example, branches=branches, sites=sites)
+    every = list(all_places(stages))
+    taken = dict(zip(every, plugged(plug, list(map(len, stages))), strict=True))
     with_norm = not identity if branch_norm is None else branch_norm
-    chains = _chains(stages, plugged, share)
-    if share == "stage" and len(chains) > 1 and all(len(chain) == 1 for chain in chains):
-        warnings.warn(
-            f"Nothing is shared: each of the {len(chains)} stages ({', '.join(chain[0].path for chain in chains[:3])}"
-            f"{', ...' if len(chains) > 3 else ''}) has a single block, so every block gets a unit of its own.",
-            stacklevel=2,
-        )
+    chains = _chains(stages, taken, share)
+    if share == "stage":
+        _warn_of_single(chains)
     units = [_new_unit(build, chain[0], identity) for chain in chains]  # all, before the network is touched
     for unit, chain in zip(units, chains, strict=True):
         _refuse_unfit_places(unit, chain, with_norm)
-    stage_of = {place.path: number for number, stage in enumerate(stages) for place in stage}
+    stage_of = {place: number for number, stage in enumerate(stages) for place in stage}
     layers = count()
     for unit, chain in zip(units, chains, strict=True):
-        links = _attach_chain(unit, chain, plugged, with_norm, stage_of[chain[0].path], layers)
+        links = _attach_chain(unit, chain, taken, with_norm, stage_of[chain[0]], layers)
         _give_owners(model, [place.path for place in chain], links)
     return model
 
@@ -164,36 +151,29 @@ def _refuse_unfit(model: nn.Module) -> None:
             )
 
 
-def _stages(model: nn.Module, branches: Sequence[Branch] | None, sites: Sites | None) -> list[list[Place]]:
-    if sites is not None:
-        if branches is not None:
-            raise ValueError("branches and sites exclude each other: sites name the ends of branches themselves.")
-        if not callable(sites) and not sites:
-            raise ValueError("sites names no module. Give patterns such as ['encoder.*.conv2'], or leave it out.")
-        patterns = [sites] if isinstance(sites, str) else sites
-        if not callable(patterns) and not all(isinstance(pattern, str) for pattern in patterns):
-            raise ValueError(f"sites takes patterns of module paths, such as ['encoder.*.conv2'], got {sites!r}.")
-        return named_places(model, patterns)
-    for branch in [branches] if isinstance(branches, str) else branches or ():
-        if isinstance(branches, str) or branch not in get_args(Branch):
-            known = ", ".join(map(repr, get_args(Branch)))
-            raise ValueError(f"branches takes a list of {known}, got {branch!r}.")
-    stages = find_places(model, BLOCK_RULES, branches)
-    if not stages:
-        raise ValueError(_nothing_to_attach_to(model, branches))
-    return stages
-
-
-def _chains(stages: list[list[Place]], plugged: dict[str, bool], share: str) -> list[list[Place]]:
+def _chains(stages: list[list[Place]], taken: dict[Place, bool], share: str) -> list[list[Place]]:
     """Group blocks that share one unit. A chain begins and ends with a plugged block."""
     if share == "block":
-        return [[place] for place in all_places(stages) if plugged[place.path]]
+        return [[place] for place in all_places(stages) if taken[place]]
     chains = []
     for stage in stages:
-        inside = [index for index, place in enumerate(stage) if plugged[place.path]]
+        inside = [index for index, place in enumerate(stage) if taken[place]]
         if inside:
             chains.append(stage[inside[0] : inside[-1] + 1])
     return chains
+
+
+def _warn_of_single(chains: list[list[Place]]) -> None:
+    single = [chain[0] for chain in chains if len(chain) == 1]
+    if single:
+        listed = [f"{place.sites[0].path} ({place.size})" for place in single[:5]]
+        warnings.warn(
+            f"{len(single)} of {len(chains)} units serve a single block, so that nothing is shared there: "
+            f"{', '.join(listed)}{', ...' if len(single) > 5 else ''}. Blocks share a unit if they follow one another "
+            "with equal width and equally many positions and `plug` takes them; or name a group, as in "
+            "sites=[['blocks.*.conv2']].",
+            stacklevel=3,
+        )
 
 
 def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> nn.Module:
@@ -205,7 +185,7 @@ def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> 
         ) from error
     if not isinstance(unit, nn.Module):
         raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
-    if place.zero_bias and isinstance(unit, AttentionUnit):  # a user's own unit knows how it starts
+    if place.rule.zero_bias and isinstance(unit, AttentionUnit):  # a user's own unit knows how it starts
         for layer in unit.modules():
             if isinstance(layer, nn.Linear) and layer.bias is not None:
                 start_at_zero(layer, ["bias"])
@@ -227,55 +207,69 @@ def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> 
 
 
 def _attach_chain(
-    unit: nn.Module, chain: list[Place], plugged: dict[str, bool], with_norm: bool, stage: int, layers: Iterator[int]
+    unit: nn.Module, chain: list[Place], taken: dict[Place, bool], with_norm: bool, stage: int, layers: Iterator[int]
 ) -> Chain:
     """Give the blocks of a chain and their sites their roles, and the first block the unit."""
     links = Chain()
-    for place in chain:
+    for path, grouped in groupby(chain, key=lambda place: place.path):
+        together = list(grouped)  # several layers that one module runs by itself, or one block
+        block, parameters = together[0].block, parameters_of(together[0].block)
         slots: list[Slot] = []
-        for site in place.sites if plugged[place.path] else ():
-            norms = _norms(unit, place, site, with_norm)
-            if not slots and place is chain[0]:  # has the norm of the unit itself
-                norms.pop("unit_norm", None)
-            for name, norm in reversed(list(norms.values())):
-                _register_behind(place.block, site.path.partition(".")[0], name, norm)
-            slots.append(
-                Slot(
-                    site.path,
-                    site.before,
-                    place.channels,
-                    channel_axis=-1 if site.channels_last else 1,
-                    batch_axis=place.batch_axis(site),
-                    ndim=axes_of(place.block.get_submodule(site.path)),
-                    branch_norm=norms.get("branch_norm", (None,))[0],
-                    unit_norm=norms.get("unit_norm", (None,))[0],
-                    stage=stage,
-                    layer=next(layers),
-                )
-            )
-            add_role(place.block.get_submodule(site.path), AttachedSite)
-        vars(place.block)["dia_link"] = Link(links, place.path, tuple(slots), parameters_of(place.block), place.stream)
-        add_role(place.block, AttachedBlock)
-    chain[0].block.add_module("dia", unit)
+        for place in together:
+            for site in place.sites if taken[place] else ():
+                norms = _norms(unit, place, site, with_norm)
+                if not slots and not links.links:  # has the norm of the unit itself
+                    norms.pop("unit_norm", None)
+                for name, norm in reversed(list(norms.values())):
+                    _register_behind(block, place.inside(site).partition(".")[0], name, norm)
+                slots.append(_slot(place, site, norms, stage, next(layers)))
+                add_role(block.get_submodule(slots[-1].path), AttachedSite)
+        stream = together[0].sites[0].stream
+        number = parameters.index(stream) if stream in parameters else None
+        link = Link(links, path, tuple(slots), parameters, number, _unit_name(block))
+        if link.before is None:
+            block.add_module(link.unit, unit)
+        vars(block)["dia_links"] = (*vars(block).get("dia_links", ()), link)
+        add_role(block, AttachedBlock)
     add_role(unit, AttachedUnit)
     return links
+
+
+def _slot(place: Place, site: Site, norms: dict[str, tuple[str, nn.Module]], stage: int, layer: int) -> Slot:
+    path = place.inside(site)
+    return Slot(
+        path,
+        site.before,
+        site.channels,
+        channel_axis=site.channel_axis,
+        batch_axis=site.batch_axis,
+        ndim=axes_of_class(place.block.get_submodule(path)) if site.shape is None else len(site.shape),
+        branch_norm=norms.get("branch_norm", (None,))[0],
+        unit_norm=norms.get("unit_norm", (None,))[0],
+        stage=stage,
+        layer=layer,
+    )
+
+
+def _unit_name(block: nn.Module) -> str:
+    """Return the name that the next unit of a block gets: several chains may begin in it."""
+    taken = [link.unit for link in vars(block).get("dia_links", ()) if link.before is None]
+    return f"dia_{len(taken) + 1}" if taken else "dia"
 
 
 def _norms(unit: nn.Module, place: Place, site: Site, with_norm: bool) -> dict[str, tuple[str, nn.Module]]:
     """Return the norms that a block gets for a site, with their names, in the order in which they run."""
     norms: dict[str, nn.Module] = {}
-    if with_norm and place.branch_norm:
+    if with_norm and place.rule.branch_norm:
         norms["branch_norm"] = nn.BatchNorm2d(place.channels)
     if isinstance(unit, AttentionUnit) and unit.norm is not None and not unit.share_norm:
         norms["unit_norm"] = copy.deepcopy(unit.norm)
-    suffix = "" if len(place.sites) == 1 else f"_{site.path.replace('.', '_')}"
+    suffix = "" if place.is_alone else f"_{place.inside(site).replace('.', '_')}"
     return {kind: (f"{kind}{suffix}", _like(norm, place.block)) for kind, norm in norms.items()}
 
 
 def _refuse_unfit_places(unit: nn.Module, chain: list[Place], with_norm: bool) -> None:
     for place in chain:
-        for site in place.sites:
-            place.batch_axis(site)
         names = [name for site in place.sites for name, _ in _norms(unit, place, site, with_norm).values()]
         for name in ["dia", *names] if place is chain[0] else names:
             if hasattr(place.block, name):
@@ -309,47 +303,3 @@ def _like(module: nn.Module, block: nn.Module) -> nn.Module:
     module.train(block.training)
     parameter = next(block.parameters(), None)
     return module if parameter is None else module.to(parameter.device, parameter.dtype)
-
-
-def _mask(plug: str | Sequence[bool | int] | None, stages: list[list[Place]]) -> list[bool]:
-    """Return one truth value per block."""
-    blocks = sum(len(stage) for stage in stages)
-    if plug is None:
-        return [True] * blocks
-    if isinstance(plug, bool) or not isinstance(plug, Sequence):
-        raise ValueError(f"plug takes one truth value per block, or a string such as '110|0011', got {plug!r}.")
-    counts = [len(stage) for stage in stages]
-    if isinstance(plug, str):
-        plug = EAN_MASKS.get(plug, plug).replace(" ", "").replace(",", "")
-        found = [len(part) for part in plug.split("|")]
-        if len(found) > 1 and found != counts:
-            raise ValueError(f"plug {plug!r} has stages of {_sum(found)} blocks, but the network has {_sum(counts)}.")
-    values = [value for value in plug if value != "|"]
-    wrong = [value for value in values if value not in ("0", "1", 0, 1)]
-    if wrong:
-        names = ", ".join(EAN_MASKS)
-        given = f"{wrong[0]!r} in {plug!r}" if isinstance(plug, str) else repr(wrong[0])
-        raise ValueError(f"plug takes 0 and 1 (or False and True), one per block, or one of {names}; got {given}.")
-    if len(values) != blocks:
-        raise ValueError(f"plug has {len(values)} entries, but the network has {blocks} blocks ({_sum(counts)}).")
-    mask = [bool(int(value)) for value in values]
-    if not any(mask):
-        raise ValueError("plug leaves every block without attention. Do not attach any, or plug at least one block.")
-    return mask
-
-
-def _sum(counts: list[int]) -> str:
-    return "+".join(map(str, counts))
-
-
-def _nothing_to_attach_to(model: nn.Module, branches: Sequence[Branch] | None) -> str:
-    found = sorted({type(module).__name__ for module in model.modules() if any(module.children())})
-    known = ", ".join(sorted({name.rpartition(".")[0] for name in BLOCK_RULES}))
-    if branches is not None and find_places(model, BLOCK_RULES, None):
-        return f"No residual block of {type(model).__name__} has branches {list(branches)}. Leave `branches` out."
-    return (
-        f"No residual block is known in {type(model).__name__}, so there is nothing to attach to. Name the layers that "
-        f"end its residual branches, as in sites=['blocks.*.conv2']. Modules that could be sites: "
-        f"{possible_sites(model)}. It consists of: {', '.join(found) or 'no submodules'}. Known blocks: those of "
-        f"{known}."
-    )

@@ -9,7 +9,7 @@ from torch import nn
 
 from dia_lightning.attention._attached_site import AttachedSite, site_in
 from dia_lightning.attention._frame import Frame
-from dia_lightning.attention._links import Chain, Link
+from dia_lightning.attention._links import Chain, Link, Slot
 from dia_lightning.attention._roles import Role, remove_role
 from dia_lightning.attention._running import RUNNING, Scope
 
@@ -32,23 +32,25 @@ class AttachedBlock(Role):
         nn.TransformerEncoderLayer: {"activation_relu_or_gelu": _always(0)},  # else a kernel would replace the layers
         nn.Sequential: {"__iter__": _layers, "__len__": lambda block: len(list(_layers(block)))},  # the unit is none
     }
-    dia_link: Link | None = None  # a block that is made of the class of another one has no attention
+    dia_links: tuple[Link, ...] = ()  # one per chain; a block that is made of the class of another one has none
     dia: nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, AttachedBlock):  # detached since torch.compile has kept this method
             return self(*args, **kwargs)
-        if self.dia_link is None or _is_traced(args, kwargs):  # torch.fx may take the block as a leaf
+        if not self.dia_links or _is_traced(args, kwargs):  # torch.fx may take the block as a leaf
             return super().__call__(*args, **kwargs)
-        return self._framed(self.dia_link, super().__call__, args, kwargs)
+        return self._framed(self.dia_links, super().__call__, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         frame: Frame | None = RUNNING.frame
         if frame is not None and frame.block is self and not frame.begun:
-            frame.begun = True
-            frame.arguments = args, kwargs  # as hooks on the block have changed them
+            for _ in self.dia_links:  # each has a frame in this call
+                frame.begun = True
+                frame.arguments = args, kwargs  # as hooks on the block have changed them
+                frame = frame.outer
             return super().forward(*args, **kwargs)
-        if self.dia_link is None:
+        if not self.dia_links:
             return super().forward(*args, **kwargs)
         if _is_traced(args, kwargs):
             raise RuntimeError(
@@ -56,23 +58,37 @@ class AttachedBlock(Role):
                 f"create_feature_extractor(..., tracer_kwargs={{'leaf_modules': [{type(self).__name__}]}})."
             )
         # not by the call above: recomputed by a checkpoint inside of that, or called by its name
-        return self._framed(self.dia_link, super().forward, args, kwargs, begun=True)
+        return self._framed(self.dia_links, super().forward, args, kwargs, begun=True)
 
     def _framed(
-        self, link: Link, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], begun: bool = False
+        self,
+        links: tuple[Link, ...],
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        begun: bool = False,
     ) -> Any:
-        with Frame(self, link, self.dia_sites(), args, kwargs, begun) as frame:
-            output = run(*args, **kwargs)
+        sites = [site_in(self, slot) for slot in links[0].slots]
+        with Frame(self, links[0], sites, args, kwargs, begun) as frame:
+            output = self._framed(links[1:], run, args, kwargs, begun) if links[1:] else run(*args, **kwargs)
         frame.hand_on(output)
         return output
 
+    def dia_slots(self) -> list[Slot]:
+        """Return the slots of the block."""
+        return [slot for link in self.dia_links for slot in link.slots]
+
     def dia_sites(self) -> list[nn.Module]:
         """Return the layers in the slots of the block."""
-        return [] if self.dia_link is None else [site_in(self, slot) for slot in self.dia_link.slots]
+        return [site_in(self, slot) for slot in self.dia_slots()]
+
+    def dia_units(self) -> list[nn.Module]:
+        """Return the units of the chains that begin in the block."""
+        return [self.get_submodule(link.unit) for link in self.dia_links if link.before is None]
 
     def dia_rename(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Rename the keys of version 0.1 in a state dict, where the norms of a site stood under the site."""
-        for slot in () if self.dia_link is None else self.dia_link.slots:
+        for slot in self.dia_slots():
             for kind, name in (("branch_norm", slot.branch_norm), ("unit_norm", slot.unit_norm)):
                 old = f"{prefix}{slot.path}.{kind}."
                 for key in [key for key in state_dict if name is not None and key.startswith(old)]:
@@ -128,15 +144,16 @@ def take_apart(module: nn.Module) -> None:
             remove_role(module, role)
     for name in own_names(module):
         module._modules.pop(name, None)
-    for name in ("dia_link", "dia_chains"):
+    for name in ("dia_links", "dia_chains"):
         vars(module).pop(name, None)
 
 
 def own_names(block: nn.Module) -> set[str]:
     """Return the names of what attention has registered in a block."""
-    link: Link | None = vars(block).get("dia_link")
-    norms = [] if link is None else [name for slot in link.slots for name in (slot.branch_norm, slot.unit_norm)]
-    return set() if link is None else {"dia", *(name for name in norms if name is not None)}
+    links: tuple[Link, ...] = vars(block).get("dia_links", ())
+    names = {link.unit for link in links if link.before is None}
+    norms = {name for link in links for slot in link.slots for name in (slot.branch_norm, slot.unit_norm)}
+    return names | {name for name in norms if name is not None}
 
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

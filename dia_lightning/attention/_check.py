@@ -127,7 +127,7 @@ class _Subject:
 
     def units(self, network: nn.Module | None = None) -> list[nn.Module]:
         modules = (self.network if network is None else network).modules()
-        return [block.dia for block in modules if isinstance(block, AttachedBlock) and "dia" in block._modules]
+        return [unit for block in modules if isinstance(block, AttachedBlock) for unit in block.dia_units()]
 
     def difference(self, output: list[Tensor]) -> float:
         """Return the largest difference from the network's output, relative to its largest entry."""
@@ -178,7 +178,8 @@ def _every_site_runs(subject: _Subject) -> _Finding:
 
 def _parameters_train(subject: _Subject) -> _Finding:
     network = subject.copy().train()
-    units = {name for name, _ in network.named_parameters() if ".dia." in f".{name}"}
+    own = {parameter for unit in subject.units(network) for parameter in unit.parameters()}
+    units = {name for name, parameter in network.named_parameters() if parameter in own}
     subject.gradients(network)
     without = [name for name, parameter in network.named_parameters() if name in units and parameter.grad is None]
     if without:

@@ -28,7 +28,7 @@ class Frame:
         self.arguments = args, kwargs
         self.begun = begun  # whether the block's own forward was entered
         self.received = None if link.before is None else received(link, args, kwargs)
-        self.unit: nn.Module = block.dia if self.received is None else self.received.unit  # type: ignore[assignment]
+        self.unit: nn.Module = getattr(block, link.unit) if self.received is None else self.received.unit
         self.state = None if self.received is None else self.received.state
         # of the features before: device and dtype, and how many, where a state depends on it
         self.placement = None if self.received is None else self.received.placement

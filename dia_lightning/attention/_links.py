@@ -1,10 +1,11 @@
 """Where attention is: what a block knows of its place in the network, the same for every forward."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -54,16 +55,24 @@ class Link:
         slots: where the block ends its residual branches; none if it only hands the state on.
         parameters: names of what the block's forward takes.
         stream: number of the parameter that is the residual stream; ``None`` if that is not known.
+        unit: under which name the unit is registered in the first block of the chain.
     """
 
     def __init__(
-        self, chain: Chain, path: str, slots: tuple[Slot, ...], parameters: tuple[str, ...], stream: int | None
+        self,
+        chain: Chain,
+        path: str,
+        slots: tuple[Slot, ...],
+        parameters: tuple[str, ...],
+        stream: int | None,
+        unit: str,
     ) -> None:
         self.chain = chain
         self.path = path
         self.slots = slots
         self.parameters = parameters
         self.stream = stream
+        self.unit = unit
         self.before = chain.links[-1] if chain.links else None
         self.last = True
         if self.before is not None:
@@ -84,6 +93,12 @@ class Link:
             return tensors_in(args[self.stream] if self.stream < len(args) else kwargs.get(name)), True
         features = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim >= 3 and tensor.is_floating_point()]
         return features, len(features) <= 1
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a module's forward takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -23,7 +23,7 @@ def received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hando
         RuntimeError: if there is nothing, more than one thing, or it was made without autograd and gradients are due.
     """
     stream, certain = link.stream_in(args, kwargs)
-    found = _noted(stream, link, certain)
+    found = [handover for handover in _noted(stream, link, certain) if link.follows(handover.link)]
     if not (found and (certain or is_recomputed())):
         scope = scope_of(link.chain)
         left = [] if scope is None else [other for other in scope.handovers if link.follows(other.link)]

@@ -93,7 +93,7 @@ def _layers(network: nn.Module) -> list[tuple[AttentionLayer, Slot]]:
     layers = [
         (AttentionLayer(f"{path}.{slot.path}" if path else slot.path, slot.stage, path), slot)
         for path, block in blocks
-        for slot in (() if block.dia_link is None else block.dia_link.slots)
+        for slot in block.dia_slots()
     ]
     return sorted(layers, key=lambda item: item[1].layer)
 

@@ -48,7 +48,7 @@ def test_names_types_and_order_are_those_of_the_plain_network(name: str, attenti
         mine = attached.get_submodule(path)
         assert isinstance(mine, type(module))
         assert repr(type(mine)) == repr(type(module))
-        assert vars(mine).keys() - {"dia_link", "dia_chains"} == vars(module).keys()
+        assert vars(mine).keys() - {"dia_links", "dia_chains"} == vars(module).keys()
 
 
 def test_tables_by_type_find_the_layers_that_carry_attention() -> None:
@@ -175,7 +175,7 @@ def test_parametrizations_of_a_site_come_and_go(tiny: Pair, when: str) -> None:
         torch.testing.assert_close(attached(images()), expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(copy.deepcopy(attached)(images()), expected, rtol=0, atol=1e-12)
     again = detach(copy.deepcopy(attached))
-    assert not any("dia_link" in vars(module) for module in again.modules())
+    assert not any("dia_links" in vars(module) for module in again.modules())
     for network in (attached, again):
         output = network(images())
         remove_parametrizations(network.stage1[1].conv2, "weight")
@@ -400,12 +400,14 @@ def test_blocks_in_checkpoint_wrappers_share_as_without() -> None:
 
 def test_a_network_whose_blocks_share_nothing_is_warned_of() -> None:
     network = nn.Sequential(*(nn.Sequential(BasicBlock(8, 8), nn.Dropout()) for _ in range(3)))
-    with pytest.warns(UserWarning, match=r"Nothing is shared: each of the 3 stages \(0\.0, 1\.0, 2\.0\)"):
+    with pytest.warns(UserWarning, match=r"3 of 3 units serve a single block.*0\.0\.bn2 \(8 channels\), 1\.0"):
         attach(network, "dia-lstm")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attach(TinyNet(), "dia-lstm")
+        attach(TinyNet(blocks=(2, 2, 3)), "dia-lstm")
         attach(TinyNet(blocks=(1, 1, 1)), "dia-lstm", share="block")
+    with pytest.warns(UserWarning, match=r"1 of 3 units serve a single block.*stage2\.0"):
+        attach(TinyNet(blocks=(2, 1, 3)), "dia-lstm")
 
 
 @pytest.mark.parametrize("what", ["network", "block", "layer"])

@@ -173,7 +173,7 @@ def test_s15_a_block_of_the_middle_called_alone_is_refused(case: tuple[nn.Module
     output(network, inputs)
     for handle in handles:
         handle.remove()
-    block, args = next((block, args) for block, args in seen if block.dia_link and block.dia_link.before)
+    block, args = next((block, args) for block, args in seen if block.dia_links and block.dia_links[0].before)
     with pytest.raises(RuntimeError, match="without the state of the blocks before it"):
         block(*(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args))
 

@@ -184,9 +184,17 @@ def test_named_sites_that_do_not_fit_are_errors(sites: Any, message: str) -> Non
     assert snapshot(model) == before
 
 
-def test_one_block_cannot_share_a_unit_among_widths() -> None:
-    with pytest.raises(ValueError, match=r"different widths: 0\.inner \(16\), 0\.outer \(8\)"):
-        attach(nn.Sequential(TokenBlock(8)), "se", sites=["*.inner", "*.outer"])
+def test_branches_of_different_widths_in_a_block_share_with_those_of_other_blocks() -> None:
+    plain = nn.Sequential(TokenBlock(8), TokenBlock(8))
+    network = attach(copy.deepcopy(plain), "dia-lstm", sites=["*.inner", "*.outer"])
+    units = {name: unit for name, unit in network.named_modules() if isinstance(unit, DIALSTM)}
+    assert {name: unit.input_reduce.in_features for name, unit in units.items()} == {"0.dia": 16, "0.dia_2": 8}
+    assert snapshot(detach(network)) == snapshot(plain)
+
+
+def test_a_group_of_layers_of_different_widths_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"different widths cannot share a unit: 0\.inner \(16\), 0\.outer \(8\)"):
+        attach(nn.Sequential(TokenBlock(8)), "se", sites=[["*.inner", "*.outer"]])
 
 
 def test_sites_can_be_chosen_by_a_function() -> None:

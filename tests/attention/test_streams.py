@@ -404,7 +404,7 @@ class Passing(BasicBlock):  # type: ignore[misc]
 def test_a_buffer_that_blocks_pass_through_keeps_nothing() -> None:
     network: Any = attach(nn.ModuleList(Passing(8, 8) for _ in range(2)).double().eval(), "dia-lstm", sites="*.bn2")
     for block in network:
-        block.dia_link.stream = 0  # as a rule or an example would tell
+        block.dia_links[0].stream = 0  # as a rule or an example would tell
     bias, stream = features(3), features(1)
     for block in network:
         stream, _ = block(stream, bias)

@@ -69,7 +69,7 @@ def test_cost_compares_the_arms(run: Run, capsys: pytest.CaptureFixture[str]) ->
 def test_a_network_without_residual_blocks_has_no_arms(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("models", "--cost", "torchvision/vgg11")
-    assert "No residual block is known in VGG" in capsys.readouterr().err
+    assert "VGG has no residual branch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [48, 128, 256])

@@ -27,12 +27,12 @@ def test_the_networks_of_ddpm_are_as_large_as_the_published_ones(name: Any, size
     assert parameters_of(network) == published
 
 
-def test_attention_in_the_network_of_ddpm_is_one_unit_per_stage_of_the_way_down_and_up() -> None:
+def test_attention_in_the_network_of_ddpm_is_one_unit_per_resolution_of_the_way_down_and_up() -> None:
     with torch.device("meta"):
         network = attach(get_denoiser("ddpm_cifar10", image_shape=(3, 32, 32)), "dia-lstm")
     units = {name.removesuffix(".dia") for name, _ in network.named_modules() if name.endswith(".dia")}
-    ways = {f"{way}_blocks.{level}.resnets.0" for way in ("down", "up") for level in range(4)}
-    assert units == {*ways, "mid_block.resnets.0"}
+    down = {f"down_blocks.{level}.resnets.0" for level in range(4)}  # the last one with the middle and the way up
+    assert units == {*down, *(f"up_blocks.{level}.resnets.0" for level in (1, 2, 3))}
 
 
 @pytest.mark.parametrize(("name", "args"), [("unet", UNET), ("dit", DIT)])

@@ -88,7 +88,7 @@ def test_the_folder_makes_the_images_of_the_task_bit_for_bit(
     "options",
     [
         {"prediction": "v_prediction", "beta_schedule": "cosine", "timesteps": 100},
-        {"share": "block", "attention": "se", "plug": "1|1|01|01|11", "attention_args": {"reduction": 4}},
+        {"share": "block", "attention": "se", "plug": "1|10101|11", "attention_args": {"reduction": 4}},
         {"identity": True},
         {"branch_norm": False, "branches": ["conv"]},
         {"image_shape": [3, 8, 12]},

@@ -1,0 +1,81 @@
+"""Where the channels of a tensor lie after an operation, told from where they were before it."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dia_lightning.attention._trace import Value
+
+#: Operations whose result has its channels second, by the start of their names.
+_SECOND = ("conv", "batch_norm", "group_norm", "instance_norm")
+#: Operations whose result has its channels last.
+_LAST = {"linear", "layer_norm", "rms_norm", "multi_head_attention_forward", "_native_multi_head_attention"}
+#: Operations that change the order of the axes; ``.T`` and ``.mT`` are read by ``__get__``.
+_MOVING = {"permute", "movedim", "moveaxis", "transpose", "transpose_", "swapaxes", "swapdims", "__get__"}
+#: Operations that keep the order of the axes and change their sizes.
+_RESIZING = {"cat", "concat", "chunk", "split", "narrow", "pad", "interpolate", "repeat_interleave", "flip"}
+
+
+def axis_after(
+    name: str, given: Sequence["Value"], shape: tuple[int, ...], index: Any, again: Callable[[Tensor], Any]
+) -> int | None:
+    """Return the axis of the channels in the result of an operation, from 0 on; ``None`` if it cannot be told.
+
+    Args:
+        name: of the operation.
+        given: the tensors that it was given.
+        shape: of the result.
+        index: its second argument, which says what ``__getitem__`` takes.
+        again: runs the operation with another tensor in the place of the first.
+    """
+    if name.startswith(_SECOND) and name != "conv1d":
+        return 1 if len(shape) > 2 else None
+    known = [value for value in given if value.live and value.channel_axis is not None]
+    # the operand that has the shape of the result, rather than one that broadcasts
+    source = next((value for value in known if value.shape == shape), known[0] if known else None)
+    if name in _LAST or name == "conv1d":
+        mixed = 1 if name == "conv1d" else len(shape) - 1
+        if source is None or source.channel_axis == mixed or len(source.shape) != len(shape):
+            return mixed
+        return source.channel_axis  # positions are mixed, as in MLP-Mixer
+    if source is None:
+        return None
+    axis, before = source.channel_axis, source.shape
+    assert axis is not None
+    if name in _MOVING:
+        sizes = range(2, 2 + len(before))  # all different
+        moved: tuple[int, ...] = tuple(again(torch.empty(*sizes, device="meta")).shape)
+        return moved.index(sizes[axis])
+    if before == shape or (len(before) == len(shape) and _keeps_axes(name, index)):
+        return axis
+    return _reshaped(before, axis, shape)
+
+
+def _keeps_axes(name: str, index: Any) -> bool:
+    """Tell whether an operation changes sizes of axes only."""
+    if name == "__getitem__":
+        parts = index if isinstance(index, tuple) else (index,)
+        return all(isinstance(part, slice) or part is Ellipsis for part in parts)
+    return name in _RESIZING or "pool" in name
+
+
+def _reshaped(before: tuple[int, ...], axis: int, shape: tuple[int, ...]) -> int | None:
+    """Follow an axis through a change of the others: what lies before it, or behind it, must fill as much."""
+    channels = before[axis]
+    if axis == len(before) - 1 and shape[-1:] == (channels,):
+        return len(shape) - 1
+    if axis < len(shape) and shape[axis] == channels and shape[:axis] == before[:axis]:
+        return axis
+    left = math.prod(before[:axis])
+    for other, size in enumerate(shape):
+        if (
+            size == channels
+            and math.prod(shape[:other]) == left
+            and math.prod(shape[other:]) == math.prod(before[axis:])
+        ):
+            return other
+    return None

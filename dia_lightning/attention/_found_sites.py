@@ -1,0 +1,115 @@
+"""Sites that are found by running the network."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from dia_lightning.attention._branches import Branch, NoBranchError, branches_in
+from dia_lightning.attention._named_sites import stream_of
+from dia_lightning.attention._sites import LeftOut, Site
+from dia_lightning.attention._trace import Run, Value, trace
+
+
+def run_sites(model: nn.Module, example: Any, **options: Any) -> tuple[list[Site], list[LeftOut]]:
+    """Return the sites of a network in the order in which they run, and what is left out.
+
+    Args:
+        model: the network, which stays as it is.
+        example: what its forward takes.
+        **options: of :func:`trace`.
+    """
+    return _sites_of(*trace(model, example, **options))
+
+
+def _sites_of(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
+    found: dict[tuple[str, str], Site] = {}
+    left_out: dict[LeftOut, None] = {}
+    pairs = zip(branches_in(once.additions), branches_in(twice.additions), strict=True)
+    for (addition, branch), (_, same) in pairs:
+        block = addition.call.path
+        try:
+            if isinstance(branch, NoBranchError):
+                raise branch
+            if isinstance(same, NoBranchError):
+                raise same
+            sites = list(_sites_of_branch(branch, same, once.samples))
+        except NoBranchError as reason:
+            left_out[LeftOut(block, str(reason))] = None
+            continue
+        for site in sites:
+            found.setdefault((block, site.path), site)
+    attending = {site.block for site in found.values() if site.branch == "attention"}
+    sites = [replace(s, branch="mlp") if s.block in attending and s.branch == "conv" else s for s in found.values()]
+    return sites, list(left_out)
+
+
+def _sites_of_branch(branch: Branch, same: Branch, samples: int) -> Iterator[Site]:
+    for summand, again in zip(branch.endings, same.endings, strict=True):
+        reasons = []
+        for ending, other in zip(summand, again, strict=True):
+            axes = axes_of(ending.value, other.value, samples)
+            if isinstance(axes, str):
+                reasons.append(f"{ending.path!r} {axes}")
+                continue
+            options = {"branch": branch.kind, "before": ending.before, "stream": branch.stream}
+            yield _site(ending.path, branch.call.path, ending.value, axes, **options)
+            break
+        else:
+            raise NoBranchError(reasons[0])
+
+
+def axes_of(value: Value, with_more: Value, samples: int) -> tuple[int, int] | str:
+    """Return the axes of channels and samples, or the reason why they are not known.
+
+    Args:
+        value: features.
+        with_more: the same features of a run with more samples.
+        samples: number of samples of the first run.
+    """
+    if value.channel_axis is None:
+        return "loses the axis of the channels"
+    if len(value.shape) != len(with_more.shape):
+        return "has another number of axes with more samples"
+    grown = [axis for axis, sizes in enumerate(zip(value.shape, with_more.shape, strict=True)) if sizes[0] != sizes[1]]
+    if len(grown) != 1:
+        return "has no axis of samples"
+    if value.shape[grown[0]] != samples:
+        return "folds the samples into an axis of windows, patches or frames"
+    return value.channel_axis, grown[0]
+
+
+def measured(model: nn.Module, example: Any, blocks: dict[str, str]) -> dict[str, Site]:
+    """Return the sites at layers, in the order in which they run, with the axes of what they put out in a forward.
+
+    Args:
+        model: the network.
+        example: what its forward takes.
+        blocks: path of a layer -> path of its block.
+
+    Raises:
+        ValueError: if a layer does not run, or its axes are not known.
+    """
+    once, twice = trace(model, example)
+    values = [{call.path: call.returned for call in reversed(run.calls)} for run in (once, twice)]
+    sites = {}
+    for path in dict.fromkeys(call.path for call in once.calls if call.path in blocks):
+        value, more = (run[path] for run in values)
+        if value is None or more is None:
+            raise ValueError(f"sites: {path!r} puts out no tensor first. Name a layer that does.")
+        axes = axes_of(value, more, once.samples)
+        if isinstance(axes, str):
+            raise ValueError(f"sites: {path!r} {axes}. Name another layer.")
+        sites[path] = _site(path, blocks[path], value, axes, stream=stream_of(model.get_submodule(blocks[path])))
+    unused = [path for path in blocks if path not in sites]
+    if unused:
+        raise ValueError(f"sites: {unused[0]!r} does not run when the network is called with the example.")
+    return sites
+
+
+def _site(path: str, block: str, value: Value, axes: tuple[int, int], **options: Any) -> Site:
+    channel, batch = axes
+    from_end = channel - len(value.shape)
+    axis = -1 if from_end == -1 and channel != 1 else channel
+    return Site(path, block, value.shape[channel], axis, batch, shape=value.shape, **options)

@@ -1,0 +1,326 @@
+"""Run a copy of a network once and record which operation made which tensor, inside of which module.
+
+Memory is no matter where the network runs on meta tensors, which have shapes but no contents. A network whose forward
+looks at numbers runs on a copy of its weights instead. Either way the network itself is not called.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from dia_lightning.attention._axes import axis_after
+from dia_lightning.attention._links import parameters_of, tensors_in
+
+_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor as an operation has left it; one that is written in place is another value after that.
+
+    Args:
+        number: values that are made later have higher ones.
+        made_by: name of the operation; of what goes into the network, and of weights, the empty text.
+        parents: what the operation was given.
+        live: whether it depends on what goes into the network, and not on weights alone.
+        shape: of the tensor.
+        channel_axis: axis of the channels, from 0 on; ``None`` if it is lost.
+        call: the call of a module that ran the operation.
+    """
+
+    number: int
+    made_by: str
+    parents: "tuple[Value, ...]"
+    live: bool
+    shape: tuple[int, ...]
+    channel_axis: int | None
+    call: "Call | None"
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module.
+
+    Args:
+        path: of the module in the network.
+        module: the module, of the copy.
+        outer: the call that it runs in.
+        given: the values in each argument, by the argument's name.
+        returned: what it puts out first; ``None`` if that is no tensor.
+        inner: calls that ran in this one, in order.
+    """
+
+    path: str
+    module: nn.Module
+    outer: "Call | None"
+    given: dict[str, list[Value]]
+    returned: Value | None = None
+    inner: "list[Call]" = field(default_factory=list)
+
+    def inputs(self) -> set[Value]:
+        """Return all values that the call was given."""
+        return {value for values in self.given.values() for value in values}
+
+    def within(self) -> "Iterator[Call]":
+        """Yield all calls inside this one, in the order in which they end."""
+        for call in self.inner:
+            yield from call.within()
+            yield call
+
+
+@dataclass(eq=False)
+class Addition:
+    """An addition of two tensors of one shape.
+
+    Args:
+        call: of the module whose code adds.
+        operands: what is added.
+        result: the sum.
+    """
+
+    call: Call
+    operands: tuple[Value, Value]
+    result: Value
+
+
+@dataclass
+class Run:
+    """A forward of a network.
+
+    Args:
+        samples: their number.
+        calls: of modules, in the order in which they end.
+        additions: in the order in which they ran.
+    """
+
+    samples: int
+    calls: list[Call] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
+
+
+def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tuple[Run, Run]:
+    """Run a copy of a network on an example, and on twice as many samples.
+
+    Args:
+        model: the network. Its weights, buffers and mode, and the state of random generators, stay as they are.
+        example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        only_on_meta: whether to give up on a network that does not run on meta tensors.
+
+    Raises:
+        ValueError: if the network does not run on the example.
+    """
+    given = arguments_of(example)
+    samples = _samples(*given)
+    with _random_state(), torch.no_grad():
+        try:
+            with torch.device("meta"):
+                subject = _copy(model, lambda tensor: tensor.to("meta"))
+                first, second = (_record(subject, given, "meta", samples, times) for times in (1, 2))
+                return first, second
+        except Exception as error:  # it looks at numbers, or makes tensors elsewhere
+            if only_on_meta:
+                raise ValueError(_does_not_run(model, error)) from error
+        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        try:
+            subject = _copy(model, Tensor.clone)
+            first = _record(subject, given, device, samples, 1)
+        except Exception as error:
+            raise ValueError(_does_not_run(model, error)) from error
+        try:
+            return first, _record(subject, given, device, samples, 2)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} runs on the example, but not on {2 * samples} samples, which would show what "
+                f"the axis of the samples is: {type(error).__name__}: {error} Every tensor of the example whose first "
+                f"axis has {samples} entries is taken to hold one per sample."
+            ) from error
+
+
+def _does_not_run(model: nn.Module, error: Exception) -> str:
+    return (
+        f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error} An example is a tensor, "
+        "a tuple of positional arguments or a dict of keyword arguments of its forward."
+    )
+
+
+def arguments_of(example: Any) -> _Arguments:
+    """Return the positional and the keyword arguments that an example stands for."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return example if isinstance(example, tuple) else (example,), {}
+
+
+def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+        if isinstance(value, list) and tensors_in(value):
+            return len(value)  # of images of different sizes
+    raise ValueError("example has no tensor whose first axis is the samples. Give what the network's forward takes.")
+
+
+def _example(arguments: _Arguments, device: Any, samples: int, times: int) -> _Arguments:
+    """Return a copy of the arguments on a device, with several times as many samples."""
+
+    def several(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(device, copy=True)
+        is_batch = tensor.ndim > 0 and len(tensor) == samples
+        return torch.cat([tensor] * times) if is_batch and times > 1 else tensor
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list) and tensors_in(value) and len(value) == samples:
+            return [
+                tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), v) for v in value * times
+            ]
+        return tree_map_only(Tensor, several, value)
+
+    args, kwargs = arguments
+    return tuple(map(changed, args)), {name: changed(value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a copy in evaluation mode whose tensors are changed ones."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in tree_leaves(list(vars(module).values())):  # parameters, buffers and others
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                changed = change(tensor.detach())
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(changed, tensor.requires_grad) if is_parameter else changed
+    return copy.deepcopy(model, memo).eval()
+
+
+def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, times: int) -> Run:
+    args, kwargs = _example(given, device, samples, times)
+    recorder = _Recorder(model, Run(times * samples))
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor):
+            recorder.value_of(tensor).live = True
+    with recorder:
+        model(*args, **kwargs)
+    return recorder.run
+
+
+_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}  # of a residual
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes the value on each tensor. Calls are seen by hooks, which a copy may be given."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.count = 0
+        self.call: Call | None = None
+        self.handles: list[Any] = []
+        self.paths = {module: path for path, module in model.named_modules()}
+
+    def __enter__(self) -> "_Recorder":
+        for module in self.paths:
+            self.handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.leave, with_kwargs=True, prepend=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self.handles:
+            handle.remove()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = parameters_of(module)
+        named = {**dict(zip(names, args, strict=False)), **kwargs, "": args[len(names) :]}
+        given = {name: [self.value_of(tensor) for tensor in tensors_in(value)] for name, value in named.items()}
+        call = Call(self.paths[module], module, self.call, given)
+        if self.call is not None:
+            self.call.inner.append(call)
+        self.call = call
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert self.call is not None
+        while isinstance(output, tuple) and output:
+            output = output[0]  # as sites read what attention layers return
+        if isinstance(output, Tensor):
+            self.call.returned = self.value_of(output)
+        self.run.calls.append(self.call)
+        self.call = self.call.outer
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        parents = tuple(map(self.value_of, given))
+        output = function(*args, **kwargs)
+        name = getattr(function, "__name__", str(function))
+        if name.startswith("addcmul") and len(given) == 3:
+            name, parents = "add", (parents[0], self.new(output, "mul", parents[1:], parents[1].channel_axis))
+
+        def again(tensor: Tensor) -> Any:
+            swap = partial(_swapped, given[0], tensor)
+            return function(*tree_map(swap, args), **tree_map(swap, kwargs))
+
+        index = args[1] if len(args) > 1 else None
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and not any(tensor is other for other in given):
+                axis = axis_after(name, parents, tuple(tensor.shape), index, again)
+                self.note(tensor, name, parents, axis)
+        for tensor, parent in zip(given, parents, strict=False):
+            if _version(tensor) != tensor._dia_value[2]:  # type: ignore[attr-defined]  # written in place
+                self.note(tensor, name, parents, parent.channel_axis)
+        if name in _ADDITIONS and len(parents) == 2 and self.call is not None:
+            left, right = parents
+            if left.shape == right.shape and len(left.shape) >= 3 and left.live and right.live:
+                self.run.additions.append(Addition(self.call, (left, right), self.value_of(output)))
+        return output
+
+    def value_of(self, tensor: Tensor) -> Value:
+        """Return the value that is noted on a tensor; a new one without parents if there is none."""
+        noted: tuple[_Recorder, Value, int] | None = getattr(tensor, "_dia_value", None)
+        if noted is None or noted[0] is not self:
+            return self.note(tensor, "", (), None)
+        _, value, version = noted
+        if version != _version(tensor):  # written through a view of it
+            return self.note(tensor, "write", (value,), value.channel_axis)
+        return value
+
+    def note(self, tensor: Tensor, name: str, parents: tuple[Value, ...], axis: int | None) -> Value:
+        value = self.new(tensor, name, parents, axis)
+        tensor._dia_value = self, value, _version(tensor)  # type: ignore[attr-defined]
+        return value
+
+    def new(self, tensor: Tensor, name: str, parents: tuple[Value, ...], axis: int | None) -> Value:
+        self.count += 1
+        live = any(parent.live for parent in parents)
+        return Value(self.count, name, parents, live, tuple(tensor.shape), axis, self.call)
+
+
+def _swapped(one: Tensor, other: Tensor, value: Any) -> Any:
+    return other if value is one else value
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
