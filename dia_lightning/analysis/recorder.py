@@ -45,12 +45,15 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
     vary over positions the mean per channel; of maps that are the same for all channels, the positions.
 
     Args:
-        network: a network that :func:`~dia_lightning.attention.attach` was applied to.
+        network: a network that :func:`~dia_lightning.attention.attach` was applied to, or one with attention modules of
+            its own, such as a pretrained EfficientNet.
         replicates: of the bootstrap that gives intervals; 0 for none.
         keep: of how many images, the first, the maps themselves are kept, which :func:`map_importance` needs.
         seed: of the bootstrap.
         content: ``"maps"``, or ``"states"``: what a unit hands to the next layer, as one vector per image; of a
             DIA-LSTM the hidden and the cell state of each cell, one after the other.
+        own: whether to record the network's own modules; by default where no attention is attached.
+        example: what the network takes, for those; as for :func:`~dia_lightning.attention.attach`.
 
     Raises:
         ValueError: if no attention is attached, a number is negative, or a unit whose states are to be recorded has
@@ -75,6 +78,8 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         keep: int = 0,
         seed: int = 0,
         content: Content = "maps",
+        own: bool | None = None,
+        example: Any = None,
     ) -> None:
         if content not in get_args(Content):
             raise ValueError(f"content must be one of {', '.join(get_args(Content))}, got {content!r}.")
@@ -85,7 +90,9 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self.replicates = replicates
         self.keep = keep
         self.content = content
-        self.layers = attention_layers(network)
+        self.own = own
+        self.example = example
+        self.layers = attention_layers(network, own=own, example=example)
         self._random = np.random.default_rng(seed)
         self._bound = _bound(network)
         self._members = _members(self.layers)
@@ -135,7 +142,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self._awaited = set(self._members)
 
     def __enter__(self) -> "MapRecorder":
-        self._watch = watch_maps(self.network, self._see)
+        self._watch = watch_maps(self.network, self._see, own=self.own, example=self.example)
         self._watch.__enter__()
         return self
 

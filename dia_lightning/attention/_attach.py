@@ -1,32 +1,29 @@
 """Put attention into a network, and take it out again."""
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, groupby
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from itertools import count
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
-from dia_lightning.attention._attached_block import AttachedBlock, ChainOwner, take_apart
-from dia_lightning.attention._attached_site import AttachedSite
-from dia_lightning.attention._attached_unit import AttachedUnit
-from dia_lightning.attention._links import Chain, Link, Slot, parameters_of
+from dia_lightning.attention._attached_block import AttachedBlock, take_apart
 from dia_lightning.attention._masks import plugged
-from dia_lightning.attention._named_sites import axes_of_class
-from dia_lightning.attention._places import Place, Sites, all_places, places
+from dia_lightning.attention._own_attention import SharedModule
+from dia_lightning.attention._places import Existing, Place, Sites, own_modules, places
 from dia_lightning.attention._registry import attention_builder
-from dia_lightning.attention._roles import add_role
-from dia_lightning.attention._sites import Branch, Site
+from dia_lightning.attention._sites import Branch
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero
+from dia_lightning.attention._wiring import like, put_back, refuse_unfit, take_out, wire
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def attach(
     model: Model,
-    attention: str | Callable[..., nn.Module],
+    attention: str | Callable[..., nn.Module] | None,
     *,
     example: Any = None,
     share: Literal["stage", "block"] = "stage",
@@ -35,6 +32,8 @@ def attach(
     branch_norm: bool | None = None,
     branches: Sequence[Branch] | None = None,
     sites: Sites | None = None,
+    existing: Existing = "keep",
+    existing_start: Literal["mean", "first"] = "mean",
     **attention_args: Any,
 ) -> Model:
     """Attach attention to the residual blocks of a network, in place.
@@ -48,6 +47,10 @@ def attach(
         attention: a registered name (see :func:`list_attention`), or a callable ``channels -> nn.Module`` whose
             modules map ``(features [B, C, H, W], state)`` to ``(map, state)``; see :class:`AttentionUnit` for tokens,
             sequences and volumes. A callable that takes ``spatial_dims`` is given 3 for volumes and video, else 2.
+            ``None`` only with ``existing="share"``.
+        example: what the network's forward takes: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. A copy of the network is run on it to find the residual branches (see :func:`find_sites`).
+            Networks of this package, torchvision, timm, diffusers and transformers need none.
         share: ``"stage"`` for one unit per stage, shared by its blocks (DIA), or ``"block"`` for one unit per block.
         plug: which blocks get attention, as one truth value per block in order, or a string such as ``"110|0011"``, or
             the name of a mask in :data:`EAN_MASKS`. Blocks that are left out hand the state on unchanged. By default
@@ -57,19 +60,27 @@ def attach(
         branch_norm: whether branches that do not end in a norm (pre-activation networks) get a batch norm before the
             unit, as in the authors' code. A plain control arm lacks these norms: compare with ``branch_norm=False``
             where it matters. By default true unless ``identity`` is set.
-        branches: which branches of transformer blocks: ``["attention"]``, ``["mlp"]`` or both. By default both; in
-            U-Nets of diffusers the residual blocks only, unless ``["conv", "attention"]`` asks for both.
-        sites: for networks that are not known: patterns of module paths such as ``"encoder.*.conv2"``, or a function
-            ``(path, module) -> bool``, that name layers whose output ends a residual branch. The block of each is the
-            module around it that is repeated, else the nearest one that is no plain container.
+        branches: which branches: a list of ``"conv"``, ``"attention"`` and ``"mlp"``. By default all; in U-Nets of
+            diffusers the residual blocks only, unless ``["conv", "attention"]`` asks for both.
+        sites: layers whose output ends a residual branch, instead of those that are found: patterns of module paths
+            such as ``"encoder.*.conv2"``, or a function ``(path, module) -> bool``; or a list of lists of patterns,
+            each of which is a group that shares one unit. The block of a layer is the module around it that is
+            repeated, else the nearest one that is no plain container. With an ``example``, order, width and axes are
+            those in a run; without, what the layers tell.
+        existing: what becomes of attention modules that the network has of its own, such as squeeze-and-excitation:
+            ``"keep"``; ``"replace"`` them by units, in their places instead of at the ends of branches; or ``"share"``
+            one of them among the blocks of a stage whose modules have weights of the same shapes, beside attention at
+            the ends of branches, or alone if ``attention`` is ``None``. :func:`detach` undoes both; blocks that shared
+            a module get copies of it.
+        existing_start: weights of a module that is shared: the ``"mean"`` of those in the stage, or the ``"first"``.
         **attention_args: further arguments of the attention module, for example ``reduction=8``.
 
     Returns:
         The same object, with attention.
 
     Raises:
-        ValueError: if attention is attached already, the network is wrapped, sharded or compiled, no block is known,
-            a name is in use that the attention needs, or an argument does not fit.
+        ValueError: if attention is attached already, the network is wrapped, sharded or compiled, does not run on the
+            example or has no residual branch, a name is in use that the attention needs, or an argument does not fit.
 
     Source:
         arXiv 2210.16101 and 1905.10671; masks of blocks from arXiv 2011.14058. The identity start is this package's
@@ -89,23 +100,35 @@ def attach(
         raise ValueError(
             "identity=True and branch_norm=True contradict each other: an added norm changes what the network computes."
         )
-    build = attention_builder(attention, attention_args)
+    if existing not in get_args(Existing):
+        raise ValueError(f"existing must be one of {', '.join(map(repr, get_args(Existing)))}, got {existing!r}.")
+    if existing_start not in ("mean", "first"):
+        raise ValueError(f"existing_start must be 'mean' or 'first', got {existing_start!r}.")
+    if attention is None and existing != "share":
+        raise ValueError("attention is None: name what to attach, or share the network's own with existing='share'.")
     _refuse_unfit(model)
-    stages = places(model, example=example, branches=branches, sites=sites)
-    every = list(all_places(stages))
-    taken = dict(zip(every, plugged(plug, list(map(len, stages))), strict=True))
-    with_norm = not identity if branch_norm is None else branch_norm
-    chains = _chains(stages, taken, share)
-    if share == "stage":
-        _warn_of_single(chains)
-    units = [_new_unit(build, chain[0], identity) for chain in chains]  # all, before the network is touched
-    for unit, chain in zip(units, chains, strict=True):
-        _refuse_unfit_places(unit, chain, with_norm)
-    stage_of = {place: number for number, stage in enumerate(stages) for place in stage}
+    planned: list[tuple[nn.Module, list[Place], int]] = []  # unit, chain, stage; all, before the network is touched
+    if attention is not None:
+        build = attention_builder(attention, attention_args)
+        stages = places(model, example=example, branches=branches, sites=sites, existing=existing)
+        with_norm = not identity if branch_norm is None else branch_norm
+        for number, stage in enumerate(_plugged(stages, plug, with_norm)):
+            planned += [(_new_unit(build, chain[0], identity), chain, number) for chain in _chains(stage, share)]
+        if share == "stage":
+            _warn_of_single([chain for _, chain, _ in planned])
+        for unit, chain, _ in planned:
+            refuse_unfit(unit, chain)
+    if existing == "share":
+        first = max((number for *_, number in planned), default=-1) + 1
+        for number, chain in enumerate(own_modules(model, example), start=first):
+            modules = [model.get_submodule(site.path) for place in chain for site in place.sites]
+            planned.append((SharedModule(modules, existing_start), chain, number))
+    for unit, chain, _ in planned:
+        if existing == "replace" or isinstance(unit, SharedModule):
+            take_out(model, chain, keep=existing == "replace")
     layers = count()
-    for unit, chain in zip(units, chains, strict=True):
-        links = _attach_chain(unit, chain, taken, with_norm, stage_of[chain[0]], layers)
-        _give_owners(model, [place.path for place in chain], links)
+    for unit, chain, number in planned:
+        wire(model, unit, chain, number, layers)
     return model
 
 
@@ -130,6 +153,7 @@ def detach(model: Model) -> Model:
     """
     if not any(isinstance(module, AttachedBlock) for module in model.modules()):
         raise ValueError("No attention is attached to this network.")
+    put_back(model)
     for module in list(model.modules()):
         take_apart(module)
     return model
@@ -151,16 +175,28 @@ def _refuse_unfit(model: nn.Module) -> None:
             )
 
 
-def _chains(stages: list[list[Place]], taken: dict[Place, bool], share: str) -> list[list[Place]]:
-    """Group blocks that share one unit. A chain begins and ends with a plugged block."""
-    if share == "block":
-        return [[place] for place in all_places(stages) if taken[place]]
-    chains = []
+def _plugged(
+    stages: list[list[Place]], plug: str | Sequence[bool | int] | None, with_norm: bool
+) -> Iterator[list[Place]]:
+    """Yield the stages with what else is known of each block: whether it is left out, and whether it gets a norm."""
+    mask = iter(plugged(plug, [len(stage) for stage in stages]))
     for stage in stages:
-        inside = [index for index, place in enumerate(stage) if taken[place]]
-        if inside:
-            chains.append(stage[inside[0] : inside[-1] + 1])
-    return chains
+        yield [
+            replace(
+                place,
+                is_plugged=next(mask),
+                rule=replace(place.rule, branch_norm=place.rule.branch_norm and with_norm),
+            )
+            for place in stage
+        ]
+
+
+def _chains(stage: list[Place], share: str) -> list[list[Place]]:
+    """Group blocks of a stage that share one unit. A chain begins and ends with a plugged block."""
+    inside = [index for index, place in enumerate(stage) if place.is_plugged]
+    if share == "block":
+        return [[stage[index]] for index in inside]
+    return [stage[inside[0] : inside[-1] + 1]] if inside else []
 
 
 def _warn_of_single(chains: list[list[Place]]) -> None:
@@ -203,103 +239,4 @@ def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> 
             f"{type(unit).__name__}.forward must take (features, state) and return (map, state), where None is a state "
             f"too; it takes {inspect.signature(unit.forward)}."
         ) from None
-    return _like(unit, place.block)
-
-
-def _attach_chain(
-    unit: nn.Module, chain: list[Place], taken: dict[Place, bool], with_norm: bool, stage: int, layers: Iterator[int]
-) -> Chain:
-    """Give the blocks of a chain and their sites their roles, and the first block the unit."""
-    links = Chain()
-    for path, grouped in groupby(chain, key=lambda place: place.path):
-        together = list(grouped)  # several layers that one module runs by itself, or one block
-        block, parameters = together[0].block, parameters_of(together[0].block)
-        slots: list[Slot] = []
-        for place in together:
-            for site in place.sites if taken[place] else ():
-                norms = _norms(unit, place, site, with_norm)
-                if not slots and not links.links:  # has the norm of the unit itself
-                    norms.pop("unit_norm", None)
-                for name, norm in reversed(list(norms.values())):
-                    _register_behind(block, place.inside(site).partition(".")[0], name, norm)
-                slots.append(_slot(place, site, norms, stage, next(layers)))
-                add_role(block.get_submodule(slots[-1].path), AttachedSite)
-        stream = together[0].sites[0].stream
-        number = parameters.index(stream) if stream in parameters else None
-        link = Link(links, path, tuple(slots), parameters, number, _unit_name(block))
-        if link.before is None:
-            block.add_module(link.unit, unit)
-        vars(block)["dia_links"] = (*vars(block).get("dia_links", ()), link)
-        add_role(block, AttachedBlock)
-    add_role(unit, AttachedUnit)
-    return links
-
-
-def _slot(place: Place, site: Site, norms: dict[str, tuple[str, nn.Module]], stage: int, layer: int) -> Slot:
-    path = place.inside(site)
-    return Slot(
-        path,
-        site.before,
-        site.channels,
-        channel_axis=site.channel_axis,
-        batch_axis=site.batch_axis,
-        ndim=axes_of_class(place.block.get_submodule(path)) if site.shape is None else len(site.shape),
-        branch_norm=norms.get("branch_norm", (None,))[0],
-        unit_norm=norms.get("unit_norm", (None,))[0],
-        stage=stage,
-        layer=layer,
-    )
-
-
-def _unit_name(block: nn.Module) -> str:
-    """Return the name that the next unit of a block gets: several chains may begin in it."""
-    taken = [link.unit for link in vars(block).get("dia_links", ()) if link.before is None]
-    return f"dia_{len(taken) + 1}" if taken else "dia"
-
-
-def _norms(unit: nn.Module, place: Place, site: Site, with_norm: bool) -> dict[str, tuple[str, nn.Module]]:
-    """Return the norms that a block gets for a site, with their names, in the order in which they run."""
-    norms: dict[str, nn.Module] = {}
-    if with_norm and place.rule.branch_norm:
-        norms["branch_norm"] = nn.BatchNorm2d(place.channels)
-    if isinstance(unit, AttentionUnit) and unit.norm is not None and not unit.share_norm:
-        norms["unit_norm"] = copy.deepcopy(unit.norm)
-    suffix = "" if place.is_alone else f"_{place.inside(site).replace('.', '_')}"
-    return {kind: (f"{kind}{suffix}", _like(norm, place.block)) for kind, norm in norms.items()}
-
-
-def _refuse_unfit_places(unit: nn.Module, chain: list[Place], with_norm: bool) -> None:
-    for place in chain:
-        names = [name for site in place.sites for name, _ in _norms(unit, place, site, with_norm).values()]
-        for name in ["dia", *names] if place is chain[0] else names:
-            if hasattr(place.block, name):
-                raise ValueError(
-                    f"{type(place.block).__name__} has an attribute {name!r} already, where a module of the attention "
-                    f"would go ({place.path}). Rename it."
-                )
-
-
-def _register_behind(block: nn.Module, child: str, name: str, module: nn.Module) -> None:
-    """Register a module behind a child of a block: as they run, and as version 0.1 numbered parameters."""
-    block.add_module(name, module)
-    names = [] if isinstance(block, nn.Sequential) else list(block._modules)
-    for behind in names[names.index(child) + 1 : -1] if names else ():
-        block._modules[behind] = block._modules.pop(behind)
-
-
-def _give_owners(model: nn.Module, blocks: list[str], chain: Chain) -> None:
-    """Let every module around the blocks of a chain know that its forward may run them."""
-    if "" in blocks:
-        return  # the network itself is the block
-    for name, module in model.named_modules():
-        holds_all = all(not name or path.startswith(f"{name}.") for path in blocks)
-        if holds_all and type(module).forward is not nn.Module.forward:  # lists are never called
-            vars(module)["dia_chains"] = (*vars(module).get("dia_chains", ()), chain)
-            add_role(module, ChainOwner)
-
-
-def _like(module: nn.Module, block: nn.Module) -> nn.Module:
-    """Bring a new module to the device, dtype and mode of a block."""
-    module.train(block.training)
-    parameter = next(block.parameters(), None)
-    return module if parameter is None else module.to(parameter.device, parameter.dtype)
+    return like(unit, place.block)

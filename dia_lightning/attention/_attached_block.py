@@ -86,6 +86,11 @@ class AttachedBlock(Role):
         """Return the units of the chains that begin in the block."""
         return [self.get_submodule(link.unit) for link in self.dia_links if link.before is None]
 
+    def dia_taken_out(self) -> list[str]:
+        """Return the paths of slots from which an attention module of the network was taken."""
+        kept = vars(self).get("dia_kept", {})
+        return [slot.path for slot in self.dia_slots() if slot.is_whole or slot.path in kept]
+
     def dia_rename(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Rename the keys of version 0.1 in a state dict, where the norms of a site stood under the site."""
         for slot in self.dia_slots():

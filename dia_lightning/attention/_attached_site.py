@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dia_lightning.attention._attached_unit import attend
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
+from dia_lightning.attention._own_attention import watched
 from dia_lightning.attention._padding import real_tokens
 from dia_lightning.attention._roles import Role, add_role, remove_role
 from dia_lightning.attention._running import RUNNING, is_recomputed
@@ -22,16 +23,18 @@ class AttachedSite(Role):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, AttachedSite):  # detached since torch.compile has kept this method
             return self(*args, **kwargs)
-        place = _place_of(self)
-        if place is None:
-            return super().__call__(*args, **kwargs)
-        frame, slot = place
-        if not slot.before:
-            return _recalibrated(super().__call__(*args, **kwargs), frame, slot)
-        if not args:
-            name, features = next(iter(kwargs.items()))
-            return super().__call__(**{**kwargs, name: _recalibrated(features, frame, slot)})
-        return super().__call__(_recalibrated(args[0], frame, slot), *args[1:], **kwargs)
+        places = _places_of(self)
+        for frame, slot in places:
+            if slot.before and args:
+                args = _recalibrated(args[0], frame, slot), *args[1:]
+            elif slot.before:
+                name, features = next(iter(kwargs.items()))
+                kwargs = {**kwargs, name: _recalibrated(features, frame, slot)}
+        output = super().__call__(*args, **kwargs)
+        for frame, slot in places:
+            if not slot.before:
+                output = _recalibrated(output, frame, slot)
+        return output
 
 
 def site_in(block: nn.Module, slot: Slot) -> nn.Module:
@@ -62,18 +65,21 @@ def site_in(block: nn.Module, slot: Slot) -> nn.Module:
     return site
 
 
-def _place_of(site: nn.Module) -> tuple[Frame, Slot] | None:
-    """Return the running call of a block that has the site in a slot, and the slot; ``None`` if nothing runs.
+def _places_of(site: nn.Module) -> list[tuple[Frame, Slot]]:
+    """Return the frames of the running call of a block that has the site in a slot, and the slots; none if none runs.
 
     Raises:
         RuntimeError: if a network with attention runs the site outside of its block.
     """
     frame: Frame | None = RUNNING.frame
-    while frame is not None:
+    found: list[tuple[Frame, Slot]] = []
+    while frame is not None and not (found and frame.block is not found[0][0].block):
         for slot, module in zip(frame.link.slots, frame.sites, strict=True):
-            if module is site:
-                return frame, slot
+            if module is site and not any(slot is other for _, other in found):
+                found.append((frame, slot))
         frame = frame.outer
+    if found:
+        return found
     name = type(site).__name__
     if is_recomputed():
         raise RuntimeError(
@@ -85,7 +91,7 @@ def _place_of(site: nn.Module) -> tuple[Frame, Slot] | None:
             f"A {name} with attention was called outside of its block, or moved to another place in it, so there is no "
             "attention state for it. Call the block, or detach() the network before you change it."
         )
-    return None  # somebody looks at the layer alone
+    return []  # somebody looks at the layer alone
 
 
 def _recalibrated(features: Any, frame: Frame, slot: Slot) -> Any:
@@ -94,6 +100,8 @@ def _recalibrated(features: Any, frame: Frame, slot: Slot) -> Any:
         entries = (_recalibrated(features[0], frame, slot), *features[1:])
         return type(features)(*entries) if hasattr(features, "_fields") else entries
     frame.note_run(slot)
+    if slot.is_whole:
+        return watched(frame.unit, features, watcher=slot.watcher)
     channel, batch = slot.channel_axis, slot.batch_axis
     is_dense = isinstance(features, Tensor) and not features.is_nested
     fits = is_dense and features.ndim > 2 and features.ndim == (slot.ndim or features.ndim)

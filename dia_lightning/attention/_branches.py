@@ -7,15 +7,15 @@ from torch import nn
 from dia_lightning.attention._trace import Addition, Call, Value
 
 #: Operations with weights, by the start of their names.
-_WEIGHTED = (
+WEIGHTED = (
     *("conv", "linear", "bilinear", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
     *("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "einsum"),
     *("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"),
 )
-_PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
+PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
 _ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
 #: Operations that only move entries.
-_LAYOUT = {
+LAYOUT = {
     *(
         "view",
         "reshape",
@@ -148,7 +148,7 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
     """
     stop, origin = _origin(addition)
     shortcut, end = _sides(addition.operands, origin, stop)
-    between = _between(end, origin, stop)
+    between = made_on_the_way(end, origin, stop)
     if all(_is_linear(value) for value in between if value is not origin):
         raise NoBranchError("its branch is linear, as arms that are merged for inference and position encodings are")
     if _merges_resolutions(between, origin, addition):
@@ -182,7 +182,7 @@ def _origin(addition: Addition) -> tuple[set[Value], Value]:
     call: Call | None = addition.call
     while call is not None:
         stop = call.inputs()
-        left, right = (_ancestors(operand, stop) for operand in addition.operands)
+        left, right = (ancestors(operand, stop) for operand in addition.operands)
         common = [value for value in left & right if value.live and len(value.shape) >= 3]
         if common:
             return stop, max(common, key=lambda value: value.number)
@@ -190,7 +190,7 @@ def _origin(addition: Addition) -> tuple[set[Value], Value]:
     raise NoBranchError("what is added has no origin in common, as in merges of features and position embeddings")
 
 
-def _ancestors(value: Value, stop: set[Value]) -> set[Value]:
+def ancestors(value: Value, stop: set[Value]) -> set[Value]:
     """Return a value and all that it was made of, up to some at which to stop."""
     seen, waiting = {value}, [value]
     while waiting:
@@ -202,10 +202,10 @@ def _ancestors(value: Value, stop: set[Value]) -> set[Value]:
     return seen
 
 
-def _between(value: Value, origin: Value, stop: set[Value]) -> set[Value]:
+def made_on_the_way(value: Value, origin: Value, stop: set[Value]) -> set[Value]:
     """Return what was made of an origin on the way to a value, with both."""
     made = {origin}
-    for current in sorted(_ancestors(value, stop), key=lambda current: current.number):
+    for current in sorted(ancestors(value, stop), key=lambda current: current.number):
         if current not in stop and any(parent in made for parent in current.parents):
             made.add(current)
     return made
@@ -230,19 +230,19 @@ def _sides(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> tu
 def _light_path(value: Value, origin: Value, stop: set[Value], *, slices: bool) -> int | None:
     """Return the least number of layers with weights on a linear way from an origin; ``None`` if there is none."""
     made: dict[Value, int] = {origin: 0}
-    for current in sorted(_ancestors(value, stop), key=lambda current: current.number):
+    for current in sorted(ancestors(value, stop), key=lambda current: current.number):
         ways = [made[parent] for parent in current.parents if parent in made]
         if current is not origin and current not in stop and ways and _is_light(current, slices):
-            made[current] = min(ways) + current.made_by.startswith(_WEIGHTED)
+            made[current] = min(ways) + current.made_by.startswith(WEIGHTED)
     return made.get(value)
 
 
 def _longest(value: Value, origin: Value, stop: set[Value]) -> int:
     made: dict[Value, int] = {origin: 0}
-    for current in sorted(_ancestors(value, stop), key=lambda current: current.number):
+    for current in sorted(ancestors(value, stop), key=lambda current: current.number):
         ways = [made[parent] for parent in current.parents if parent in made]
         if current is not origin and current not in stop and ways:
-            made[current] = max(ways) + current.made_by.startswith(_WEIGHTED)
+            made[current] = max(ways) + current.made_by.startswith(WEIGHTED)
     return made[value]
 
 
@@ -264,11 +264,11 @@ def _keeps_channels(value: Value) -> bool:
 def _is_linear(value: Value) -> bool:
     """Tell whether an operation is linear in what goes into the network."""
     name = value.made_by
-    if name in _SCALE or name in _PRODUCTS:
+    if name in _SCALE or name in PRODUCTS:
         return sum(parent.live for parent in value.parents) < 2
-    if name.startswith(_WEIGHTED):
+    if name.startswith(WEIGHTED):
         return name not in _ATTENTION and not name.startswith(_DATA_NORMS)
-    return name in _LAYOUT or name in _DROPOUT or name in _SUMS or name in _NARROWING or name in _LINEAR
+    return name in LAYOUT or name in _DROPOUT or name in _SUMS or name in _NARROWING or name in _LINEAR
 
 
 def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) -> bool:
@@ -291,7 +291,7 @@ def _kind(between: set[Value]) -> str:
     for value in between:
         if value.made_by in _ATTENTION:
             return "attention"
-        if value.made_by in _PRODUCTS and sum(parent.live for parent in value.parents) > 1:
+        if value.made_by in PRODUCTS and sum(parent.live for parent in value.parents) > 1:
             return "attention"
     convolutions = [value for value in between if value.made_by.startswith("conv") and len(value.parents) > 1]
     return "conv" if any(set(value.parents[1].shape[2:]) - {1} for value in convolutions) else "mlp"
@@ -299,7 +299,7 @@ def _kind(between: set[Value]) -> str:
 
 def _stream(call: Call, shortcut: Value) -> str | None:
     given = call.inputs()
-    origins = {value for value in _ancestors(shortcut, given) if value in given and value.live}
+    origins = {value for value in ancestors(shortcut, given) if value in given and value.live}
     names = [name for name, values in call.given.items() if not origins.isdisjoint(values)]
     return names[0] if len(names) == 1 and names[0] else None
 
@@ -367,5 +367,5 @@ class _Walk:
         name = value.made_by
         if value not in self.between or len(parents) != 1:
             return None
-        kinds = _LAYOUT | _DROPOUT | _SCALE | (_ACTIVATIONS if over_activations else set())
+        kinds = LAYOUT | _DROPOUT | _SCALE | (_ACTIVATIONS if over_activations else set())
         return parents[0] if name in kinds else None

@@ -9,8 +9,6 @@ from torch.utils._pytree import tree_map_only
 
 from dia_lightning.attention._links import parameters_of
 
-#: How deep inside a user's module networks of libraries are looked for.
-_DEPTH = 4
 #: Sides of images that are tried where nothing tells.
 _SIDES = (224, 32, 64, 256)
 #: What an attribute of a configuration of diffusers tells of a width that the network is given.
@@ -18,41 +16,54 @@ _TEXT_WIDTHS = ("joint_attention_dim", "cross_attention_dim", "caption_channels"
 
 
 def known_examples(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
-    """Yield the path of a module, the module and examples to try: of the network itself, then of parts of it."""
+    """Yield the path, the module and examples to try of each network of a library, be it the model or a part of it."""
+    inside: list[str] = []
     for path, module in model.named_modules():
-        if path.count(".") < _DEPTH:
-            dtype = next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), torch.float32)
-            examples = [_as(dtype, example) for example in _examples(module)]
-            if examples:
-                yield path, module, examples
+        if any(not outer or path.startswith(f"{outer}.") for outer in inside):
+            continue
+        dtype = next((tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()), torch.float32)
+        examples = [_as(dtype, example) for example in _examples(module)]
+        if examples:
+            inside.append(path)
+            yield path, module, examples
 
 
 def _as(dtype: torch.dtype, example: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, example)
 
 
-def _examples(module: nn.Module) -> Iterator[Any]:
+def _examples(module: Any) -> Iterator[Any]:
     given = getattr(module, "example_input_array", None)  # of Lightning
     if given is not None:
         yield given
-    libraries = {base.__module__.partition(".")[0] for base in type(module).__mro__}
-    if "diffusers" in libraries and hasattr(module, "config"):
+    bases = [base.__module__ for base in type(module).__mro__]
+    if any(base.startswith("diffusers.") for base in bases) and hasattr(module, "config"):
         yield _for_diffusers(module)
-    elif "transformers" in libraries and hasattr(module, "config"):
+    elif hasattr(module, "main_input_name") and hasattr(module, "config"):  # of transformers
         yield _for_transformers(module)
-    elif libraries & {"dia_lightning", "timm", "torchvision"}:
+    elif (
+        any(base.startswith("dia_lightning.models.") for base in bases)
+        or (any(base.startswith("timm.") for base in bases) and hasattr(module, "pretrained_cfg"))
+        or (any(base.startswith("torchvision.models.") for base in bases) and _is_whole(module))
+    ):
         yield from _images(module)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Tell whether a module of torchvision is a network that takes images, and neither a block nor a detector."""
+    heads = ("fc", "classifier", "head", "heads")
+    return type(module).__name__ == "IntermediateLayerGetter" or any(hasattr(module, head) for head in heads)
 
 
 def _images(module: Any) -> Iterator[Tensor]:
     """Yield images, or videos for 3-D convolutions, of the sizes that a network may be made for."""
     first = next((layer for layer in module.modules() if hasattr(layer, "in_channels")), None)
-    channels = getattr(first, "in_channels", 3)
     frames = [16] if isinstance(first, nn.Conv3d) else []
     config = getattr(module, "pretrained_cfg", None) or {}  # of timm
     told = [getattr(getattr(module, "patch_embed", None), "img_size", None), getattr(module, "image_size", None)]
-    for size in (*told, config.get("input_size"), *_SIDES):
-        if size:
+    sizes: list[Any] = [*told, config.get("input_size"), *_SIDES]
+    for size in sizes:
+        for channels in {getattr(first, "in_channels", 3): 0, 3: 0} if size else ():
             height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
             yield torch.empty(2, channels, *frames, height, width, device="meta")
 

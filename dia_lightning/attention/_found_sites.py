@@ -20,10 +20,16 @@ def run_sites(model: nn.Module, example: Any, **options: Any) -> tuple[list[Site
         example: what its forward takes.
         **options: of :func:`trace`.
     """
-    return _sites_of(*trace(model, example, **options))
+    return branch_sites(*trace(model, example, **options))
 
 
-def _sites_of(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
+def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
+    """Return the ends of the residual branches, and the additions that end none.
+
+    Args:
+        once: a forward of the network.
+        twice: one with twice as many samples.
+    """
     found: dict[tuple[str, str], Site] = {}
     left_out: dict[LeftOut, None] = {}
     pairs = zip(branches_in(once.additions), branches_in(twice.additions), strict=True)
@@ -54,7 +60,7 @@ def _sites_of_branch(branch: Branch, same: Branch, samples: int) -> Iterator[Sit
                 reasons.append(f"{ending.path!r} {axes}")
                 continue
             options = {"branch": branch.kind, "before": ending.before, "stream": branch.stream}
-            yield _site(ending.path, branch.call.path, ending.value, axes, **options)
+            yield site_at(ending.path, branch.call.path, ending.value, axes, **options)
             break
         else:
             raise NoBranchError(reasons[0])
@@ -101,14 +107,15 @@ def measured(model: nn.Module, example: Any, blocks: dict[str, str]) -> dict[str
         axes = axes_of(value, more, once.samples)
         if isinstance(axes, str):
             raise ValueError(f"sites: {path!r} {axes}. Name another layer.")
-        sites[path] = _site(path, blocks[path], value, axes, stream=stream_of(model.get_submodule(blocks[path])))
+        sites[path] = site_at(path, blocks[path], value, axes, stream=stream_of(model.get_submodule(blocks[path])))
     unused = [path for path in blocks if path not in sites]
     if unused:
         raise ValueError(f"sites: {unused[0]!r} does not run when the network is called with the example.")
     return sites
 
 
-def _site(path: str, block: str, value: Value, axes: tuple[int, int], **options: Any) -> Site:
+def site_at(path: str, block: str, value: Value, axes: tuple[int, int], **options: Any) -> Site:
+    """Return the site at a layer with its axes."""
     channel, batch = axes
     from_end = channel - len(value.shape)
     axis = -1 if from_end == -1 and channel != 1 else channel

@@ -23,6 +23,7 @@ class Slot:
         unit_norm: name of the block's norm that takes the place of the unit's own.
         stage: number of the stage that the site belongs to, from 0 on, whatever units are shared.
         layer: number of the slot in the network, in the order in which those of a stage run.
+        is_whole: whether the unit is a module of the network, which puts out features and no map.
         watcher: is given the map and the state after it, in every call; it must not change them.
     """
 
@@ -36,6 +37,7 @@ class Slot:
     unit_norm: str | None
     stage: int
     layer: int
+    is_whole: bool = False
     watcher: Callable[[Tensor, Any], None] | None = None
 
 

@@ -1,14 +1,15 @@
 """Which layers of a network attention is attached to."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, get_args
+from itertools import repeat
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
 from dia_lightning.attention._examples import known_examples
-from dia_lightning.attention._found_sites import measured, run_sites
+from dia_lightning.attention._found_sites import branch_sites, measured
 from dia_lightning.attention._named_sites import (
     block_around,
     container,
@@ -16,6 +17,7 @@ from dia_lightning.attention._named_sites import (
     site_from_layer,
     sites_by_rules,
 )
+from dia_lightning.attention._own_attention import own_attention
 from dia_lightning.attention._site_table import BlockRule, is_optional, rule_of
 from dia_lightning.attention._sites import (
     Branch,
@@ -27,10 +29,13 @@ from dia_lightning.attention._sites import (
     possible_sites,
     width_and_positions,
 )
+from dia_lightning.attention._trace import Run, trace
 
 Patterns: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
 #: A pattern of module paths, several, a function of path and module, or a list of these per group that shares a unit.
 Sites: TypeAlias = Patterns | Sequence[Patterns]
+
+Existing: TypeAlias = Literal["keep", "replace", "share"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Place:
     sites: tuple[Site, ...]
     rule: BlockRule
     is_alone: bool  # whether the block has no other sites than one
+    is_plugged: bool = True  # or it only hands the state on
 
     @property
     def path(self) -> str:
@@ -98,7 +104,8 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
         ([2, 2, 2, 2], 'layer1.0.bn2', 64)
     """
     _check_branches(branches)
-    networks, left_out = _run(model, example)
+    networks, left_out = _run(model, example, branch_sites)
+    networks = [_by_rules(model, sites) for sites in networks]
     every = [site for sites in networks for site in sites]
     chosen = {site for site in every if _is_chosen(model, site, branches)}
     if branches is None:
@@ -114,20 +121,41 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
     )
 
 
+def needs_example(model: nn.Module) -> bool:
+    """Tell whether neither the blocks of a network are known nor what it takes."""
+    return not sites_by_rules(model) and not any(True for _ in known_examples(model))
+
+
 def places(
-    model: nn.Module, *, example: Any, branches: Sequence[Branch] | None, sites: Sites | None
+    model: nn.Module,
+    *,
+    example: Any,
+    branches: Sequence[Branch] | None,
+    sites: Sites | None,
+    existing: Existing,
 ) -> list[list[Place]]:
     """Return the places that attention is attached to, stage by stage.
 
     Raises:
         ValueError: if there are none, or an argument does not fit.
     """
+    if existing == "replace":
+        if branches is not None or sites is not None:
+            raise ValueError(
+                "existing='replace' puts units where the network has its own: leave branches and sites out."
+            )
+        return _places(model, own_stages(model, example), with_rules=False)
     if sites is not None:
         if branches is not None:
             raise ValueError("branches and sites exclude each other: sites name the ends of branches themselves.")
         return _places(model, _named(model, sites, example), with_rules=False)
     _check_branches(branches)
-    found = Stages(sites_by_rules(model)) if example is None and (branches is None or "conv" in branches) else Stages()
+    found = Stages(sites_by_rules(model)) if example is None else Stages()
+    if found and branches is not None and "conv" not in branches:
+        raise ValueError(
+            f"The known residual blocks of {type(model).__name__} have branches of the kind 'conv' only; `branches` "
+            f"asks for {list(branches)}. To find others, give an `example`."
+        )
     if not found:
         found = find_sites(model, example, branches=branches)
     if not found:
@@ -146,28 +174,43 @@ def _is_chosen(model: nn.Module, site: Site, branches: Sequence[Branch] | None) 
     return not is_optional(model.get_submodule(site.block)) if branches is None else site.branch in branches
 
 
-def _run(model: nn.Module, example: Any) -> tuple[list[list[Site]], list[LeftOut]]:
-    """Return the sites of a network, or of each network of a library in it, and what is left out."""
+def own_stages(model: nn.Module, example: Any, size: Callable[[Site], Any] = width_and_positions) -> Stages:
+    """Return the attention modules that a network has of its own, stage by stage.
+
+    Args:
+        model: the network.
+        example: what its forward takes; as for :func:`find_sites`.
+        size: what the modules of a stage have in common.
+
+    Raises:
+        ValueError: if there are none, or the network cannot be run.
+    """
+    networks, left_out = _run(model, example, own_attention)
+    stages = Stages([stage for sites in networks for stage in in_stages(sites, size)], left_out)
+    if not stages:
+        others = "".join(f" {other.block}: {other.reason}." for other in left_out[:3])
+        raise ValueError(f"{type(model).__name__} has no attention modules of its own.{others}")
+    return stages
+
+
+def _run(
+    model: nn.Module, example: Any, read: Callable[[Run, Run], tuple[list[Site], list[LeftOut]]]
+) -> tuple[list[list[Site]], list[LeftOut]]:
+    """Return what is read from runs of a network, or of each network of a library in it, and what is left out."""
     if example is not None:
-        sites, left_out = run_sites(model, example)
-        return [_by_rules(model, sites)], left_out
-    found: dict[str, list[Site]] = {}
+        sites, left_out = read(*trace(model, example))
+        return [sites], left_out
+    found: list[list[Site]] = []
     left_out, refused = [], ""
     for path, module, examples in known_examples(model):
-        if any(not done or path.startswith(f"{done}.") for done in found):
-            continue
-        for candidate in examples:
+        # meta tensors first; not every network runs on them
+        for candidate, only_on_meta in [*zip(examples, repeat(True)), *zip(examples, repeat(False))]:
             try:
-                sites, others = run_sites(module, candidate, only_on_meta=True)
+                sites, others = read(*trace(module, candidate, only_on_meta=only_on_meta))
             except ValueError as error:
                 refused = refused or f" {error}"
                 continue
-            if path and not sites:
-                continue  # a part that happens to take images
-            found[path] = [
-                replace(site, path=_join(path, site.path), block=_join(path, site.block))
-                for site in _by_rules(module, sites)
-            ]
+            found.append([replace(site, path=_join(path, site.path), block=_join(path, site.block)) for site in sites])
             left_out += [replace(other, block=_join(path, other.block)) for other in others]
             break
     if not found:
@@ -177,13 +220,7 @@ def _run(model: nn.Module, example: Any) -> tuple[list[list[Site]], list[LeftOut
             "forward, as in example=torch.zeros(1, 3, 224, 224). Or name the layers that end its branches, as in "
             f"sites=['blocks.*.conv2']. Modules that could be sites: {possible_sites(model)}.{refused}"
         )
-    return list(found.values()), left_out
-
-
-def all_places(stages: Sequence[Sequence[Place]]) -> Iterator[Place]:
-    """Yield the places of all stages in order."""
-    for stage in stages:
-        yield from stage
+    return found, left_out
 
 
 def _places(model: nn.Module, stages: Sequence[list[Site]], *, with_rules: bool) -> list[list[Place]]:
@@ -274,3 +311,22 @@ def _nothing(model: nn.Module, found: Stages, branches: Sequence[Branch] | None)
         f"{type(model).__name__} has no {which} that attention can be attached to. {reasons}. Other layers can be "
         f"named, as in sites=['blocks.*.conv2']. Modules that could be sites: {possible_sites(model)}."
     )
+
+
+def own_modules(model: nn.Module, example: Any) -> list[list[Place]]:
+    """Return the places of attention modules that a network has of its own and that can be one, stage by stage.
+
+    Those of a stage are of one class, with weights of the same shapes.
+    """
+
+    def kind(site: Site) -> Any:
+        module = model.get_submodule(site.path)
+        return (*width_and_positions(site), type(module), *(weight.shape for weight in module.state_dict().values()))
+
+    stages = [stage for stage in own_stages(model, example, kind) if len(stage) > 1]
+    if not stages:
+        raise ValueError(
+            f"existing='share': no two attention modules of {type(model).__name__} that follow one another have "
+            "weights of the same shapes."
+        )
+    return _places(model, stages, with_rules=False)

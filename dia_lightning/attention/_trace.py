@@ -127,15 +127,15 @@ def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tupl
     with _random_state(), torch.no_grad():
         try:
             with torch.device("meta"):
-                subject = _copy(model, lambda tensor: tensor.to("meta"))
+                subject = _copy(model, partial(_on, "meta"))
                 first, second = (_record(subject, given, "meta", samples, times) for times in (1, 2))
                 return first, second
         except Exception as error:  # it looks at numbers, or makes tensors elsewhere
             if only_on_meta:
                 raise ValueError(_does_not_run(model, error)) from error
-        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
         try:
-            subject = _copy(model, Tensor.clone)
+            subject = _copy(model, partial(_on, device))
             first = _record(subject, given, device, samples, 1)
         except Exception as error:
             raise ValueError(_does_not_run(model, error)) from error
@@ -176,19 +176,24 @@ def _example(arguments: _Arguments, device: Any, samples: int, times: int) -> _A
     """Return a copy of the arguments on a device, with several times as many samples."""
 
     def several(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().to(device, copy=True)
+        tensor = _on(device, tensor)
         is_batch = tensor.ndim > 0 and len(tensor) == samples
         return torch.cat([tensor] * times) if is_batch and times > 1 else tensor
 
     def changed(value: Any) -> Any:
         if isinstance(value, list) and tensors_in(value) and len(value) == samples:
-            return [
-                tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), v) for v in value * times
-            ]
+            return [tree_map_only(Tensor, partial(_on, device), each) for each in value * times]
         return tree_map_only(Tensor, several, value)
 
     args, kwargs = arguments
     return tuple(map(changed, args)), {name: changed(value) for name, value in kwargs.items()}
+
+
+def _on(device: Any, tensor: Tensor) -> Tensor:
+    """Return a copy on a device; of a meta tensor, zeros."""
+    if tensor.is_meta and str(device) != "meta":
+        return torch.zeros_like(tensor, device=device)
+    return tensor.detach().to(device, copy=True)
 
 
 @contextmanager
@@ -207,10 +212,16 @@ def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     for module in model.modules():
         for tensor in tree_leaves(list(vars(module).values())):  # parameters, buffers and others
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                changed = change(tensor.detach())
+                changed = change(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(changed, tensor.requires_grad) if is_parameter else changed
-    return copy.deepcopy(model, memo).eval()
+    copied = copy.deepcopy(model, memo).eval()
+    for module in copied.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if not getattr(hook, "__module__", "").startswith("torch."):  # which compute weights
+                    del hooks[key]  # would see the copy's tensors
+    return copied
 
 
 def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, times: int) -> Run:

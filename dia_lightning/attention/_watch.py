@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from dia_lightning.attention._attached_block import AttachedBlock
 from dia_lightning.attention._links import Slot
+from dia_lightning.attention._own_attention import WatchedModule
+from dia_lightning.attention._places import own_stages
+from dia_lightning.attention._roles import add_role, remove_role
 
 #: Called with the number of the layer, its map and the state after it.
 Watcher = Callable[[int, Tensor, Any], None]
@@ -27,14 +30,18 @@ class AttentionLayer(NamedTuple):
     block: str
 
 
-def attention_layers(network: nn.Module) -> list[AttentionLayer]:
-    """Return the sites with attention, stage by stage and in each stage in the order in which they run.
+def attention_layers(network: nn.Module, *, own: bool | None = None, example: Any = None) -> list[AttentionLayer]:
+    """Return the layers with attention, stage by stage and in each stage in the order in which they run.
 
     Args:
-        network: a network that :func:`attach` was applied to, or any module that contains one.
+        network: a network that :func:`attach` was applied to, or any module that contains one; or one with attention
+            modules of its own, such as the squeeze-and-excitation of an EfficientNet.
+        own: whether to take the modules that the network has of its own. By default they are taken if no attention is
+            attached.
+        example: what the network takes, for those; as for :func:`find_sites`.
 
     Raises:
-        ValueError: if no attention is attached.
+        ValueError: if there are none.
 
     Example:
         >>> from dia_lightning.attention import attach
@@ -42,26 +49,32 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
         >>> network = attach(get_model("cifar_resnet", depth=20, block="basic"), "se", share="block")
         >>> [layer for layer in attention_layers(network) if layer.stage == 2][0]
         AttentionLayer(path='layer3.0.bn2', stage=2, block='layer3.0')
+        >>> attention_layers(get_model("torchvision/mobilenet_v3_small"))[0]
+        AttentionLayer(path='features.1.block.1', stage=0, block='features.1')
     """
-    return [layer for layer, _ in _layers(network)]
+    return [layer for layer, _ in _watched(network, own, example)]
 
 
 @contextmanager
-def watch_maps(network: nn.Module, watcher: Watcher) -> Iterator[list[AttentionLayer]]:
+def watch_maps(
+    network: nn.Module, watcher: Watcher, *, own: bool | None = None, example: Any = None
+) -> Iterator[list[AttentionLayer]]:
     """Let a function see every attention map of a network, in every forward within the context.
 
     Outputs and gradients stay as they are. A network is watched by one function at a time.
 
     Args:
-        network: a network that :func:`attach` was applied to.
+        network: a network with attention, attached or its own.
         watcher: called with the number of the layer in :func:`attention_layers`, the map, which broadcasts against
             the features ``[B, C, H, W]``, and the state after it. Neither may be changed.
+        own: as for :func:`attention_layers`.
+        example: as for :func:`attention_layers`.
 
     Yields:
         The layers.
 
     Raises:
-        ValueError: if no attention is attached, or the network is watched already.
+        ValueError: if there is no attention, or the network is watched already.
 
     Example:
         >>> import torch
@@ -74,28 +87,49 @@ def watch_maps(network: nn.Module, watcher: Watcher) -> Iterator[list[AttentionL
         >>> len(seen), seen[0]
         (9, torch.Size([2, 16, 1, 1]))
     """
-    layers = _layers(network)
-    if any(slot.watcher is not None for _, slot in layers):
+    layers = _watched(network, own, example)
+    if any(isinstance(place, WatchedModule) or getattr(place, "watcher", None) for _, place in layers):
         raise ValueError("The maps of this network are watched already. Leave the inner context out.")
     try:
-        for number, (_, slot) in enumerate(layers):
-            slot.watcher = _numbered(watcher, number)
+        for number, (_, place) in enumerate(layers):
+            numbered = _numbered(watcher, number)
+            if isinstance(place, Slot):
+                place.watcher = numbered
+            else:
+                vars(place)["dia_watcher"] = numbered
+                add_role(place, WatchedModule)
         yield [layer for layer, _ in layers]
     finally:
-        for _, slot in layers:
-            slot.watcher = None
+        for _, place in layers:
+            if isinstance(place, Slot):
+                place.watcher = None
+            elif isinstance(place, WatchedModule):
+                remove_role(place, WatchedModule)
+                vars(place).pop("dia_watcher")
 
 
-def _layers(network: nn.Module) -> list[tuple[AttentionLayer, Slot]]:
+def _watched(network: nn.Module, own: bool | None, example: Any) -> list[tuple[AttentionLayer, Slot | nn.Module]]:
+    """Return the layers, each with what knows its watcher: a slot, or a module of the network."""
     blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, AttachedBlock)]
+    if own or (own is None and not blocks):
+        try:
+            stages = own_stages(network, example)
+        except ValueError as error:
+            raise ValueError(
+                f"No attention is attached to this network (call attach(network, ...) first), and of its own: {error}"
+            ) from error
+        return [
+            (AttentionLayer(site.path, number, site.block), network.get_submodule(site.path))
+            for number, stage in enumerate(stages)
+            for site in stage
+        ]
     if not blocks:
         raise ValueError("No attention is attached to this network. Call attach(network, ...) first.")
-    layers = [
+    slots = [(path, slot) for path, block in blocks for slot in block.dia_slots()]
+    return [
         (AttentionLayer(f"{path}.{slot.path}" if path else slot.path, slot.stage, path), slot)
-        for path, block in blocks
-        for slot in block.dia_slots()
+        for path, slot in sorted(slots, key=lambda item: item[1].layer)
     ]
-    return sorted(layers, key=lambda item: item[1].layer)
 
 
 def _numbered(watcher: Watcher, number: int) -> Callable[[Tensor, Any], None]:

@@ -103,6 +103,17 @@ def advice(analysis: "Analysis") -> str:
         return (
             f"No two consecutive layers of a stage have maps that correlate by {found.threshold:g} or more per image."
         )
+    if analysis.subject.get("attention") == "None":
+        groups = "; ".join(
+            f"stage {stage}: layers {', '.join(map(str, group))}"
+            for stage, groups in enumerate(found.groups)
+            for group in groups
+            if len(group) > 1
+        )
+        return (
+            f"Of the network's own attention, consecutive layers whose maps correlate by {found.threshold:g} or more "
+            f"per image could share a module ({groups}): --model.existing share. Train both to see."
+        )
     return (
         f"Consecutive layers whose maps correlate by {found.threshold:g} or more per image could share a unit; for the "
         f'largest group of each stage: --model.share stage --model.plug "{found.plug}". Train both to see.'

@@ -12,7 +12,7 @@ import torch
 NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})
 # What decides which weights a network has: what it is made of, and where attention goes.
 BACKBONE = ("backbone", "backbone_args", "detector")
-ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites", "identity", "branch_norm")
+ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites", "existing", "identity", "branch_norm")
 
 
 def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:

@@ -129,7 +129,8 @@ def _check_attention(task: "DIATask", source: Path) -> None:
         attention_layers(task)
     except ValueError:
         raise ValueError(
-            f"The network of {source} has no attention, so there is nothing to analyze. Take a run with attention."
+            f"The network of {source} has no attention, so there is nothing to analyze. Take a run with attention, or "
+            "a network with attention modules of its own."
         ) from None
 
 
@@ -161,7 +162,8 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     stages = recorder.stages
     correlations = {protocol: analysis.map_correlation(stages, protocol) for protocol in get_args(analysis.Protocol)}
     without = _gradients_without_shortcuts(network, loss)
-    advised = task.hparams.get("share") == "block" and task.hparams.get("plug") is None
+    is_own = task.hparams.get("attention") is None  # what the network has of its own
+    advised = is_own or (task.hparams.get("share") == "block" and task.hparams.get("plug") is None)
     found = analysis.recommend(network, correlations["per-image"], threshold=options.threshold) if advised else None
     images = {"images": recorder.images, "gradient_images": len(first[0])}
     return Analysis(

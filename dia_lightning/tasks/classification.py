@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
-from dia_lightning.tasks._network import Attention, Backbone, attach_if_any
+from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
 
@@ -30,13 +30,16 @@ class ClassificationTask(DIATask):
         backbone: name of a network (see ``dia-lightning models``), or a network that returns logits ``[B,
             num_classes]``.
         num_classes: number of classes K.
+        image_shape: (C, H, W) of the images, which tells where a backbone of your own takes attention. Data modules of
+            this package provide it.
         backbone_args: further arguments of a named backbone, for example ``{"depth": 29}``.
         attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks get attention; this and the next four as :func:`~dia_lightning.attention.attach` takes them.
+        plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
         branches: which branches of transformer blocks get attention.
         sites: where branches end in a network that is not known.
+        existing: what becomes of attention modules that the backbone has of its own.
         identity: start with maps of exactly 1, for pretrained networks.
         branch_norm: whether pre-activation branches get a norm before the attention module.
         label_smoothing: in [0, 1).
@@ -61,13 +64,15 @@ class ClassificationTask(DIATask):
         backbone: Backbone,
         num_classes: int | None = None,
         *,
+        image_shape: list[int] | None = None,
         backbone_args: dict[str, Any] | None = None,
         attention: Attention | None = None,
         attention_args: dict[str, Any] | None = None,
         share: Literal["stage", "block"] = "stage",
         plug: str | list[int] | None = None,
         branches: list[Literal["conv", "attention", "mlp"]] | None = None,
-        sites: str | list[str] | None = None,
+        sites: str | list[str] | list[list[str]] | None = None,
+        existing: Literal["keep", "replace", "share"] = "keep",
         identity: bool = False,
         branch_norm: bool | None = None,
         label_smoothing: float = 0.0,
@@ -93,7 +98,7 @@ class ClassificationTask(DIATask):
         check_is_no_mark("backbone", backbone)
         args = {"num_classes": num_classes, **(backbone_args or {})}
         self.backbone = get_model(backbone, **args) if isinstance(backbone, str) else backbone
-        attach_if_any(self.backbone, arguments)
+        attach_if_any(self.backbone, arguments, images_like(self.backbone, image_shape))
         if init_from is not None:
             rank_zero_info(load_weights(self.backbone, init_from))
         if compile:

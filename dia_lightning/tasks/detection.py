@@ -15,7 +15,7 @@ from torchvision.models.detection import MaskRCNN
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models.detectors import Detector, get_detector
 from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision
-from dia_lightning.tasks._network import Attention, Backbone, attach_if_any
+from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._targets import Target, check_targets
 from dia_lightning.tasks._weights import load_detector_weights
 from dia_lightning.tasks.base import DIATask
@@ -60,10 +60,11 @@ class DetectionTask(DIATask):
         attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks of the backbone get attention; this and the next four as
+        plug: which blocks of the backbone get attention; this and the next five as
             :func:`~dia_lightning.attention.attach` takes them.
         branches: which branches of transformer blocks get attention.
         sites: where branches end in a backbone that is not known.
+        existing: what becomes of attention modules that the backbone has of its own.
         identity: start with maps of exactly 1, for pretrained networks.
         branch_norm: whether pre-activation branches get a norm before the attention module.
         validation_loss: log the losses of the validation data too (``val/loss``, ...), for which every image passes
@@ -102,7 +103,8 @@ class DetectionTask(DIATask):
         share: Literal["stage", "block"] = "stage",
         plug: str | list[int] | None = None,
         branches: list[Literal["conv", "attention", "mlp"]] | None = None,
-        sites: str | list[str] | None = None,
+        sites: str | list[str] | list[list[str]] | None = None,
+        existing: Literal["keep", "replace", "share"] = "keep",
         identity: bool = False,
         branch_norm: bool | None = None,
         validation_loss: bool = False,
@@ -127,7 +129,8 @@ class DetectionTask(DIATask):
         }
         self.detector = _detector(detector, backbone, num_classes, options, detector_args or {})
         pyramid: Any = self.detector.backbone
-        attach_if_any(getattr(pyramid, "body", pyramid), arguments)
+        body = getattr(pyramid, "body", pyramid)
+        attach_if_any(body, arguments, images_like(body, None))
         if init_from is not None:
             rank_zero_info(load_detector_weights(self.detector, init_from))
         self.has_masks = isinstance(self.detector, MaskRCNN)

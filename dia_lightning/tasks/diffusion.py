@@ -1,5 +1,6 @@
 """Image generation by diffusion."""
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models._denoising import Denoising, check_least, class_labels, evaluating, seeded_generator
 from dia_lightning.models.denoisers import check_image_shape, get_denoiser, predict
-from dia_lightning.tasks._network import Attention, Backbone, attach_if_any
+from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._noise_schedule import BetaSchedule, LossWeighting, NoiseSchedule, Prediction, Sampler
 from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
@@ -55,10 +56,11 @@ class DiffusionTask(DIATask):
         attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks get attention; this and the next four as :func:`~dia_lightning.attention.attach` takes them.
+        plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
         branches: which branches get attention; of U-Nets the residual blocks unless ``["conv", "attention"]`` asks for
             both.
         sites: where branches end in a network that is not known.
+        existing: what becomes of attention modules that the backbone has of its own.
         identity: start with maps of exactly 1, for pretrained networks.
         branch_norm: whether pre-activation branches get a norm before the attention module; those of diffusers do not.
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
@@ -101,7 +103,8 @@ class DiffusionTask(DIATask):
         share: Literal["stage", "block"] = "stage",
         plug: str | list[int] | None = None,
         branches: list[Literal["conv", "attention", "mlp"]] | None = None,
-        sites: str | list[str] | None = None,
+        sites: str | list[str] | list[list[str]] | None = None,
+        existing: Literal["keep", "replace", "share"] = "keep",
         identity: bool = False,
         branch_norm: bool | None = None,
         init_from: str | None = None,
@@ -128,7 +131,7 @@ class DiffusionTask(DIATask):
         self.label_dropout = float(label_dropout)
         self.noise = NoiseSchedule(prediction=prediction, timesteps=timesteps, beta_schedule=beta_schedule)
         self.backbone = _backbone(backbone, backbone_args or {}, self.shape, self.no_class)
-        attach_if_any(self.backbone, arguments)
+        attach_if_any(self.backbone, arguments, self._example())
         if gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if init_from is not None:
@@ -149,6 +152,13 @@ class DiffusionTask(DIATask):
         elif labels is None:
             labels = torch.full_like(timesteps, self.no_class)
         return predict(self.backbone, images, timesteps, labels)
+
+    def _example(self) -> dict[str, Tensor]:
+        """Return what the backbone takes, by the names of its arguments."""
+        timesteps = torch.zeros(2, dtype=torch.long, device="meta")
+        images = images_like(self.backbone, self.shape)
+        example = dict(zip(inspect.signature(self.backbone.forward).parameters, (images, timesteps), strict=False))
+        return example if self.no_class is None else {**example, "class_labels": timesteps}
 
     # ---- sampling
 

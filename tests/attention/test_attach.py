@@ -238,7 +238,7 @@ class NoStart(AttentionUnit):
     [
         ("se", {"share": "net"}, "share must be 'stage' or 'block', got 'net'"),
         ("sa", {}, "Unknown attention 'sa'"),
-        (None, {}, "Unknown attention None"),
+        (None, {}, "attention is None: name what to attach"),
         ("se", {"reductoin": 4}, "'reductoin'"),
         ("se", {"reduction": 0}, "reduction must be a positive number, got 0"),
         ("se", {"channels": 3}, "channels"),
@@ -250,7 +250,7 @@ class NoStart(AttentionUnit):
         ("se", {"plug": True}, r"plug takes one truth value per block, or a string .* got True"),
         ("se", {"plug": "ean-typo"}, "got 'e' in 'ean-typo'"),
         ("se", {"branches": "attention"}, "branches takes a list of .* got 'attention'"),
-        ("se", {"branches": ["mlp"]}, r"TinyNet has no residual branch of the kinds \['mlp'\].*names 'conv'"),
+        ("se", {"branches": ["mlp"]}, r"known residual blocks of TinyNet have branches of the kind 'conv' only"),
         ("se", {"sites": [nn.BatchNorm2d]}, "sites takes patterns of module paths"),
         (nn.Sigmoid, {}, "attention cannot be built for 8 channels"),
         (NoStart, {"identity": True}, r"identity=True needs NoStart\.output_parameters\(\)"),

@@ -1,0 +1,167 @@
+"""Attention modules that a network has of its own, such as the squeeze-and-excitation of EfficientNets.
+
+A module is one if it multiplies what it is given by values that it computes of that with weights, and that are fewer:
+one per channel, or one per position. timm's and torchvision's classes are found by this, and anybody's.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dia_lightning.attention._branches import LAYOUT, PRODUCTS, WEIGHTED, ancestors, made_on_the_way
+from dia_lightning.attention._found_sites import axes_of, site_at
+from dia_lightning.attention._roles import Role
+from dia_lightning.attention._sites import LeftOut, Site
+from dia_lightning.attention._trace import Call, Run, Value
+
+_MULTIPLIES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
+
+
+def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
+    """Return the attention modules of a network in the order in which they run, and those whose axes are not known.
+
+    Args:
+        once: a forward of the network.
+        twice: one with twice as many samples.
+    """
+    again = {call.path: call for call in reversed(twice.calls)}
+    sites, left_out = [], []
+    for call in _outermost(once):
+        features, more = _multiplied(call), _multiplied(again[call.path])
+        block = _block_around(call)
+        if features is None or more is None:
+            continue
+        axes = axes_of(features, more, once.samples)
+        if isinstance(axes, str):
+            left_out.append(LeftOut(block.path, f"its own attention {call.path!r} {axes}"))
+            continue
+        origins = ancestors(features, block.inputs())
+        streams = [name for name, values in block.given.items() if name and not origins.isdisjoint(values)]
+        stream = streams[0] if len(streams) == 1 else None
+        sites.append(site_at(call.path, block.path, features, axes, stream=stream))
+    return sites, left_out
+
+
+def _outermost(run: Run) -> Iterator[Call]:
+    """Yield the first call of each attention module that is not a part of another one."""
+    found: dict[str, Call] = {}
+    for call in reversed(run.calls):  # those around others end after them
+        if _multiplied(call) is not None and not any(call.path.startswith(f"{path}.") for path in found):
+            found[call.path] = call
+    yield from reversed(found.values())
+
+
+def _block_around(call: Call) -> Call:
+    block = call.outer
+    assert block is not None
+    while block.outer is not None and isinstance(block.module, nn.Sequential):
+        block = block.outer
+    return block
+
+
+def _multiplied(call: Call) -> Value | None:
+    """Return what a module is given and multiplies by fewer values that it computes of that; ``None`` if it does not.
+
+    Several such steps, as of CBAM, are one module.
+    """
+    given, value, gates = call.inputs(), call.returned, 0
+    while value is not None and value not in given:
+        live = [parent for parent in value.parents if parent.live]
+        if value.made_by in LAYOUT and len(live) == 1:
+            value = live[0]
+        elif value.made_by in _MULTIPLIES and len(live) == 2:
+            mains = [main for main in live if main.shape == value.shape and _is_gate(_other(live, main), main, given)]
+            value = mains[0] if mains else None
+            gates += 1
+        else:
+            return None
+    return value if value is not None and gates and value.live and call.outer is not None else None
+
+
+def _other(pair: list[Value], one: Value) -> Value:
+    return pair[1] if pair[0] is one else pair[0]
+
+
+def _is_gate(gate: Value, features: Value, given: set[Value]) -> bool:
+    while gate.made_by in ("expand", "expand_as") and gate.parents:
+        gate = gate.parents[0]
+    way = made_on_the_way(gate, features, given)
+    has_weights = any(value.made_by.startswith(WEIGHTED) or value.made_by in PRODUCTS for value in way)
+    return gate in way and has_weights and gate.numel < features.numel
+
+
+class SharedModule(nn.Module):
+    """A unit that is one of a network's own attention modules, called as it was.
+
+    Args:
+        modules: those that it takes the place of, of one class and with weights of the same shapes.
+        start: ``"mean"`` of their weights, or those of the ``"first"``.
+    """
+
+    def __init__(self, modules: list[nn.Module], start: Literal["mean", "first"]) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(modules[0])
+        if start == "mean":
+            with torch.no_grad():
+                for name, value in self.module.state_dict().items():
+                    if value.is_floating_point():
+                        value.copy_(torch.stack([module.state_dict()[name] for module in modules]).mean(0))
+
+    def forward(self, features: Any) -> Any:
+        """Return the features, multiplied."""
+        return self.module(features)
+
+
+class WatchedModule(Role):
+    """Role of an attention module of a network whose maps are watched."""
+
+    rank = 5
+    equals_plain = True
+    dia_watcher: Callable[[Tensor, Any], None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return watched(super().__call__, *args, watcher=self.dia_watcher, **kwargs)
+
+
+def watched(
+    module: Callable[..., Any], *args: Any, watcher: Callable[[Tensor, Any], None] | None, **kwargs: Any
+) -> Any:
+    """Call an attention module of a network, and show its map to a watcher, if there is one."""
+    if watcher is None:
+        return module(*args, **kwargs)
+    with _Multiplications() as seen:
+        output = module(*args, **kwargs)
+    watcher(seen.map_of(output), None)
+    return output
+
+
+class _Multiplications(TorchFunctionMode):
+    """Notes what was multiplied by what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of the product, which is kept, too
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") in _MULTIPLIES and len(args) == 2:
+            left, right = args
+            if isinstance(left, Tensor) and isinstance(right, Tensor):
+                self.factors[id(output)] = output, left, right
+        return output
+
+    def map_of(self, output: Tensor) -> Tensor:
+        """Return what features were multiplied by, in all steps together."""
+        attention_map = None
+        while id(output) in self.factors:
+            product, left, right = self.factors.pop(id(output))
+            fewer = sum(size > 1 for size in right.shape) <= sum(size > 1 for size in left.shape)
+            main, gate = (left, right) if fewer and left.shape == product.shape else (right, left)
+            attention_map = gate if attention_map is None else attention_map * gate
+            output = main
+        assert attention_map is not None
+        return attention_map

@@ -1,0 +1,164 @@
+"""Give the blocks and layers of a network what they need to have attention."""
+
+import copy
+from collections.abc import Iterator
+from itertools import groupby
+
+from torch import nn
+
+from dia_lightning.attention._attached_block import AttachedBlock, ChainOwner
+from dia_lightning.attention._attached_site import AttachedSite
+from dia_lightning.attention._attached_unit import AttachedUnit
+from dia_lightning.attention._links import Chain, Link, Slot, parameters_of
+from dia_lightning.attention._named_sites import axes_of_class
+from dia_lightning.attention._own_attention import SharedModule
+from dia_lightning.attention._places import Place
+from dia_lightning.attention._roles import add_role
+from dia_lightning.attention._sites import Site
+from dia_lightning.attention._unit import AttentionUnit
+
+
+def wire(model: nn.Module, unit: nn.Module, blocks: list[Place], stage: int, layers: Iterator[int]) -> None:
+    """Give the blocks of a chain, their sites and the modules around them their roles, and the first block the unit.
+
+    Args:
+        model: the network.
+        unit: what makes the maps.
+        blocks: of the chain, in the order in which they run; the first is plugged.
+        stage: number of the stage.
+        layers: gives the next site its number.
+    """
+    chain = Chain()
+    for path, grouped in groupby(blocks, key=lambda place: place.path):
+        together = list(grouped)  # several layers that one module runs by itself, or one block
+        block, parameters = together[0].block, parameters_of(together[0].block)
+        slots: list[Slot] = []
+        for place, site in _plugged_sites(together):
+            norms = _norms(unit, place, site)
+            if not slots and not chain.links:  # has the norm of the unit itself
+                norms.pop("unit_norm", None)
+            for name, norm in reversed(list(norms.values())):
+                _register_behind(block, place.inside(site).partition(".")[0], name, norm)
+            slots.append(_slot(unit, place, site, norms, stage, next(layers)))
+            add_role(block.get_submodule(slots[-1].path), AttachedSite)
+        stream = together[0].sites[0].stream
+        number = parameters.index(stream) if stream in parameters else None
+        link = Link(chain, path, tuple(slots), parameters, number, _unit_name(block))
+        if link.before is None:
+            block.add_module(link.unit, unit)
+        vars(block)["dia_links"] = (*vars(block).get("dia_links", ()), link)
+        add_role(block, AttachedBlock)
+    if not isinstance(unit, SharedModule):
+        add_role(unit, AttachedUnit)
+    _give_owners(model, chain)
+
+
+def take_out(model: nn.Module, blocks: list[Place], *, keep: bool) -> None:
+    """Put nothing in the place of attention modules of the network.
+
+    Args:
+        model: the network.
+        blocks: whose sites are the modules.
+        keep: whether to keep the modules for :func:`put_back`.
+    """
+    for place, site in _plugged_sites(blocks):
+        if keep:
+            vars(place.block).setdefault("dia_kept", {})[place.inside(site)] = model.get_submodule(site.path)
+        model.set_submodule(site.path, nn.Identity().train(place.block.training))
+
+
+def put_back(model: nn.Module) -> None:
+    """Undo :func:`take_out`; where the network's own modules were shared, each gets what the shared one has learnt."""
+    blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
+    shared = {link.chain: getattr(block, link.unit) for block in blocks for link in block.dia_links if not link.before}
+    for block in blocks:
+        kept: dict[str, nn.Module] = vars(block).pop("dia_kept", {})
+        for link in block.dia_links:
+            unit = shared[link.chain]
+            for slot in link.slots:
+                module = copy.deepcopy(unit.module) if slot.is_whole else kept.get(slot.path)
+                if module is not None:
+                    block.set_submodule(slot.path, like(module, block))
+
+
+def _plugged_sites(blocks: list[Place]) -> list[tuple[Place, Site]]:
+    return [(place, site) for place in blocks if place.is_plugged for site in place.sites]
+
+
+def _slot(
+    unit: nn.Module, place: Place, site: Site, norms: dict[str, tuple[str, nn.Module]], stage: int, layer: int
+) -> Slot:
+    path = place.inside(site)
+    return Slot(
+        path,
+        site.before,
+        site.channels,
+        channel_axis=site.channel_axis,
+        batch_axis=site.batch_axis,
+        ndim=axes_of_class(place.block.get_submodule(path)) if site.shape is None else len(site.shape),
+        branch_norm=norms.get("branch_norm", (None,))[0],
+        unit_norm=norms.get("unit_norm", (None,))[0],
+        stage=stage,
+        layer=layer,
+        is_whole=isinstance(unit, SharedModule),
+    )
+
+
+def _unit_name(block: nn.Module) -> str:
+    """Return the name that the next unit of a block gets: several chains may begin in it."""
+    taken = [link.unit for link in vars(block).get("dia_links", ()) if link.before is None]
+    return f"dia_{len(taken) + 1}" if taken else "dia"
+
+
+def _norms(unit: nn.Module, place: Place, site: Site) -> dict[str, tuple[str, nn.Module]]:
+    """Return the norms that a block gets for a site, with their names, in the order in which they run."""
+    norms: dict[str, nn.Module] = {}
+    if place.rule.branch_norm:
+        norms["branch_norm"] = nn.BatchNorm2d(place.channels)
+    if isinstance(unit, AttentionUnit) and unit.norm is not None and not unit.share_norm:
+        norms["unit_norm"] = copy.deepcopy(unit.norm)
+    suffix = "" if place.is_alone else f"_{place.inside(site).replace('.', '_')}"
+    return {kind: (f"{kind}{suffix}", like(norm, place.block)) for kind, norm in norms.items()}
+
+
+def refuse_unfit(unit: nn.Module, chain: list[Place]) -> None:
+    """Refuse blocks that have the names in use which the attention needs.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    for place in chain:
+        names = [name for site in place.sites for name, _ in _norms(unit, place, site).values()]
+        for name in ["dia", *names] if place is chain[0] else names:
+            if hasattr(place.block, name):
+                raise ValueError(
+                    f"{type(place.block).__name__} has an attribute {name!r} already, where a module of the attention "
+                    f"would go ({place.path}). Rename it."
+                )
+
+
+def _register_behind(block: nn.Module, child: str, name: str, module: nn.Module) -> None:
+    """Register a module behind a child of a block: as they run, and as version 0.1 numbered parameters."""
+    block.add_module(name, module)
+    names = [] if isinstance(block, nn.Sequential) else list(block._modules)
+    for behind in names[names.index(child) + 1 : -1] if names else ():
+        block._modules[behind] = block._modules.pop(behind)
+
+
+def _give_owners(model: nn.Module, chain: Chain) -> None:
+    """Let every module around the blocks of a chain know that its forward may run them."""
+    blocks = [link.path for link in chain.links]
+    if "" in blocks:
+        return  # the network itself is the block
+    for name, module in model.named_modules():
+        holds_all = all(not name or path.startswith(f"{name}.") for path in blocks)
+        if holds_all and type(module).forward is not nn.Module.forward:  # lists are never called
+            vars(module)["dia_chains"] = (*vars(module).get("dia_chains", ()), chain)
+            add_role(module, ChainOwner)
+
+
+def like(module: nn.Module, block: nn.Module) -> nn.Module:
+    """Bring a new module to the device, dtype and mode of a block."""
+    module.train(block.training)
+    parameter = next(block.parameters(), None)
+    return module if parameter is None else module.to(parameter.device, parameter.dtype)
