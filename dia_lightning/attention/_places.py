@@ -111,7 +111,7 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
     if branches is None:
         chosen = chosen or set(every)
     left_out += [
-        LeftOut(site.block, f"{site.path} is left out unless `branches` names {site.branch!r}")
+        LeftOut(site.block, f"its branch is of the kind {site.branch!r}, which `branches` does not name")
         for site in every
         if site not in chosen
     ]

@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from dia_lightning.attention._site_listing import listing
+
 #: ``"conv"``: the only branch of a convolutional block; ``"attention"`` and ``"mlp"``: those of a transformer block.
 Branch = Literal["conv", "attention", "mlp"]
 
@@ -75,20 +77,7 @@ class Stages(list[list[Site]]):
         self.left_out = list(left_out)
 
     def __str__(self) -> str:
-        lines = []
-        for number, stage in enumerate(self):
-            first = stage[0]
-            blocks = len({site.block for site in stage})
-            size = f", {'x'.join(map(str, first.resolution))} positions" if first.shape else ""
-            lines.append(f"stage {number}: {blocks} blocks, {len(stage)} sites, {first.channels} channels{size}")
-            lines += [
-                f"  {site.path or '(the network)'}{' (its input)' if site.before else ''}  {site.branch}"
-                for site in stage
-            ]
-        if self.left_out:
-            lines.append("left out:")
-            lines += [f"  {other.block or '(the network)'}: {other.reason}" for other in self.left_out]
-        return "\n".join(lines) if lines else "no residual branches"
+        return listing(self)
 
 
 def in_stages(sites: Iterable[Site], size: Callable[[Site], Any]) -> list[list[Site]]:
