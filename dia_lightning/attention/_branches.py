@@ -78,7 +78,7 @@ _LINEAR = {
         "write",
         "copy_",
     ),
-    *("__setitem__", "norm", "index_select", "gather", "_adaptive_max_pool2d", "neg", "lerp"),
+    *("__setitem__", "norm", "index_select", "gather", "_adaptive_max_pool2d", "neg", "lerp", "max", "amax"),
 }
 #: Normalisations that depend on what they normalise, so that a branch of them is no linear arm.
 _DATA_NORMS = ("layer_norm", "group_norm", "instance_norm", "rms_norm")
