@@ -276,7 +276,8 @@ def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) 
     size = origin.shape[2:]
     if len(size) < 1 or addition.result.shape[2:] != size:
         return False
-    for value in between:
+    factors = {parent for value in between if value.made_by in _SCALE for parent in value.parents}
+    for value in between - factors:  # a gate may be computed at a lower resolution
         if value.made_by.startswith(_UPSAMPLING):
             child = value.call
             while child is not None and child is not addition.call and child.outer is not addition.call:
