@@ -10,6 +10,7 @@ from dia_lightning.cli._errors import fail, is_for_the_user, message_of
 #: Commands that do without Lightning, and the module of each.
 LIGHT_COMMANDS = {
     "models": "networks",
+    "sites": "sites",
     "check": "check",
     "export": "export",
     "sample": "sample",
@@ -25,7 +26,9 @@ commands:
   validate   measure on the validation data
   test       measure on the test data
   predict    write predictions to a file: a CSV of classes, a COCO json of boxes
-  models     list networks and attention units with their parameters; --cost NAME compares kinds of attention
+  models     list networks and attention units with their parameters; --cost NAME compares kinds of attention,
+             'timm/resnet*' --sites tells which take it
+  sites      show where attention goes in a network and what it adds there: dia-lightning sites timm/convnext_tiny
   check      check what holds on a network with attention: dia-lightning check torchvision/resnet50
   export     write a network to ONNX, torch.export or safetensors: dia-lightning export best network.onnx
              or a diffusion task to a folder for diffusers: dia-lightning export best my_model

@@ -1,8 +1,8 @@
-"""The network that ``check`` and ``export`` are about: one by name, or that of a checkpoint."""
+"""The network that ``check``, ``export`` and others are about: one by name, or that of a checkpoint."""
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,14 @@ def task_of(options: argparse.Namespace) -> "DIATask | None":
     from dia_lightning.tasks import load_task
 
     return load_task(_checkpoint_argument.resolved(name, options.runs))
+
+
+def network_of(task: "DIATask") -> nn.Module:
+    """Return what a task attaches attention to."""
+    from dia_lightning.tasks import DetectionTask
+
+    network: Any = task.detector.backbone if isinstance(task, DetectionTask) else task.backbone
+    return getattr(network, "body", network)  # type: ignore[no-any-return]
 
 
 def network_and_images(

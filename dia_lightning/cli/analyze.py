@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning.cli import _checkpoint_argument
+from dia_lightning.cli import _checkpoint_argument, _network_argument
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder
@@ -134,14 +134,6 @@ def _check_attention(task: "DIATask", source: Path) -> None:
         ) from None
 
 
-def _network(task: "DIATask") -> nn.Module:
-    """Return what attention was attached to."""
-    from dia_lightning.tasks import DetectionTask
-
-    network: Any = task.detector.backbone if isinstance(task, DetectionTask) else task.backbone
-    return getattr(network, "body", network)  # type: ignore[no-any-return]
-
-
 # ---- results
 
 
@@ -149,7 +141,7 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     from dia_lightning import analysis
     from dia_lightning.cli._analysis import Analysis
 
-    network = _network(task)
+    network = _network_argument.network_of(task)
     # in the shares of the classes: the first images in the order of the data would be those of a few classes
     batches = partial(data.evaluation_dataloader, options.split)
     recorder = _record(task, network, batches(count=options.images), keep=KEPT_IMAGES, seed=options.seed)

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from dia_lightning.attention import attach, list_attention
+from dia_lightning.attention import attach, find_sites, list_attention
 from dia_lightning.attention._registry import attention_builder
+from dia_lightning.attention._site_listing import reasons
 from dia_lightning.models import build_on_meta, get_model, list_models, network_cost
 
 # H is the width of the bottleneck at the unit's default reduction. A test compares these with the units.
@@ -33,15 +34,24 @@ def run(args: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser("dia-lightning models", description="List networks and attention units.")
     parser.add_argument("pattern", nargs="?", help="list names that match, such as 'torchvision/resnet*'")
+    parser.add_argument(
+        "--sites",
+        action="store_true",
+        help="say of each network that matches the pattern whether it takes attention, and how many layers of each "
+        "stage; every network is built and run without memory, which takes 0.1 to 8 seconds each (docs/networks.md has "
+        "one network of every family)",
+    )
     parser.add_argument("--cost", nargs="+", metavar="NAME", help="what each kind of attention costs on these")
     parser.add_argument("--image_size", type=int, help="for --cost (default: 32 for this package's networks, else 224)")
     parser.add_argument("--reduction", type=int, help="for --cost: the reduction of DIA-LSTM (default: 4)")
     parser.add_argument("--repeats", type=int, default=10, help="for --cost: rounds of timing (default: 10; 0: none)")
     options = parser.parse_args(args)
+    if options.sites and options.pattern is None:
+        raise ValueError("--sites needs a pattern, such as 'timm/convnext*'.")
     if options.cost is not None:
         _print_costs(options.cost, options.image_size, options.reduction, options.repeats)
     elif options.pattern is not None:
-        _print_matching(options.pattern)
+        _print_matching(options.pattern, options.sites)
     else:
         _print_all()
 
@@ -74,10 +84,36 @@ def _print_all() -> None:
     _print_table(("attention", "C = 64", "C = 256", "parameters"), rows, text_columns=(0, 3))
 
 
-def _print_matching(pattern: str) -> None:
+def takes_attention(name: str) -> str:
+    """Return whether attention can be attached to a network, and how many sites each stage has, or why not.
+
+    Args:
+        name: one of :func:`~dia_lightning.models.list_models`.
+
+    Example:
+        >>> takes_attention("torchvision/resnet50")
+        'yes  3+4+6+3'
+    """
+    try:
+        stages = find_sites(_on_meta(name, None))
+    except ValueError:
+        return "no   it does not run on images alone: attach() needs an example"
+    if stages:
+        return f"yes  {'+'.join(str(len(stage)) for stage in stages)}"
+    grouped = sorted(reasons(stages.left_out), key=lambda item: -len(item[1]))
+    return f"no   {grouped[0][0] if grouped else 'it has no shortcut'}"
+
+
+def _print_matching(pattern: str, sites: bool) -> None:
     names = list_models(pattern)
     if not names:
         raise ValueError(f"No network matches '{pattern}'. Patterns look like 'cifar_*' or 'torchvision/resnet*'.")
+    if sites:
+        width = max(map(len, names))
+        print(f"{'network':{width}}  attention, sites per stage")
+        for name in names:
+            print(f"{name:{width}}  {takes_attention(name)}", flush=True)
+        return
     own, others = _split(names)
     if own:
         _print_own(own)

@@ -1,0 +1,132 @@
+"""The command ``sites``: where attention goes in a network, what it adds there, and what is left out."""
+
+import argparse
+import copy
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import nn
+
+from dia_lightning.attention import Stages, attach, attention_layers, detach, find_sites
+from dia_lightning.attention._attached_stages import attached_stages
+from dia_lightning.attention._site_listing import listing
+from dia_lightning.attention._sites import Branch
+from dia_lightning.cli import _network_argument
+from dia_lightning.models import build_on_meta, get_model
+
+if TYPE_CHECKING:  # imports Lightning, which --help does without
+    from dia_lightning.tasks import DIATask
+
+
+def run(args: Sequence[str]) -> None:
+    """Print the table.
+
+    Args:
+        args: arguments of the command, without its name.
+
+    Raises:
+        ValueError: if there is no such network or checkpoint, or the network has no residual branch.
+    """
+    options = _parser().parse_args(args)
+    network, example, title = _subject(options)
+    plain = _plain(network)
+    size = _count(plain)
+    asked = (options.attention, options.share, options.reduction, options.branches)
+    if plain is network or any(value is not None for value in asked):
+        attention, share = options.attention or "dia-lstm", options.share or "stage"
+        found = find_sites(plain, example, branches=options.branches)
+        network = plain
+        arguments = {} if options.reduction is None else {"reduction": options.reduction}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of stages with a single block, which the table shows
+            attach(network, attention, share=share, example=example, branches=options.branches, **arguments)
+        told = f"{attention}, one per {share}, would add"
+    else:
+        found = _found(plain, example)
+        told = "the attention that it has adds"
+    stages, added = attached_stages(network, found)
+    total = _count(network) - size
+    print(f"{title}: {size:,} parameters; {told} {total:,} ({total / max(1, size):+.1%})\n")
+    print(listing(stages, [("parameters", [f"{number:,}" for number in added])]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "dia-lightning sites",
+        description="Stages, blocks and layers of a network that attention goes to, the parameters that it adds to each "
+        "stage, and the additions that are left out with the reason. The network is run once on tensors without "
+        "contents. A network that has attention is shown with what it has, unless --attention, --share, --reduction or "
+        "--branches ask for something else in its place.",
+    )
+    add = parser.add_argument
+    add(
+        "network",
+        nargs="?",
+        help="a name such as timm/vit_small_patch16_224, a checkpoint file, or 'last' or 'best' for a run's",
+    )
+    add("-c", "--config", action="append", default=[], help="build the network from this config instead; repeatable")
+    add("--root", help="with -c: folder of the data (default: that of the config)")
+    add("--attention", help="(default: dia-lstm)")
+    add("--share", choices=("stage", "block"), help="(default: stage)")
+    add("--reduction", type=int, help="of the attention (default: its own)")
+    add("--branches", nargs="+", choices=get_args(Branch), help="which branches (default: as attach() chooses)")
+    add("--image_size", type=int, help="height and width (default: what the network is made for)")
+    add("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
+    return parser
+
+
+def _subject(options: argparse.Namespace) -> tuple[nn.Module, Any, str]:
+    """Return the network, an example that it takes, if one has to be given, and what to call it."""
+    name = options.network
+    if (name is None) == (not options.config):
+        raise ValueError("Give either a network (a name, a checkpoint, 'last', 'best') or -c CONFIG.")
+    task = _built(options) if name is None else _network_argument.task_of(options)
+    if task is None:
+        size = options.image_size or (None if "/" in name else 32)
+        shape = None if size is None else [3, size, size]
+        network = build_on_meta(partial(get_model, name))
+    else:
+        network, shape = _network_argument.network_of(task), _shape(task, options.image_size)
+    example = None if shape is None else torch.empty(2, *shape, device="meta")
+    return network, example, name or " ".join(options.config)
+
+
+def _built(options: argparse.Namespace) -> "DIATask":
+    from dia_lightning.cli._built_run import built_run
+
+    return built_run(options.config, options.root)[0]
+
+
+def _shape(task: "DIATask", image_size: int | None) -> list[int] | None:
+    from dia_lightning.tasks import DiffusionTask
+
+    shape: list[int] | None = getattr(task, "image_shape", None)
+    if isinstance(task, DiffusionTask):
+        if image_size is not None:
+            raise ValueError(f"--image_size {image_size}: a diffusion network is made for images of one size.")
+        return None  # it takes more than images
+    size = shape[1:] if image_size is None and shape else [image_size] * 2
+    return None if size[0] is None else [shape[0] if shape else 3, *map(int, size)]
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """Return a network, or a copy of it without the attention that it has."""
+    try:
+        attention_layers(network)
+    except ValueError:
+        return network
+    return detach(copy.deepcopy(network))
+
+
+def _found(plain: nn.Module, example: Any) -> Stages:
+    try:
+        return find_sites(plain, example, branches=get_args(Branch))
+    except ValueError:  # attached by the names of sites, to a network that does not run
+        return Stages()
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
