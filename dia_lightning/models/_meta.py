@@ -1,9 +1,11 @@
 """Networks that take no memory."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -20,9 +22,21 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         >>> sum(parameter.numel() for parameter in build_on_meta(wrn52_4).parameters())
         12072500
     """
-    try:
-        with torch.device("meta"):
-            return build()
-    except (NotImplementedError, RuntimeError):
-        # Some builders compute sizes with tensors, which needs contents. Any other error comes again here.
-        return build().to("meta")
+    # Some builders compute sizes with tensors, which needs contents. Any other error comes again at the end.
+    for mode in (torch.device("meta"), _EmptyOnMeta()):
+        try:
+            with mode:
+                return build().to("meta")
+        except (NotImplementedError, RuntimeError):
+            continue
+    return build().to("meta")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Make only those tensors without contents that begin without, as weights do."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = {**(kwargs or {}), "device": "meta"} if function is torch.empty else kwargs or {}
+        return function(*args, **options)
