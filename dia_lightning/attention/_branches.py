@@ -1,6 +1,7 @@
 """Which additions of a forward end a residual branch, and which layer makes that branch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import nn
 
@@ -107,12 +108,14 @@ class Branch:
     Args:
         call: of the block, whose code adds.
         kind: ``"attention"``, ``"mlp"`` or ``"conv"``.
+        shortcut: what the branch is added to.
         stream: name of the block's argument that the shortcut comes from; ``None`` if that is not one argument.
         endings: the layers that could end it, best first; of a branch that is a sum, those of each summand.
     """
 
     call: Call
     kind: str
+    shortcut: Value
     stream: str | None
     endings: list[list[Ending]]
 
@@ -121,9 +124,13 @@ class NoBranchError(Exception):
     """An addition is none of a branch to a shortcut, or there is no layer that ends the branch."""
 
 
-def branches_in(additions: list[Addition]) -> list[tuple[Addition, Branch | NoBranchError]]:
+#: An addition with the branch that it ends, or with the reason why there is none.
+_Found: TypeAlias = "tuple[Addition, Branch | NoBranchError]"
+
+
+def branches_in(additions: list[Addition]) -> list[_Found]:
     """Return every addition with the branch that it ends, or with the reason why there is none."""
-    found: dict[Value, tuple[Addition, Branch | NoBranchError]] = {}
+    found: dict[Value, _Found] = {}
     for addition in additions:
         result: Branch | NoBranchError
         try:
@@ -136,7 +143,28 @@ def branches_in(additions: list[Addition]) -> list[tuple[Addition, Branch | NoBr
             for value in inner:
                 found[value] = found[value][0], NoBranchError("it is a part of a layer that ends a branch itself")
         found[addition.result] = addition, result
-    return list(found.values())
+    return _in_blocks_around(list(found.values()))
+
+
+def _in_blocks_around(found: list[_Found]) -> list[_Found]:
+    """Leave branches that a part of a block adds, as an output layer may, to the block, if that has one of its own."""
+    by_call: dict[Call, list[Branch]] = {}
+    for _, branch in found:
+        if isinstance(branch, Branch):
+            by_call.setdefault(branch.call, []).append(branch)
+    around = {}
+    for call in by_call:
+        parts = [part for part in call.within() if part in by_call]
+        if call.outer is not None and len({type(part.module) for part in parts}) == len(parts):  # else they are blocks
+            around.update(dict.fromkeys(parts, call))  # the outermost comes last
+    result: list[_Found] = []
+    for addition, branch in found:
+        block = around.get(branch.call) if isinstance(branch, Branch) else None
+        own = [] if block is None else [other.shortcut.shape for other in by_call[block]]
+        if isinstance(branch, Branch) and block is not None and branch.shortcut.shape in own:
+            branch = replace(branch, call=block, stream=_stream(block, branch.shortcut))
+        result.append((addition, branch))
+    return result
 
 
 def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]:
@@ -166,7 +194,8 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
     reason = None
     while call is not None:  # the sum may be left to a module of its own
         try:
-            return Branch(call, kind, _stream(call, shortcut), _Walk(call, between).from_sum(end)), inner
+            endings = _Walk(call, between).from_sum(end)
+            return Branch(call, kind, shortcut, _stream(call, shortcut), endings), inner
         except NoBranchError as error:
             reason = reason or error
             call = call.outer if not any(value.call is call for value in between) else None

@@ -1,0 +1,82 @@
+"""Residual branches found by running networks that are written by hand."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dia_lightning.attention import attach, find_sites
+
+
+class Residual(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, features: Tensor) -> Tensor:
+        total: Tensor = features + self.branch(features)
+        return total
+
+
+def convolutions(channels: int = 8) -> nn.Sequential:
+    layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1])
+
+
+def feed_forward(channels: int = 16) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, 32), nn.GELU(), nn.Linear(32, channels))
+
+
+def tower() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *(Residual(convolutions()) for _ in range(2)))
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def tokens(number: int = 6) -> Tensor:
+    return torch.randn(2, number, 16, generator=torch.Generator().manual_seed(0))
+
+
+def paths(model: nn.Module, example: Any) -> list[list[str]]:
+    return [[site.path for site in stage] for stage in find_sites(model, example)]
+
+
+# Which blocks form a stage
+
+
+class AddingLayer(nn.Module):
+    """A layer that adds what it is given, as the output layers of some transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(32, 16)
+
+    def forward(self, hidden: Tensor, shortcut: Tensor) -> Tensor:
+        total: Tensor = self.dense(hidden) + shortcut
+        return total
+
+
+class LayerOfLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.wide = nn.Linear(16, 32)
+        self.out = AddingLayer()
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = states + self.attention(states, states, states)[0]
+        out: Tensor = self.out(F.gelu(self.wide(states)), states)
+        return out
+
+
+def test_a_branch_that_a_part_of_a_block_adds_belongs_to_the_block() -> None:
+    model = nn.Sequential(*(LayerOfLayers() for _ in range(3)))
+    (stage,) = find_sites(model, tokens())
+    assert [(site.path, site.block, site.stream) for site in stage] == [
+        (f"{i}.{path}", f"{i}", "states") for i in range(3) for path in ("attention", "out.dense")
+    ]
+    plain = model(tokens())
+    assert torch.equal(attach(model, "dia-lstm", example=tokens(), identity=True)(tokens()), plain)
