@@ -8,7 +8,7 @@ from torch import nn
 
 from dia_lightning.attention._branches import Branch, NoBranchError, branches_in
 from dia_lightning.attention._named_sites import stream_of
-from dia_lightning.attention._sites import LeftOut, Site
+from dia_lightning.attention._sites import LeftOut, Site, width_and_positions
 from dia_lightning.attention._trace import Run, Value, trace
 
 
@@ -31,10 +31,11 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
         twice: one with twice as many samples.
     """
     found: dict[tuple[str, str], Site] = {}
+    streams = Streams()
     left_out: dict[LeftOut, None] = {}
     pairs = zip(branches_in(once.additions), branches_in(twice.additions), strict=True)
     for (addition, branch), (_, same) in pairs:
-        block = addition.call.path
+        block = addition.call.path if isinstance(branch, NoBranchError) else branch.call.path
         try:
             if isinstance(branch, NoBranchError):
                 raise branch
@@ -45,7 +46,8 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
             left_out[LeftOut(block, str(reason))] = None
             continue
         for site in sites:
-            found.setdefault((block, site.path), site)
+            if (block, site.path) not in found:
+                found[block, site.path] = streams.numbered(site, branch.shortcut, addition.result)
     attending = {site.block for site in found.values() if site.branch == "attention"}
     sites = [replace(s, branch="mlp") if s.block in attending and s.branch == "conv" else s for s in found.values()]
     return sites, list(left_out)
@@ -64,6 +66,47 @@ def _sites_of_branch(branch: Branch, same: Branch, samples: int) -> Iterator[Sit
             break
         else:
             raise NoBranchError(reasons[0])
+
+
+class Streams:
+    """Tells features that one block hands to the next from those of other streams, as in two towers or a decoder."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: dict[tuple[int, int], tuple[Site, list[Value]]] = {}  # by size: with the sums of the site's block
+
+    def numbered(self, site: Site, given: Value, result: Value) -> Site:
+        """Return a site with the number of its stream.
+
+        Args:
+            site: a site, later than those before.
+            given: what its block has made of the stream.
+            result: the stream after it.
+        """
+        before, sums = self.last.get(width_and_positions(site), (None, []))
+        if before is None or not (before.block == site.block or _is_made_of(given, sums)):
+            self.count += 1
+            number = self.count
+        else:
+            number = before.lane
+        site = replace(site, lane=number)
+        others = sums if before is not None and before.block == site.block else []
+        self.last[width_and_positions(site)] = site, [*others, result]
+        return site
+
+
+def _is_made_of(value: Value, others: list[Value]) -> bool:
+    """Tell whether a value was made of one of some others."""
+    first = min(other.number for other in others)
+    seen, waiting = {value}, [value]
+    while waiting:
+        current = waiting.pop()
+        if current in others:
+            return True
+        new = [parent for parent in current.parents if parent not in seen and parent.number >= first]
+        seen.update(new)
+        waiting.extend(new)
+    return False
 
 
 def axes_of(value: Value, with_more: Value, samples: int) -> tuple[int, int] | str:
@@ -99,6 +142,7 @@ def measured(model: nn.Module, example: Any, blocks: dict[str, str]) -> dict[str
     """
     once, twice = trace(model, example)
     values = [{call.path: call.returned for call in reversed(run.calls)} for run in (once, twice)]
+    streams = Streams()
     sites = {}
     for path in dict.fromkeys(call.path for call in once.calls if call.path in blocks):
         value, more = (run[path] for run in values)
@@ -107,7 +151,8 @@ def measured(model: nn.Module, example: Any, blocks: dict[str, str]) -> dict[str
         axes = axes_of(value, more, once.samples)
         if isinstance(axes, str):
             raise ValueError(f"sites: {path!r} {axes}. Name another layer.")
-        sites[path] = site_at(path, blocks[path], value, axes, stream=stream_of(model.get_submodule(blocks[path])))
+        site = site_at(path, blocks[path], value, axes, stream=stream_of(model.get_submodule(blocks[path])))
+        sites[path] = streams.numbered(site, value, value)
     unused = [path for path in blocks if path not in sites]
     if unused:
         raise ValueError(f"sites: {unused[0]!r} does not run when the network is called with the example.")

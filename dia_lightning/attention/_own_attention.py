@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dia_lightning.attention._branches import LAYOUT, PRODUCTS, WEIGHTED, ancestors, made_on_the_way
-from dia_lightning.attention._found_sites import axes_of, site_at
+from dia_lightning.attention._found_sites import Streams, axes_of, site_at
 from dia_lightning.attention._roles import Role
 from dia_lightning.attention._sites import LeftOut, Site
 from dia_lightning.attention._trace import Call, Run, Value
@@ -29,7 +29,7 @@ def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
         twice: one with twice as many samples.
     """
     again = {call.path: call for call in reversed(twice.calls)}
-    sites, left_out = [], []
+    sites, left_out, lanes = [], [], Streams()
     for call in _outermost(once):
         features, more = _multiplied(call), _multiplied(again[call.path])
         block = _block_around(call)
@@ -42,7 +42,9 @@ def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
         origins = ancestors(features, block.inputs())
         streams = [name for name, values in block.given.items() if name and not origins.isdisjoint(values)]
         stream = streams[0] if len(streams) == 1 else None
-        sites.append(site_at(call.path, block.path, features, axes, stream=stream))
+        assert call.returned is not None
+        site = site_at(call.path, block.path, features, axes, stream=stream)
+        sites.append(lanes.numbered(site, features, call.returned))
     return sites, left_out
 
 

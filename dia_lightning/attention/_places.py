@@ -27,7 +27,7 @@ from dia_lightning.attention._sites import (
     in_stages,
     numbered_around,
     possible_sites,
-    width_and_positions,
+    size_and_lane,
 )
 from dia_lightning.attention._trace import Run, trace
 
@@ -116,7 +116,7 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
         if site not in chosen
     ]
     return Stages(
-        [stage for sites in networks for stage in in_stages(filter(chosen.__contains__, sites), width_and_positions)],
+        [stage for sites in networks for stage in in_stages(filter(chosen.__contains__, sites), size_and_lane)],
         left_out,
     )
 
@@ -264,7 +264,7 @@ def _named(model: nn.Module, sites: Sites, example: Any) -> list[list[Site]]:
         axes = measured(model, example, blocks)
         found = [[site for path, site in axes.items() if path in group] for group in paths]
     if not are_explicit:
-        return in_stages(found[0], _container_and_width if example is None else width_and_positions)
+        return in_stages(found[0], _container_and_width if example is None else size_and_lane)
     for group in found:
         if len({site.channels for site in group}) > 1:
             listed = ", ".join(f"{site.path} ({site.channels})" for site in group)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -28,6 +28,7 @@ class Site:
         before: whether the layer's input ends the branch, and not its output.
         stream: name of the block's argument that is the shortcut; ``None`` if that is not known.
         shape: of the features in the example; ``None`` if the network was not run.
+        lane: number of the stream of features that the blocks hand on; those of another one share no unit with them.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Site:
     before: bool = False
     stream: str | None = None
     shape: tuple[int, ...] | None = None
+    lane: int = field(default=0, repr=False)
 
     @property
     def resolution(self) -> tuple[int, ...]:
@@ -105,6 +107,11 @@ def in_stages(sites: Iterable[Site], size: Callable[[Site], Any]) -> list[list[S
 def width_and_positions(site: Site) -> tuple[int, int]:
     """Return the width and the number of positions of a site in a network that was run."""
     return site.channels, math.prod(site.resolution)
+
+
+def size_and_lane(site: Site) -> tuple[int, int, int]:
+    """Return what the sites of a stage have in common in a network that was run."""
+    return *width_and_positions(site), site.lane
 
 
 def _is_nested(block: str, other: str) -> bool:

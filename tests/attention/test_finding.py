@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +46,32 @@ def paths(model: nn.Module, example: Any) -> list[list[str]]:
 
 
 # Which blocks form a stage
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = tower(), tower()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        total: Tensor = self.left(left) * self.right(right)
+        return total
+
+
+def test_streams_that_run_one_after_the_other_share_nothing() -> None:
+    model, example = Towers(), (images(), images())
+    assert paths(model, example) == [[f"{name}.{i}.branch.2" for i in (1, 2)] for name in ("left", "right")]
+    attach(model, "dia-lstm", example=example, reduction=1)
+    model(*example).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("example", [(tokens(), tokens()), (tokens(), tokens(5))], ids=["equal", "different"])
+def test_encoder_and_decoder_share_nothing_however_long_their_sequences_are(example: tuple[Tensor, Tensor]) -> None:
+    model = nn.Transformer(16, 2, 2, 2, 32, batch_first=True)
+    assert list(map(len, find_sites(model, example))) == [4, 6]
+    attach(model, "dia-lstm", example=example)
+    model(*example).square().sum().backward()
 
 
 class AddingLayer(nn.Module):
