@@ -174,7 +174,7 @@ def _is_chosen(model: nn.Module, site: Site, branches: Sequence[Branch] | None) 
     return not is_optional(model.get_submodule(site.block)) if branches is None else site.branch in branches
 
 
-def own_stages(model: nn.Module, example: Any, size: Callable[[Site], Any] = width_and_positions) -> Stages:
+def own_stages(model: nn.Module, example: Any, size: Callable[[Site], Any] = size_and_lane) -> Stages:
     """Return the attention modules that a network has of its own, stage by stage.
 
     Args:
@@ -321,7 +321,7 @@ def own_modules(model: nn.Module, example: Any) -> list[list[Place]]:
 
     def kind(site: Site) -> Any:
         module = model.get_submodule(site.path)
-        return (*width_and_positions(site), type(module), *(weight.shape for weight in module.state_dict().values()))
+        return (*size_and_lane(site), type(module), *(weight.shape for weight in module.state_dict().values()))
 
     stages = [stage for stage in own_stages(model, example, kind) if len(stage) > 1]
     if not stages:

@@ -23,7 +23,11 @@ def listing(stages: "Stages", columns: Sequence[tuple[str, Sequence[str]]] = ())
     rows = [(*_HEADER, *(header for header, _ in columns), "branch", "layers")]
     for number, stage in enumerate(stages):
         first = stage[0]
-        told = (str(first.channels), "x".join(map(str, first.resolution)) or "?", *(cells[number] for _, cells in columns))
+        told = (
+            str(first.channels),
+            "x".join(map(str, first.resolution)) or "?",
+            *(cells[number] for _, cells in columns),
+        )
         for line, sites in enumerate(_alike(stage)):
             head, tail = (str(number), told) if line == 0 else ("", ("",) * len(told))
             counts = (str(len({site.block for site in sites})), str(len(sites)))

@@ -59,6 +59,7 @@ class Call:
         module: the module, of the copy.
         outer: the call that it runs in.
         given: the values in each argument, by the argument's name.
+        is_first: whether the module was not called before, as it is at each later step of a recurrent network.
         returned: what it puts out first; ``None`` if that is no tensor.
         inner: calls that ran in this one, in order.
     """
@@ -67,6 +68,7 @@ class Call:
     module: nn.Module
     outer: "Call | None"
     given: dict[str, list[Value]]
+    is_first: bool
     returned: Value | None = None
     inner: "list[Call]" = field(default_factory=list)
 
@@ -238,6 +240,11 @@ def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, time
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}  # of a residual
 
 
+#: What is made does not depend on what is given but for its shape.
+_CONSTANTS = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")}
+_CONSTANTS |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")}
+
+
 class _Recorder(TorchFunctionMode):
     """Notes the value on each tensor. Calls are seen by hooks, which a copy may be given."""
 
@@ -245,6 +252,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.run = run
         self.count = 0
+        self.seen: set[str] = set()  # paths of modules that were called
         self.call: Call | None = None
         self.handles: list[Any] = []
         self.paths = {module: path for path, module in model.named_modules()}
@@ -265,7 +273,8 @@ class _Recorder(TorchFunctionMode):
         names = parameters_of(module)
         named = {**dict(zip(names, args, strict=False)), **kwargs, "": args[len(names) :]}
         given = {name: [self.value_of(tensor) for tensor in tensors_in(value)] for name, value in named.items()}
-        call = Call(self.paths[module], module, self.call, given)
+        call = Call(self.paths[module], module, self.call, given, is_first=self.paths[module] not in self.seen)
+        self.seen.add(call.path)
         if self.call is not None:
             self.call.inner.append(call)
         self.call = call
@@ -283,10 +292,12 @@ class _Recorder(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
+        if name in _CONSTANTS:
+            return function(*args, **kwargs)
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         parents = tuple(map(self.value_of, given))
         output = function(*args, **kwargs)
-        name = getattr(function, "__name__", str(function))
         if name.startswith("addcmul") and len(given) == 3:
             name, parents = "add", (parents[0], self.new(output, "mul", parents[1:], parents[1].channel_axis))
 
@@ -302,7 +313,7 @@ class _Recorder(TorchFunctionMode):
         for tensor, parent in zip(given, parents, strict=False):
             if _version(tensor) != tensor._dia_value[2]:  # type: ignore[attr-defined]  # written in place
                 self.note(tensor, name, parents, parent.channel_axis)
-        if name in _ADDITIONS and len(parents) == 2 and self.call is not None:
+        if name in _ADDITIONS and len(parents) == 2 and self.call is not None and self.call.is_first:
             left, right = parents
             if left.shape == right.shape and len(left.shape) >= 3 and left.live and right.live:
                 self.run.additions.append(Addition(self.call, (left, right), self.value_of(output)))

@@ -1,23 +1,24 @@
 """Attention in networks of other kinds: recurrent, spiking, white-box, with memory, for multispectral images."""
 
 import copy
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dia_lightning.attention import attach, attention_layers, check, detach, watch_maps
+from dia_lightning.attention import attach, attention_layers, check, detach, find_sites, watch_maps
 
 from .networks import backward
 from .related_networks import RELATED
 
 #: Name -> patterns of the layers that end residual branches. The other branches end in no layer: those inside of ISTA
-#: and around HMA's reads of the memory.
+#: and of HMA's attention to the memory.
 SITES: dict[str, list[str]] = {
     "predrnn": ["layers.*.cell"],
     "ccdepth": ["encoder.*.conv2", "blocks.*.mssa.merge"],
     "demosaicing": ["body.*.conv2"],
-    "hma": ["blocks.*.attention.out", "blocks.*.mlp.2"],
+    "hma": ["blocks.*.attention.out", "blocks.*.mlp.2", "read_*.mlp.2"],
     "spiking": ["blocks.*.bn2"],
 }
 
@@ -45,11 +46,19 @@ def test_the_networks_train_and_repeat_themselves(name: str) -> None:
     assert [key for key, value in network.named_parameters() if value.grad is None or not value.grad.any()] == []
 
 
+@pytest.mark.parametrize("name", SITES)
+def test_residual_branches_are_found_by_running(name: str) -> None:
+    network, example = build(name)
+    found = [site.path for stage in find_sites(network, example) for site in stage]
+    named = [path for path, _ in network.named_modules() if any(fnmatchcase(path, each) for each in SITES[name])]
+    assert sorted(found) == sorted(named)
+
+
 @pytest.mark.parametrize("attention", ["dia-lstm", "se"])
 @pytest.mark.parametrize("name", SITES)
 def test_the_identity_start_changes_no_bit(name: str, attention: str) -> None:
     network, example = build(name)
-    attached = attach(copy.deepcopy(network), attention, sites=SITES[name], identity=True)
+    attached = attach(copy.deepcopy(network), attention, example=example, identity=True)
     assert torch.equal(attached(*example), network(*example))
 
 
@@ -57,7 +66,7 @@ def test_the_identity_start_changes_no_bit(name: str, attention: str) -> None:
 @pytest.mark.parametrize("name", SITES)
 def test_every_parameter_of_the_attention_gets_a_gradient(name: str, attention: str) -> None:
     network, example = build(name)
-    attach(network, attention, sites=SITES[name], reduction=1)  # else few units could all be off
+    attach(network, attention, example=example, reduction=1)  # else few units could all be off
     backward(network(*example).square().sum())
     units = attention_parameters(network)
     assert units
@@ -67,7 +76,7 @@ def test_every_parameter_of_the_attention_gets_a_gradient(name: str, attention: 
 @pytest.mark.parametrize("name", SITES)
 def test_everything_holds(name: str) -> None:
     network, example = build(name)
-    report = check(attach(network, "dia-lstm", sites=SITES[name], reduction=2), example)
+    report = check(attach(network, "dia-lstm", example=example, reduction=2), example)
     assert report.ok, f"\n{report}"
     # HMA lets the images of a batch attend to each other, with attention of ours or without.
     expected = ["batch mates do not matter"] if name == "hma" else []
@@ -81,10 +90,10 @@ def test_images_of_a_batch_matter_to_hma_itself() -> None:
 
 @pytest.mark.parametrize("attention", ["dia-lstm", "se"])
 def test_a_network_without_shortcuts_is_refused(attention: str) -> None:
-    network, _ = build("adasr")
+    network, example = build("adasr")
     assert RELATED.keys() - SITES.keys() == {"adasr"}
-    with pytest.raises(ValueError, match="No residual block is known in SpectralNet"):
-        attach(network, attention)
+    with pytest.raises(ValueError, match=r"SpectralNet has no residual branch.*It has no shortcut"):
+        attach(network, attention, example=example)
     with pytest.raises(ValueError, match="No attention is attached"):
         detach(network)
 
@@ -103,7 +112,7 @@ def maps_by_hand(units: list[nn.Module], features: list[Tensor], restarts: int) 
 @pytest.mark.parametrize("name", TIMED)
 def test_attention_starts_anew_at_every_time_step(name: str, share: str, grad: bool) -> None:
     network, example = build(name)
-    attach(network, "dia-lstm", sites=SITES[name], share=share, reduction=2)  # type: ignore[arg-type]
+    attach(network, "dia-lstm", example=example, share=share, reduction=2)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in attention_parameters(network).values():
             parameter.copy_(torch.randn_like(parameter))
