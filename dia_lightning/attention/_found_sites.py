@@ -129,18 +129,18 @@ def axes_of(value: Value, with_more: Value, samples: int) -> tuple[int, int] | s
     return value.channel_axis, grown[0]
 
 
-def measured(model: nn.Module, example: Any, blocks: dict[str, str]) -> dict[str, Site]:
-    """Return the sites at layers, in the order in which they run, with the axes of what they put out in a forward.
+def measured(model: nn.Module, blocks: dict[str, str], once: Run, twice: Run) -> dict[str, Site]:
+    """Return the sites at layers, in the order in which they run, with the axes of what they put out.
 
     Args:
         model: the network.
-        example: what its forward takes.
         blocks: path of a layer -> path of its block.
+        once: a forward of the network.
+        twice: one with twice as many samples.
 
     Raises:
         ValueError: if a layer does not run, or its axes are not known.
     """
-    once, twice = trace(model, example)
     values = [{call.path: call.returned for call in reversed(run.calls)} for run in (once, twice)]
     streams = Streams()
     sites = {}

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
+from dia_lightning.attention._attached_block import AttachedBlock
 from dia_lightning.attention._examples import known_examples
 from dia_lightning.attention._found_sites import branch_sites, measured
 from dia_lightning.attention._named_sites import (
@@ -104,6 +105,8 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
         ([2, 2, 2, 2], 'layer1.0.bn2', 64)
     """
     _check_branches(branches)
+    if any(isinstance(module, AttachedBlock) for module in model.modules()):
+        raise ValueError("Attention is attached to this network: attention_layers(model) has its layers.")
     networks, left_out = _run(model, example, branch_sites)
     networks = [_by_rules(model, sites) for sites in networks]
     every = [site for sites in networks for site in sites]
@@ -258,18 +261,32 @@ def _named(model: nn.Module, sites: Sites, example: Any) -> list[list[Site]]:
     if twice:
         raise ValueError(f"sites: {twice[0]!r} is in two groups. A layer takes part in one.")
     blocks = {path: block_around(model, path, group) for group in paths for path in group}
-    if example is None:
+    runs = _runs(model, example)
+    if runs is None:
         found = [[site_from_layer(model, path, blocks[path]) for path in group] for group in paths]
     else:
-        axes = measured(model, example, blocks)
-        found = [[site for path, site in axes.items() if path in group] for group in paths]
+        sites_by_path = measured(model, blocks, *runs)
+        found = [[site for path, site in sites_by_path.items() if path in group] for group in paths]
     if not are_explicit:
-        return in_stages(found[0], _container_and_width if example is None else size_and_lane)
+        return in_stages(found[0], _container_and_width if runs is None else size_and_lane)
     for group in found:
         if len({site.channels for site in group}) > 1:
             listed = ", ".join(f"{site.path} ({site.channels})" for site in group)
             raise ValueError(f"sites: layers of different widths cannot share a unit: {listed}.")
     return found
+
+
+def _runs(model: nn.Module, example: Any) -> tuple[Run, Run] | None:
+    """Return runs of a network on an example, or on one that is known for it; ``None`` if there is none."""
+    if example is not None:
+        return trace(model, example)
+    for path, _, examples in known_examples(model):
+        for candidate in examples if not path else ():
+            try:
+                return trace(model, candidate, only_on_meta=True)
+            except ValueError:
+                continue
+    return None
 
 
 def _groups(sites: Any) -> tuple[list[Any], bool]:
