@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -126,7 +127,7 @@ def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tupl
     """
     given = arguments_of(example)
     samples = _samples(*given)
-    with _random_state(), torch.no_grad():
+    with torch.no_grad():
         try:
             with torch.device("meta"):
                 subject = _copy(model, partial(_on, "meta"))
@@ -200,12 +201,13 @@ def _on(device: Any, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _random_state() -> Iterator[None]:
-    state = random.getstate()
+    state, state_of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(state_of_numpy)
 
 
 def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -232,7 +234,7 @@ def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, time
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
             recorder.value_of(tensor).live = True
-    with recorder:
+    with _random_state(), recorder:  # both runs draw the same numbers
         model(*args, **kwargs)
     return recorder.run
 

@@ -1,7 +1,9 @@
 """Residual branches found by running networks that are written by hand."""
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +109,36 @@ def test_a_branch_that_a_part_of_a_block_adds_belongs_to_the_block() -> None:
     ]
     plain = model(tokens())
     assert torch.equal(attach(model, "dia-lstm", example=tokens(), identity=True)(tokens()), plain)
+
+
+# What stays as it is
+
+
+class Drawing(nn.Module):
+    """A network that draws random numbers and skips blocks by them, also in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.blocks = nn.ModuleList([Residual(convolutions()) for _ in range(8)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.stem(images)
+        for block in self.blocks:
+            if random.random() < 0.5 or np.random.rand() < 0.1:
+                features = block(features)
+        return features + torch.rand(())
+
+
+def generators() -> tuple[int, int, int]:
+    states = random.getstate(), str(np.random.get_state()), tuple(torch.get_rng_state().tolist())
+    return hash(states[0]), hash(states[1]), hash(states[2])
+
+
+def test_a_network_that_draws_numbers_runs_twice_alike_and_leaves_the_generators_as_they_are() -> None:
+    model = Drawing()
+    random.seed(3)
+    np.random.seed(3)
+    before = generators()
+    assert find_sites(model, images())
+    assert generators() == before
