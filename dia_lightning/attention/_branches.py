@@ -175,6 +175,7 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
         found: sums of branches so far.
     """
     stop, origin = _origin(addition)
+    origin = _earlier_origin(addition.operands, origin, stop) or origin
     shortcut, end = _sides(addition.operands, origin, stop)
     between = made_on_the_way(end, origin, stop)
     if all(_is_linear(value) for value in between if value is not origin):
@@ -217,6 +218,18 @@ def _origin(addition: Addition) -> tuple[set[Value], Value]:
             return stop, max(common, key=lambda value: value.number)
         call = call.outer
     raise NoBranchError("what is added has no origin in common, as in merges of features and position embeddings")
+
+
+def _earlier_origin(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> Value | None:
+    """Return what a branch was added to before, where another one, of the same normed features, is added after it."""
+    if any(_light_path(operand, origin, stop, slices=True) is not None for operand in operands):
+        return None
+    left, right = (ancestors(operand, stop) for operand in operands)
+    for earlier in sorted(left & right & ancestors(origin, stop), key=lambda value: -value.number):
+        ways = [_light_path(operand, earlier, stop, slices=False) for operand in operands]
+        if earlier.live and len(earlier.shape) >= 3 and 0 in ways and None in ways:
+            return earlier
+    return None
 
 
 def ancestors(value: Value, stop: set[Value]) -> set[Value]:

@@ -142,3 +142,26 @@ def test_a_network_that_draws_numbers_runs_twice_alike_and_leaves_the_generators
     before = generators()
     assert find_sites(model, images())
     assert generators() == before
+
+
+# Which additions end a branch
+
+
+class ParallelBranches(nn.Module):
+    """Attention and layers beside it, both of the same normed features, as in GPT-J."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mlp = feed_forward()
+
+    def forward(self, states: Tensor) -> Tensor:
+        normed = self.norm(states)
+        total: Tensor = states + self.attention(normed, normed, normed)[0] + self.mlp(normed)
+        return total
+
+
+def test_both_of_two_branches_of_the_same_normed_features_are_found() -> None:
+    model = nn.Sequential(ParallelBranches(), ParallelBranches())
+    assert paths(model, tokens()) == [[f"{i}.{path}" for i in range(2) for path in ("attention", "mlp.2")]]
