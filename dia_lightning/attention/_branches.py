@@ -111,6 +111,7 @@ class Branch:
         shortcut: what the branch is added to.
         stream: name of the block's argument that the shortcut comes from; ``None`` if that is not one argument.
         endings: the layers that could end it, best first; of a branch that is a sum, those of each summand.
+        is_causal: whether it attends to earlier tokens only.
     """
 
     call: Call
@@ -118,6 +119,7 @@ class Branch:
     shortcut: Value
     stream: str | None
     endings: list[list[Ending]]
+    is_causal: bool
 
 
 class NoBranchError(Exception):
@@ -196,7 +198,7 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
     while call is not None:  # the sum may be left to a module of its own
         try:
             endings = _Walk(call, between).from_sum(end)
-            return Branch(call, kind, shortcut, _stream(call, shortcut), endings), inner
+            return Branch(call, kind, shortcut, _stream(call, shortcut), endings, _is_causal(between)), inner
         except NoBranchError as error:
             reason = reason or error
             call = call.outer if not any(value.call is call for value in between) else None
@@ -338,6 +340,17 @@ def _kind(between: set[Value]) -> str:
             return "attention"
     convolutions = [value for value in between if value.made_by.startswith("conv") and len(value.parents) > 1]
     return "conv" if any(set(value.parents[1].shape[2:]) - {1} for value in convolutions) else "mlp"
+
+
+def _is_causal(between: set[Value]) -> bool:
+    """Tell whether attention is told to be causal, or its module is, as in transformers, or it has such a mask."""
+    for value in between:
+        if value.is_causal or getattr(value.call and value.call.module, "is_causal", None) is True:
+            return True
+        masks = [parent for parent in value.parents if not parent.live]
+        if any(made.made_by in ("tril", "triu") for mask in masks for made in _ancestors(mask, set())):
+            return True
+    return False
 
 
 def _stream(call: Call, shortcut: Value) -> str | None:

@@ -11,6 +11,8 @@ from dia_lightning.attention._named_sites import stream_of
 from dia_lightning.attention._sites import LeftOut, Site, width_and_positions
 from dia_lightning.attention._trace import Run, Value, trace
 
+_CAUSAL = "is in a causal network, where no token may depend on later ones, but the map of a unit depends on all"
+
 
 def run_sites(model: nn.Module, example: Any, **options: Any) -> tuple[list[Site], list[LeftOut]]:
     """Return the sites of a network in the order in which they run, and what is left out.
@@ -32,6 +34,7 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
     """
     found: dict[tuple[str, str], Site] = {}
     streams = Streams()
+    causal: set[int] = set()
     left_out: dict[LeftOut, None] = {}
     pairs = zip(branches_in(once.additions), branches_in(twice.additions), strict=True)
     for (addition, branch), (_, same) in pairs:
@@ -48,6 +51,10 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
         for site in sites:
             if (block, site.path) not in found:
                 found[block, site.path] = streams.numbered(site, branch.shortcut, addition.result)
+                causal |= {found[block, site.path].lane} if branch.is_causal else set()
+    for site in [site for site in found.values() if site.lane in causal]:
+        left_out[LeftOut(site.block, f"{site.path!r} {_CAUSAL}")] = None
+        del found[site.block, site.path]
     attending = {site.block for site in found.values() if site.branch == "attention"}
     sites = [replace(s, branch="mlp") if s.block in attending and s.branch == "conv" else s for s in found.values()]
     return sites, list(left_out)

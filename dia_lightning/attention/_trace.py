@@ -36,6 +36,7 @@ class Value:
         shape: of the tensor.
         channel_axis: axis of the channels, from 0 on; ``None`` if it is lost.
         call: the call of a module that ran the operation.
+        is_causal: whether the operation is attention to earlier tokens only.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Value:
     shape: tuple[int, ...]
     channel_axis: int | None
     call: "Call | None"
+    is_causal: bool = False
 
     @property
     def numel(self) -> int:
@@ -240,6 +242,8 @@ def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, time
 
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}  # of a residual
+#: Operations that are told to be causal, and at which position.
+_CAUSAL = {"scaled_dot_product_attention": 5, "multi_head_attention_forward": 24}
 
 
 #: What is made does not depend on what is given but for its shape.
@@ -315,6 +319,8 @@ class _Recorder(TorchFunctionMode):
         for tensor, parent in zip(given, parents, strict=False):
             if _version(tensor) != tensor._dia_value[2]:  # type: ignore[attr-defined]  # written in place
                 self.note(tensor, name, parents, parent.channel_axis)
+        if name in _CAUSAL and (kwargs.get("is_causal") or True in args[_CAUSAL[name] :][:1]):
+            self.value_of(tree_leaves(output)[0]).is_causal = True
         if name in _ADDITIONS and len(parents) == 2 and self.call is not None and self.call.is_first:
             left, right = parents
             if left.shape == right.shape and len(left.shape) >= 3 and left.live and right.live:

@@ -165,3 +165,29 @@ class ParallelBranches(nn.Module):
 def test_both_of_two_branches_of_the_same_normed_features_are_found() -> None:
     model = nn.Sequential(ParallelBranches(), ParallelBranches())
     assert paths(model, tokens()) == [[f"{i}.{path}" for i in range(2) for path in ("attention", "mlp.2")]]
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, told: bool) -> None:
+        super().__init__()
+        self.told = told
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, states: Tensor) -> Tensor:
+        query, key, value = self.qkv(states).chunk(3, -1)
+        if self.told:
+            return self.out(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+        future = torch.full((states.shape[1],) * 2, -torch.inf, device=states.device).triu(1)
+        return self.out(((query @ key.mT + future).softmax(-1)) @ value)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["flag", "mask"])
+def test_a_causal_network_is_refused_and_an_encoder_before_a_causal_decoder_is_not(told: bool) -> None:
+    layers = [Residual(layer) for _ in range(2) for layer in (CausalAttention(told), feed_forward())]
+    with pytest.raises(ValueError, match="in a causal network"):
+        attach(nn.Sequential(*layers), "dia-lstm", example=tokens())
+    model = nn.Transformer(16, 2, 2, 2, 32, batch_first=True)
+    example = {"src": tokens(), "tgt": tokens(5), "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5)}
+    example["tgt_is_causal"] = True
+    assert list(map(len, find_sites(model, example))) == [4]
