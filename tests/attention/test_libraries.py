@@ -27,7 +27,7 @@ class Constant(nn.Module):
         self.value = value
 
     def forward(self, features: Tensor, state: None) -> tuple[Tensor, None]:
-        return features.new_full((len(features), 1, 1, 1), self.value), None
+        return features.new_full((len(features), *[1] * (features.ndim - 1)), self.value), None
 
 
 def attached_blocks(network: nn.Module) -> list[AttachedBlock]:
