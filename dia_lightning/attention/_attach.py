@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
-from dia_lightning.attention._attached_block import AttachedBlock, take_apart
+from dia_lightning.attention._attached_block import AttachedBlock, is_attached, take_apart
 from dia_lightning.attention._masks import plugged
 from dia_lightning.attention._own_attention import SharedModule
 from dia_lightning.attention._places import Existing, Place, Sites, own_modules, places
@@ -151,7 +151,7 @@ def detach(model: Model) -> Model:
         >>> list(detach(attach(plain, "se")).state_dict()) == keys
         True
     """
-    if not any(isinstance(module, AttachedBlock) for module in model.modules()):
+    if not is_attached(model):
         raise ValueError("No attention is attached to this network.")
     put_back(model)
     for module in list(model.modules()):

@@ -153,6 +153,11 @@ def take_apart(module: nn.Module) -> None:
         vars(module).pop(name, None)
 
 
+def is_attached(network: nn.Module) -> bool:
+    """Tell whether a network, or a part of it, has attention attached."""
+    return any(isinstance(module, AttachedBlock) for module in network.modules())
+
+
 def own_names(block: nn.Module) -> set[str]:
     """Return the names of what attention has registered in a block."""
     links: tuple[Link, ...] = vars(block).get("dia_links", ())

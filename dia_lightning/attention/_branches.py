@@ -348,7 +348,7 @@ def _is_causal(between: set[Value]) -> bool:
         if value.is_causal or getattr(value.call and value.call.module, "is_causal", None) is True:
             return True
         masks = [parent for parent in value.parents if not parent.live]
-        if any(made.made_by in ("tril", "triu") for mask in masks for made in _ancestors(mask, set())):
+        if any(made.made_by in ("tril", "triu") for mask in masks for made in ancestors(mask, set())):
             return True
     return False
 

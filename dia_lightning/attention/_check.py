@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from dia_lightning.attention._attach import detach
-from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._attached_block import AttachedBlock, is_attached
 from dia_lightning.attention._links import tensors_in
 from dia_lightning.attention._watch import watch_maps
 
@@ -78,7 +78,7 @@ def check(model: nn.Module, example_input: Any, *, slow: bool = False) -> Report
         >>> report.ok
         True
     """
-    if not any(isinstance(module, AttachedBlock) for module in model.modules()):
+    if not is_attached(model):
         raise ValueError("No attention is attached to this network. Call attach(model, ...) first.")
     if type(model).__module__.startswith("torchvision.models.detection") and hasattr(model, "backbone"):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
-from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._examples import known_examples
 from dia_lightning.attention._found_sites import branch_sites, measured
 from dia_lightning.attention._named_sites import (
@@ -105,7 +105,7 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
         ([2, 2, 2, 2], 'layer1.0.bn2', 64)
     """
     _check_branches(branches)
-    if any(isinstance(module, AttachedBlock) for module in model.modules()):
+    if is_attached(model):
         raise ValueError("Attention is attached to this network: attention_layers(model) has its layers.")
     networks, left_out = _run(model, example, branch_sites)
     networks = [_by_rules(model, sites) for sites in networks]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from dia_lightning.attention import Stages, attach, attention_layers, detach, find_sites
+from dia_lightning.attention import Stages, attach, detach, find_sites
+from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._attached_stages import attached_stages
 from dia_lightning.attention._site_listing import listing
 from dia_lightning.attention._sites import Branch
@@ -56,8 +57,8 @@ def run(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dia-lightning sites",
-        description="Stages, blocks and layers of a network that attention goes to, the parameters that it adds to each "
-        "stage, and the additions that are left out with the reason. The network is run once on tensors without "
+        description="Stages, blocks and layers of a network that attention goes to, the parameters that it adds to "
+        "each stage, and the additions that are left out with the reason. The network is run once on tensors without "
         "contents. A network that has attention is shown with what it has, unless --attention, --share, --reduction or "
         "--branches ask for something else in its place.",
     )
@@ -114,11 +115,7 @@ def _shape(task: "DIATask", image_size: int | None) -> list[int] | None:
 
 def _plain(network: nn.Module) -> nn.Module:
     """Return a network, or a copy of it without the attention that it has."""
-    try:
-        attention_layers(network)
-    except ValueError:
-        return network
-    return detach(copy.deepcopy(network))
+    return detach(copy.deepcopy(network)) if is_attached(network) else network
 
 
 def _found(plain: nn.Module, example: Any) -> Stages:

@@ -14,7 +14,6 @@ from diffusers import (
     UNet2DModel,
 )
 from timm.models._registry import _model_to_module
-from torch import nn
 from torchvision import models
 
 from dia_lightning.attention import Stages, find_sites
