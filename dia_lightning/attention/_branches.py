@@ -226,12 +226,24 @@ def _earlier_origin(operands: tuple[Value, Value], origin: Value, stop: set[Valu
     """Return what a branch was added to before, where another one, of the same normed features, is added after it."""
     if any(_light_path(operand, origin, stop, slices=True) is not None for operand in operands):
         return None
-    left, right = (ancestors(operand, stop) for operand in operands)
-    for earlier in sorted(left & right & ancestors(origin, stop), key=lambda value: -value.number):
-        ways = [_light_path(operand, earlier, stop, slices=False) for operand in operands]
-        if earlier.live and len(earlier.shape) >= 3 and 0 in ways and None in ways:
+    for one, other in (operands, operands[::-1]):
+        shared = [value for value in _passed_on(one, stop) & ancestors(other, stop) if value.live]
+        earlier = max(shared, key=lambda value: value.number, default=None)
+        if earlier is not None and len(earlier.shape) >= 3 and _light_path(other, earlier, stop, slices=False) is None:
             return earlier
     return None
+
+
+def _passed_on(value: Value, stop: set[Value]) -> set[Value]:
+    """Return a value and all that it is a sum of, moved or scaled, without a layer with weights in between."""
+    seen, waiting = {value}, [value]
+    while waiting:
+        current = waiting.pop()
+        if current not in stop and _is_light(current, slices=False) and not current.made_by.startswith(WEIGHTED):
+            new = [parent for parent in current.parents if parent not in seen]
+            seen.update(new)
+            waiting.extend(new)
+    return seen
 
 
 def ancestors(value: Value, stop: set[Value]) -> set[Value]:

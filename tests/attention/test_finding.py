@@ -177,9 +177,12 @@ class CausalAttention(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         query, key, value = self.qkv(states).chunk(3, -1)
         if self.told:
-            return self.out(F.scaled_dot_product_attention(query, key, value, is_causal=True))
-        future = torch.full((states.shape[1],) * 2, -torch.inf, device=states.device).triu(1)
-        return self.out(((query @ key.mT + future).softmax(-1)) @ value)
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            future = torch.full((states.shape[1],) * 2, -torch.inf, device=states.device).triu(1)
+            mixed = (query @ key.mT + future).softmax(-1) @ value
+        out: Tensor = self.out(mixed)
+        return out
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["flag", "mask"])
@@ -188,6 +191,6 @@ def test_a_causal_network_is_refused_and_an_encoder_before_a_causal_decoder_is_n
     with pytest.raises(ValueError, match="in a causal network"):
         attach(nn.Sequential(*layers), "dia-lstm", example=tokens())
     model = nn.Transformer(16, 2, 2, 2, 32, batch_first=True)
-    example = {"src": tokens(), "tgt": tokens(5), "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5)}
-    example["tgt_is_causal"] = True
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    example = {"src": tokens(), "tgt": tokens(5), "tgt_mask": mask, "tgt_is_causal": True}
     assert list(map(len, find_sites(model, example))) == [4]
