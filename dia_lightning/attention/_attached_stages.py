@@ -23,8 +23,8 @@ def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int
         for link in block.dia_links if isinstance(block, AttachedBlock) else ():
             for slot in link.slots:
                 layer = f"{path}.{slot.path}" if path else slot.path
-                options = (slot.channels, slot.channel_axis, slot.batch_axis)
-                slots.append((slot, known.pop(layer, Site(layer, path, *options, before=slot.before))))
+                named = Site(layer, path, slot.channels, slot.channel_axis, slot.batch_axis, before=slot.before)
+                slots.append((slot, known.pop(layer, named)))
                 for norm in filter(None, (slot.branch_norm, slot.unit_norm)):
                     added[slot.stage] += _count(block.get_submodule(norm))
             if link.before is None:

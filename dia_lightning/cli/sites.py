@@ -5,7 +5,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -37,7 +37,8 @@ def run(args: Sequence[str]) -> None:
     size = _count(plain)
     asked = (options.attention, options.share, options.reduction, options.branches)
     if plain is network or any(value is not None for value in asked):
-        attention, share = options.attention or "dia-lstm", options.share or "stage"
+        attention: str = options.attention or "dia-lstm"
+        share: Literal["stage", "block"] = options.share or "stage"
         found = find_sites(plain, example, branches=options.branches)
         network = plain
         arguments = {} if options.reduction is None else {"reduction": options.reduction}
@@ -109,8 +110,9 @@ def _shape(task: "DIATask", image_size: int | None) -> list[int] | None:
         if image_size is not None:
             raise ValueError(f"--image_size {image_size}: a diffusion network is made for images of one size.")
         return None  # it takes more than images
-    size = shape[1:] if image_size is None and shape else [image_size] * 2
-    return None if size[0] is None else [shape[0] if shape else 3, *map(int, size)]
+    if image_size is None:
+        return shape
+    return [shape[0] if shape else 3, image_size, image_size]
 
 
 def _plain(network: nn.Module) -> nn.Module:

@@ -73,7 +73,9 @@ def test_a_map_of_zero_leaves_the_shortcut_and_nothing_else(name: str) -> None:
         if entry.shape == left.shape:
             passed[paths[block]] = torch.equal(entry, left)
 
-    paths = {module: path for path, module in network.named_modules() if isinstance(module, AttachedBlock)}
+    paths: dict[nn.Module, str] = {
+        module: path for path, module in network.named_modules() if isinstance(module, AttachedBlock)
+    }
     for block in paths:
         block.register_forward_hook(compare)
     with torch.no_grad():
