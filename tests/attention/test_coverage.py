@@ -1,7 +1,9 @@
 """Sites are found in networks of all kinds, without a rule for any of them."""
 
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +46,12 @@ def test_the_branches_of_a_family_of_timm_are_found(family: str) -> None:
     if not timm.is_model(name):
         pytest.skip("another version of timm")
     assert per_stage(find_sites(build_on_meta(partial(timm.create_model, name)))) == expected
+
+
+def test_the_page_of_networks_has_the_same_sites() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
+    for family, (name, stages) in FAMILIES.items():
+        assert re.search(rf"^\| {family}: {name} \| .+ \| {re.escape(stages)} \|", page, re.MULTILINE), family
 
 
 @pytest.mark.parametrize("family", NO_BRANCH)
