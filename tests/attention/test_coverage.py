@@ -112,7 +112,7 @@ def test_the_branches_of_a_network_of_torchvision_are_found(name: str) -> None:
 @pytest.mark.slow
 def test_all_residual_networks_of_torchvision_have_sites() -> None:
     names = [name for name in models.list_models() if not name.startswith(("raft", *WITHOUT_BRANCHES))]
-    assert len(names) > 90
+    assert len(names) >= 90
     for name in names:
         assert of_torchvision(name), name
 
