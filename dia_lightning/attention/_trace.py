@@ -6,7 +6,7 @@ looks at numbers runs on a copy of its weights instead. Either way the network i
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -303,6 +303,9 @@ class _Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         parents = tuple(map(self.value_of, given))
+        name = getattr(function, "__name__", str(function))
+        if name == "lstm" and given[0].is_meta and isinstance(args[1], tuple):  # of a sequence that is not packed
+            function = _lstm_on_meta
         output = function(*args, **kwargs)
         if name.startswith("addcmul") and len(given) == 3:
             name, parents = "add", (parents[0], self.new(output, "mul", parents[1:], parents[1].channel_axis))
@@ -346,6 +349,13 @@ class _Recorder(TorchFunctionMode):
         self.count += 1
         live = any(parent.live for parent in parents)
         return Value(self.count, name, parents, live, tuple(tensor.shape), axis, self.call)
+
+
+def _lstm_on_meta(sequence: Tensor, states: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
+    """Return what an LSTM does without its steps, which take seconds on meta tensors."""
+    *_, is_bidirectional, _ = options
+    width = states[0].shape[-1] * (1 + is_bidirectional)
+    return sequence.new_empty(*sequence.shape[:-1], width), *map(torch.empty_like, states)
 
 
 def _swapped(one: Tensor, other: Tensor, value: Any) -> Any:

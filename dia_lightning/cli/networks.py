@@ -38,7 +38,7 @@ def run(args: Sequence[str]) -> None:
         "--sites",
         action="store_true",
         help="say of each network that matches the pattern whether it takes attention, and how many layers of each "
-        "stage; every network is built and run without memory, which takes 0.1 to 8 seconds each (docs/networks.md has "
+        "stage; every network is built and run without memory, which takes 0.1 to 5 seconds each (docs/networks.md has "
         "one network of every family)",
     )
     parser.add_argument("--cost", nargs="+", metavar="NAME", help="what each kind of attention costs on these")

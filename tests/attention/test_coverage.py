@@ -38,9 +38,7 @@ def test_every_family_of_timm_is_looked_at() -> None:
     assert len(FAMILIES) >= 88
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow if name == "sequencer" else ()) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_branches_of_a_family_of_timm_are_found(family: str) -> None:
     name, expected = FAMILIES[family]
     if not timm.is_model(name):
