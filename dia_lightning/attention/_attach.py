@@ -9,14 +9,14 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
-from dia_lightning.attention._attached_block import AttachedBlock, is_attached, take_apart
+from dia_lightning.attention._attached_block import is_attached, take_apart
 from dia_lightning.attention._masks import plugged
 from dia_lightning.attention._own_attention import SharedModule
-from dia_lightning.attention._places import Existing, Place, Sites, own_modules, places
+from dia_lightning.attention._places import Existing, Place, Sites, own_modules, places, refuse_unfit
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._sites import Branch
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero
-from dia_lightning.attention._wiring import like, put_back, refuse_unfit, take_out, wire
+from dia_lightning.attention._wiring import like, put_back, refuse_unfit_places, take_out, wire
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,8 +92,7 @@ def attach(
         >>> [name for name, _ in model.named_modules() if name.endswith(".dia")]
         ['layer1.0.dia', 'layer2.0.dia', 'layer3.0.dia']
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {model!r}. Make named networks with get_model(name).")
+    refuse_unfit(model)
     if share not in ("stage", "block"):
         raise ValueError(f"share must be 'stage' or 'block', got {share!r}.")
     if identity and branch_norm:
@@ -106,7 +105,6 @@ def attach(
         raise ValueError(f"existing_start must be 'mean' or 'first', got {existing_start!r}.")
     if attention is None and existing != "share":
         raise ValueError("attention is None: name what to attach, or share the network's own with existing='share'.")
-    _refuse_unfit(model)
     planned: list[tuple[nn.Module, list[Place], int]] = []  # unit, chain, stage; all, before the network is touched
     if attention is not None:
         build = attention_builder(attention, attention_args)
@@ -117,7 +115,7 @@ def attach(
         if share == "stage":
             _warn_of_single([chain for _, chain, _ in planned])
         for unit, chain, _ in planned:
-            refuse_unfit(unit, chain)
+            refuse_unfit_places(unit, chain)
     if existing == "share":
         first = max((number for *_, number in planned), default=-1) + 1
         for number, chain in enumerate(own_modules(model, example), start=first):
@@ -157,22 +155,6 @@ def detach(model: Model) -> Model:
     for module in list(model.modules()):
         take_apart(module)
     return model
-
-
-def _refuse_unfit(model: nn.Module) -> None:
-    """Refuse a network that has attention, or that is wrapped by something that would not see it."""
-    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "ScriptModule")
-    for name, module in model.named_modules():
-        if isinstance(module, AttachedBlock):
-            raise ValueError("Attention is attached to this network already. Call detach(model) first.")
-        bases = [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")]
-        wrapper = next((base for base in bases if base in wrappers), None)
-        if wrapper is not None or module._compiled_call_impl is not None:
-            raise ValueError(
-                f"{type(module).__name__} at {name or 'the root'} is wrapped already "
-                f"({wrapper or 'compile()'}), which would not know the attention's parameters or keep code without it. "
-                "Attach before the network is wrapped, sharded or compiled."
-            )
 
 
 def _plugged(

@@ -333,7 +333,7 @@ def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) 
     if len(size) < 1 or addition.result.shape[2:] != size:
         return False
     factors = {parent for value in between if value.made_by in _SCALE for parent in value.parents}
-    for value in between - factors:  # a gate may be computed at a lower resolution
+    for value in between - factors - {origin}:  # a gate may be computed at a lower resolution
         if value.made_by.startswith(_UPSAMPLING):
             child = value.call
             while child is not None and child is not addition.call and child.outer is not addition.call:

@@ -51,8 +51,11 @@ def _examples(module: Any) -> Iterator[Any]:
 
 def _is_whole(module: nn.Module) -> bool:
     """Tell whether a module of torchvision is a network that takes images, and neither a block nor a detector."""
-    heads = ("fc", "classifier", "head", "heads")
-    return type(module).__name__ == "IntermediateLayerGetter" or any(hasattr(module, head) for head in heads)
+    name = type(module).__name__
+    if name == "IntermediateLayerGetter" or "FeatureExtractor" in name:  # the backbones of detectors
+        return True
+    is_detector = ".detection." in type(module).__module__
+    return not is_detector and any(hasattr(module, head) for head in ("fc", "classifier", "head", "heads"))
 
 
 def _images(module: Any) -> Iterator[Tensor]:

@@ -44,7 +44,7 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
                 raise branch
             if isinstance(same, NoBranchError):
                 raise same
-            sites = list(_sites_of_branch(branch, same, once.samples))
+            sites = list(_sites_of_branch(branch, same, once))
         except NoBranchError as reason:
             left_out[LeftOut(block, str(reason))] = None
             continue
@@ -60,11 +60,13 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
     return sites, list(left_out)
 
 
-def _sites_of_branch(branch: Branch, same: Branch, samples: int) -> Iterator[Site]:
+def _sites_of_branch(branch: Branch, same: Branch, run: Run) -> Iterator[Site]:
     for summand, again in zip(branch.endings, same.endings, strict=True):
         reasons = []
         for ending, other in zip(summand, again, strict=True):
-            axes = axes_of(ending.value, other.value, samples)
+            axes: tuple[int, int] | str = "runs in other blocks, too"
+            if run.is_only_in(ending.path, branch.call.path):
+                axes = axes_of(ending.value, other.value, run.samples)
             if isinstance(axes, str):
                 reasons.append(f"{ending.path!r} {axes}")
                 continue
@@ -102,15 +104,21 @@ class Streams:
         return site
 
 
+#: An autoencoder's latent has so many times fewer entries than the features before and behind it, or even more times.
+_LATENT = 8
+
+
 def _is_made_of(value: Value, others: list[Value]) -> bool:
-    """Tell whether a value was made of one of some others."""
+    """Tell whether a value was made of one of some others, and not by way of a latent of far fewer entries."""
     first = min(other.number for other in others)
+    size = min(value.numel, *(other.numel for other in others))
     seen, waiting = {value}, [value]
     while waiting:
         current = waiting.pop()
         if current in others:
             return True
-        new = [parent for parent in current.parents if parent not in seen and parent.number >= first]
+        wide = [parent for parent in current.parents if parent.number >= first and _LATENT * parent.numel > size]
+        new = [parent for parent in wide if parent not in seen]
         seen.update(new)
         waiting.extend(new)
     return False

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
-from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention._attached_block import AttachedBlock
 from dia_lightning.attention._examples import known_examples
 from dia_lightning.attention._found_sites import branch_sites, measured
 from dia_lightning.attention._named_sites import (
@@ -105,8 +105,7 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
         ([2, 2, 2, 2], 'layer1.0.bn2', 64)
     """
     _check_branches(branches)
-    if is_attached(model):
-        raise ValueError("Attention is attached to this network: attention_layers(model) has its layers.")
+    refuse_unfit(model)
     networks, left_out = _run(model, example, branch_sites)
     networks = [_by_rules(model, sites) for sites in networks]
     every = [site for sites in networks for site in sites]
@@ -122,6 +121,28 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
         [stage for sites in networks for stage in in_stages(filter(chosen.__contains__, sites), size_and_lane)],
         left_out,
     )
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Refuse what is no network, has attention, or is wrapped by something that would not see it.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {model!r}. Make named networks with get_model(name).")
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "ScriptModule")
+    for name, module in model.named_modules():
+        if isinstance(module, AttachedBlock):
+            raise ValueError("Attention is attached to this network already. Call detach(model) first.")
+        bases = [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")]
+        wrapper = next((base for base in bases if base in wrappers), None)
+        if wrapper is not None or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(module).__name__} at {name or 'the root'} is wrapped already "
+                f"({wrapper or 'compile()'}), which would not know the attention's parameters or keep code without it. "
+                "Attach before the network is wrapped, sharded or compiled."
+            )
 
 
 def needs_example(model: nn.Module) -> bool:

@@ -79,6 +79,13 @@ class Call:
         """Return all values that the call was given."""
         return {value for values in self.given.values() for value in values}
 
+    def is_in(self, path: str) -> bool:
+        """Tell whether this ran in a call of a module."""
+        outer = self.outer
+        while outer is not None and outer.path != path:
+            outer = outer.outer
+        return outer is not None
+
     def within(self) -> "Iterator[Call]":
         """Yield all calls inside this one, in the order in which they end."""
         for call in self.inner:
@@ -109,11 +116,17 @@ class Run:
         samples: their number.
         calls: of modules, in the order in which they end.
         additions: in the order in which they ran.
+        queries: shapes of what torch's attention was given, tokens first.
     """
 
     samples: int
     calls: list[Call] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
+    queries: list[torch.Size] = field(default_factory=list)
+
+    def is_only_in(self, path: str, block: str) -> bool:
+        """Tell whether a module was called in calls of a block only."""
+        return all(call.is_in(block) for call in self.calls if call.path == path)
 
 
 def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tuple[Run, Run]:
@@ -128,12 +141,18 @@ def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tupl
         ValueError: if the network does not run on the example.
     """
     given = arguments_of(example)
-    samples = _samples(*given)
+    runs = _runs(model, given, 0, only_on_meta)
+    return _runs(model, given, 1, only_on_meta) if _attends_over_samples(*runs) else runs
+
+
+def _runs(model: nn.Module, given: _Arguments, axis: int, only_on_meta: bool) -> tuple[Run, Run]:
+    """Return runs on an example and on one of twice as many samples, which lie along an axis."""
+    samples = _samples(*given, axis)
     with torch.no_grad():
         try:
             with torch.device("meta"):
                 subject = _copy(model, partial(_on, "meta"))
-                first, second = (_record(subject, given, "meta", samples, times) for times in (1, 2))
+                first, second = (_record(subject, given, "meta", samples, axis, times) for times in (1, 2))
                 return first, second
         except Exception as error:  # it looks at numbers, or makes tensors elsewhere
             if only_on_meta:
@@ -141,17 +160,22 @@ def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tupl
         device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
         try:
             subject = _copy(model, partial(_on, device))
-            first = _record(subject, given, device, samples, 1)
+            first = _record(subject, given, device, samples, axis, 1)
         except Exception as error:
             raise ValueError(_does_not_run(model, error)) from error
         try:
-            return first, _record(subject, given, device, samples, 2)
+            return first, _record(subject, given, device, samples, axis, 2)
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} runs on the example, but not on {2 * samples} samples, which would show what "
-                f"the axis of the samples is: {type(error).__name__}: {error} Every tensor of the example whose first "
-                f"axis has {samples} entries is taken to hold one per sample."
+                f"the axis of the samples is: {type(error).__name__}: {error} Every tensor of the example that has "
+                f"{samples} entries on axis {axis} is taken to hold one per sample."
             ) from error
+
+
+def _attends_over_samples(once: Run, twice: Run) -> bool:
+    """Tell whether torch's attention has more tokens where there are more samples, so that tokens come first."""
+    return any(one[0] != two[0] for one, two in zip(once.queries, twice.queries, strict=False))
 
 
 def _does_not_run(model: nn.Module, error: Exception) -> str:
@@ -168,22 +192,24 @@ def arguments_of(example: Any) -> _Arguments:
     return example if isinstance(example, tuple) else (example,), {}
 
 
-def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _samples(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> int:
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-        if isinstance(value, list) and tensors_in(value):
-            return len(value)  # of images of different sizes
+        is_list = isinstance(value, list) and len(tensors_in(value)) > 0  # of images of different sizes
+        if is_list or (isinstance(value, Tensor) and value.ndim > axis):
+            samples = len(value) if is_list else value.shape[axis]
+            if samples == 0:
+                raise ValueError("example has no samples. Give at least one.")
+            return samples
     raise ValueError("example has no tensor whose first axis is the samples. Give what the network's forward takes.")
 
 
-def _example(arguments: _Arguments, device: Any, samples: int, times: int) -> _Arguments:
+def _example(arguments: _Arguments, device: Any, samples: int, axis: int, times: int) -> _Arguments:
     """Return a copy of the arguments on a device, with several times as many samples."""
 
     def several(tensor: Tensor) -> Tensor:
         tensor = _on(device, tensor)
-        is_batch = tensor.ndim > 0 and len(tensor) == samples
-        return torch.cat([tensor] * times) if is_batch and times > 1 else tensor
+        is_batch = tensor.ndim > axis and tensor.shape[axis] == samples
+        return torch.cat([tensor] * times, axis) if is_batch and times > 1 else tensor
 
     def changed(value: Any) -> Any:
         if isinstance(value, list) and tensors_in(value) and len(value) == samples:
@@ -221,6 +247,7 @@ def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
                 changed = change(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(changed, tensor.requires_grad) if is_parameter else changed
+                memo[id(tensor)]._dia_is_triangular = not is_parameter and _is_triangular(tensor)
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -230,8 +257,18 @@ def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     return copied
 
 
-def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, times: int) -> Run:
-    args, kwargs = _example(given, device, samples, times)
+def _is_triangular(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a mask that hides later tokens: one value up to the diagonal, and another above."""
+    if tensor.is_meta or tensor.ndim < 2 or tensor.shape[-1] < 2 or tensor.shape[-1] != tensor.shape[-2]:
+        return False
+    one = tensor.reshape(-1, *tensor.shape[-2:])[0]
+    upper = torch.ones_like(one, dtype=torch.bool).triu(1)
+    kept, hidden = one[~upper], one[upper]
+    return bool((kept == kept[0]).all() and (hidden == hidden[0]).all() and kept[0] != hidden[0])
+
+
+def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, axis: int, times: int) -> Run:
+    args, kwargs = _example(given, device, samples, axis, times)
     recorder = _Recorder(model, Run(times * samples))
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
@@ -322,6 +359,8 @@ class _Recorder(TorchFunctionMode):
         for tensor, parent in zip(given, parents, strict=False):
             if _version(tensor) != tensor._dia_value[2]:  # type: ignore[attr-defined]  # written in place
                 self.note(tensor, name, parents, parent.channel_axis)
+        if name == "multi_head_attention_forward" and given[0].ndim == 3:
+            self.run.queries.append(given[0].shape)
         if name in _CAUSAL and (kwargs.get("is_causal") or True in args[_CAUSAL[name] :][:1]):
             self.value_of(tree_leaves(output)[0]).is_causal = True
         if name in _ADDITIONS and len(parents) == 2 and self.call is not None and self.call.is_first:
@@ -334,7 +373,7 @@ class _Recorder(TorchFunctionMode):
         """Return the value that is noted on a tensor; a new one without parents if there is none."""
         noted: tuple[_Recorder, Value, int] | None = getattr(tensor, "_dia_value", None)
         if noted is None or noted[0] is not self:
-            return self.note(tensor, "", (), None)
+            return self.note(tensor, "tril" if getattr(tensor, "_dia_is_triangular", False) else "", (), None)
         _, value, version = noted
         if version != _version(tensor):  # written through a view of it
             return self.note(tensor, "write", (value,), value.channel_axis)

@@ -121,7 +121,7 @@ def _norms(unit: nn.Module, place: Place, site: Site) -> dict[str, tuple[str, nn
     return {kind: (f"{kind}{suffix}", like(norm, place.block)) for kind, norm in norms.items()}
 
 
-def refuse_unfit(unit: nn.Module, chain: list[Place]) -> None:
+def refuse_unfit_places(unit: nn.Module, chain: list[Place]) -> None:
     """Refuse blocks that have the names in use which the attention needs.
 
     Raises:

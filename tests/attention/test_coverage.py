@@ -133,7 +133,7 @@ DIFFUSERS: dict[str, tuple[Callable[[], Any], str]] = {
     "DiTTransformer2DModel": (partial(DiTTransformer2DModel, sample_size=32, num_layers=4), "8"),
     # images and text have two branches in each block, but in the last block text has none
     "SD3Transformer2DModel": (partial(SD3Transformer2DModel, num_layers=3, **HEADS), "6+4"),
-    "AutoencoderKL": (partial(AutoencoderKL, block_out_channels=(32, 64), **BLOCKS), "1+7+2"),
+    "AutoencoderKL": (partial(AutoencoderKL, block_out_channels=(32, 64), **BLOCKS), "1+3+4+2"),
 }
 
 

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from dia_lightning.attention import attach, find_sites
 
 
+def features(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
 class Residual(nn.Module):
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
@@ -194,3 +198,169 @@ def test_a_causal_network_is_refused_and_an_encoder_before_a_causal_decoder_is_n
     mask = nn.Transformer.generate_square_subsequent_mask(5)
     example = {"src": tokens(), "tgt": tokens(5), "tgt_mask": mask, "tgt_is_causal": True}
     assert list(map(len, find_sites(model, example))) == [4]
+
+
+# What lies where
+
+
+@pytest.mark.parametrize(("batch_first", "axis"), [(True, 0), (False, 1)])
+def test_the_axis_of_the_samples_is_that_of_the_network(batch_first: bool, axis: int) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first)
+    network = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    example = features(2, 5, 16) if batch_first else features(5, 2, 16)
+    assert {site.batch_axis for stage in find_sites(network, example) for site in stage} == {axis}
+    alone = example.narrow(axis, 0, 1)
+    attach(network, "dia-lstm", example=example, reduction=4)
+    torch.testing.assert_close(network(example).narrow(axis, 0, 1), network(alone))
+
+
+class TokenMixer(nn.Module):
+    """A branch that mixes tokens, and one that mixes channels, as in MLP-Mixer."""
+
+    def __init__(self, tokens: int, channels: int) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Linear(tokens, 7), nn.GELU(), nn.Linear(7, tokens), nn.Dropout(0.1))
+        self.channels = nn.Sequential(nn.Linear(channels, 7), nn.GELU(), nn.Linear(7, channels))
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, value: Tensor) -> Tensor:
+        value = value + self.tokens(self.norm(value).transpose(-1, -2)).transpose(-1, -2)
+        result: Tensor = value + self.channels(self.norm(value))
+        return result
+
+
+def test_channels_are_followed_where_tokens_are_mixed() -> None:
+    (stage,) = find_sites(nn.Sequential(TokenMixer(5, 8), TokenMixer(5, 8)), features(2, 5, 8))
+    assert [(site.path, site.channels, site.channel_axis) for site in stage] == [
+        ("0.tokens.2", 8, 1),  # before dropout
+        ("0.channels.2", 8, -1),
+        ("1.tokens.2", 8, 1),
+        ("1.channels.2", 8, -1),
+    ]
+    assert {(site.branch, site.stream, site.resolution) for site in stage} == {("mlp", "value", (5,))}
+
+
+class Scaled(nn.Module):
+    """A branch with a layer scale and a gate that comes from outside, as in a DiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, value: Tensor, gate: Tensor) -> Tensor:
+        result: Tensor = value + gate * (self.scale * F.dropout(torch.relu(self.conv(value))))
+        return result
+
+
+def test_scales_dropout_and_activations_come_after_the_site() -> None:
+    ((site,),) = find_sites(Scaled(), (features(2, 4, 6, 6), features(2, 4, 1, 1)))
+    assert (site.path, site.block, site.stream, site.shape) == ("conv", "", "value", (2, 4, 6, 6))
+
+
+class Arms(nn.Module):
+    """Additions that end no residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.down = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.position = nn.Parameter(torch.zeros(1, 4, 8, 8))
+
+    def forward(self, value: Tensor) -> Tensor:
+        value = value + self.position
+        value = self.one(value) + self.three(value)  # as RepVGG in training
+        value = value + self.norm(value)
+        low = torch.relu(self.down(value))
+        value = value + F.interpolate(low, scale_factor=2)  # as a feature pyramid
+        left, right = value.chunk(2, 1)
+        return torch.cat([left + torch.tanh(right), right], 1)
+
+
+def test_other_additions_are_left_out_with_the_reason() -> None:
+    stages = find_sites(Arms(), features(2, 4, 8, 8))
+    assert stages == []
+    reasons = [other.reason for other in stages.left_out]
+    for reason in ("as deep as each other", "its branch is linear", "different resolutions", "slice of the channels"):
+        assert sum(reason in each for each in reasons) == 1, reasons
+
+
+# A layer that several blocks have
+
+
+def test_a_layer_that_several_blocks_have_is_no_site_of_one() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    network = nn.Sequential(*(Residual(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), shared)) for _ in range(3)))
+    images = features(2, 4, 6, 6)
+    (stage,) = find_sites(network, images)
+    assert len({site.path for site in stage}) == 3
+    plain = network(images)
+    assert torch.equal(attach(network, "se", example=images, identity=True)(images), plain)
+
+
+# The network stays as it is
+
+
+def test_the_network_and_its_hooks_are_left_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), TwoConvolutions(), nn.Dropout(0.5)).train()
+    seen: list[Tensor] = []
+    network[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    before = {name: (tensor.clone(), tensor._version) for name, tensor in network.state_dict(keep_vars=True).items()}
+    state, attributes = torch.get_rng_state(), [sorted(vars(module)) for module in network.modules()]
+    find_sites(network, features(2, 3, 6, 6))
+    assert seen == []
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [sorted(vars(module)) for module in network.modules()] == attributes
+    assert all(module.training for module in network.modules())
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        assert torch.equal(tensor, before[name][0])
+        assert tensor._version == before[name][1]
+
+
+class TwoConvolutions(nn.Module):
+    """A residual block whose forward looks at numbers, which meta tensors do not have, and writes into a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.calls += 1
+        if value.abs().max().item() > 1e6:
+            raise ValueError("too large")
+        result: Tensor = value + self.second(torch.relu(self.first(value)))
+        return result
+
+
+def test_a_latent_ends_a_stage() -> None:
+    encoder, decoder = (nn.ModuleList(TwoConvolutions() for _ in range(2)) for _ in range(2))
+    network = nn.Sequential(*encoder, nn.Conv2d(4, 1, 2, stride=2), nn.ConvTranspose2d(1, 4, 2, stride=2), *decoder)
+    assert [len(stage) for stage in find_sites(network, features(2, 4, 8, 8))] == [2, 2]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "message"),
+    [
+        (lambda: 3, features(2, 4, 6, 6), "model must be an nn.Module, got 3"),
+        (lambda: TwoConvolutions(), features(2, 3, 6, 6), "TwoConvolutions does not run on the example"),
+        (lambda: TwoConvolutions(), features(0, 4, 6, 6), "example has no samples"),
+        (lambda: TwoConvolutions(), {"other": features(2, 4, 6, 6)}, "does not run on the example"),
+        (lambda: TwoConvolutions(), None, "Give `example`"),
+        (lambda: TwoConvolutions(), 3, "example has no tensor"),
+        (
+            lambda: attach(TwoConvolutions(), "se", sites="second"),
+            features(2, 4, 6, 6),
+            "attached to this network already",
+        ),
+        (lambda: torch.compile(TwoConvolutions()), features(2, 4, 6, 6), "wrapped already"),
+    ],
+)
+def test_mistakes_are_said(make: Any, example: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_sites(make(), example)
