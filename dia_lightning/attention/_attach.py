@@ -16,7 +16,7 @@ from dia_lightning.attention._places import Existing, Place, Sites, own_modules,
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._sites import Branch
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero
-from dia_lightning.attention._wiring import like, put_back, refuse_unfit_places, take_out, wire
+from dia_lightning.attention._wiring import let_go, like, put_back, refuse_unfit_places, take_out, wire
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,8 +39,8 @@ def attach(
     """Attach attention to the residual blocks of a network, in place.
 
     Every block's residual branch is multiplied by an attention map just before it is added to the shortcut. Weights
-    of the plain network load into the attached one and only the unit's keys are missing; :func:`detach` gives the
-    plain network back.
+    of the plain network load into the attached one and only the unit's keys are missing, unless ``existing`` takes
+    modules of the network out; :func:`detach` gives the plain network back.
 
     Args:
         model: the network, or any module that contains one, for example a ``LightningModule``.
@@ -50,12 +50,14 @@ def attach(
             ``None`` only with ``existing="share"``.
         example: what the network's forward takes: a tensor, a tuple of positional arguments, or a dict of keyword
             arguments. A copy of the network is run on it to find the residual branches (see :func:`find_sites`).
-            Networks of this package, torchvision, timm, diffusers and transformers need none.
+            Networks of this package, torchvision, timm, diffusers and transformers, and modules with
+            ``example_input_array``, need none.
         share: ``"stage"`` for one unit per stage, shared by its blocks (DIA), or ``"block"`` for one unit per block.
         plug: which blocks get attention, as one truth value per block in order, or a string such as ``"110|0011"``, or
             the name of a mask in :data:`EAN_MASKS`. Blocks that are left out hand the state on unchanged. By default
             every block.
-        identity: start with every map equal to 1, so that the network computes what it computed before. The default
+        identity: start with every map equal to 1, so that the network computes what it computed before, but for modules
+            that ``existing`` takes out. The default
             is the paper's start, where maps of DIA-LSTM are near 1/4.
         branch_norm: whether branches that do not end in a norm (pre-activation networks) get a batch norm before the
             unit, as in the authors' code. A plain control arm lacks these norms: compare with ``branch_norm=False``
@@ -114,19 +116,26 @@ def attach(
             planned += [(_new_unit(build, chain[0], identity), chain, number) for chain in _chains(stage, share)]
         if share == "stage":
             _warn_of_single([chain for _, chain, _ in planned])
-        for unit, chain, _ in planned:
-            refuse_unfit_places(unit, chain)
     if existing == "share":
         first = max((number for *_, number in planned), default=-1) + 1
         for number, chain in enumerate(own_modules(model, example), start=first):
             modules = [model.get_submodule(site.path) for place in chain for site in place.sites]
             planned.append((SharedModule(modules, existing_start), chain, number))
     for unit, chain, _ in planned:
-        if existing == "replace" or isinstance(unit, SharedModule):
-            take_out(model, chain, keep=existing == "replace")
-    layers = count()
-    for unit, chain, number in planned:
-        wire(model, unit, chain, number, layers)
+        refuse_unfit_places(unit, chain)
+    try:
+        for unit, chain, _ in planned:
+            if existing == "replace" or isinstance(unit, SharedModule):
+                take_out(model, chain)
+        layers = count()
+        for unit, chain, number in planned:
+            wire(model, unit, chain, number, layers)
+        for unit, chain, _ in planned:
+            if isinstance(unit, SharedModule):
+                let_go(chain)
+    except BaseException:
+        _take_all_apart(model)
+        raise
     return model
 
 
@@ -151,10 +160,14 @@ def detach(model: Model) -> Model:
     """
     if not is_attached(model):
         raise ValueError("No attention is attached to this network.")
+    _take_all_apart(model)
+    return model
+
+
+def _take_all_apart(model: nn.Module) -> None:
     put_back(model)
     for module in list(model.modules()):
         take_apart(module)
-    return model
 
 
 def _plugged(
@@ -211,7 +224,7 @@ def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> 
         if not isinstance(unit, AttentionUnit):
             raise ValueError(
                 f"identity=True needs an attention module with start_at_identity(), as subclasses of "
-                f"dia_lightning.attention.AttentionUnit have; {type(unit).__name__} is none."
+                f"dia_lightning.attention.AttentionUnit have; {type(unit).__name__} is not one."
             )
         unit.start_at_identity()
     try:

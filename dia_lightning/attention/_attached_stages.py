@@ -13,7 +13,7 @@ def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int
     """Return the stages that attention is attached to, and the number of parameters that it adds to each.
 
     Args:
-        network: a network that :func:`attach` was applied to, or that it was not.
+        network: any network, with attention or without.
         found: the sites of the same network without attention, which tell positions and kinds of branches.
     """
     known = {site.path: site for stage in found for site in stage}

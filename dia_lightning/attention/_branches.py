@@ -223,7 +223,7 @@ def _origin(addition: Addition) -> tuple[set[Value], Value]:
 
 
 def _earlier_origin(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> Value | None:
-    """Return what a branch was added to before, where another one, of the same normed features, is added after it."""
+    """Return what a branch was added to before, where another one of the same normalised features is added next."""
     if any(_light_path(operand, origin, stop, slices=True) is not None for operand in operands):
         return None
     for one, other in (operands, operands[::-1]):

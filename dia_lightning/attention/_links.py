@@ -16,9 +16,9 @@ class Slot:
         path: of the layer, from the block.
         before: whether the layer's input is multiplied, and not its output.
         channels: number of channels there.
-        channel_axis: axis of the channels, 1 or -1.
-        batch_axis: axis of the samples, 0 or 1.
-        ndim: number of axes of the features, if the kind of layer tells it.
+        channel_axis: axis of the channels; -1 where they come last, in features of any number of axes.
+        batch_axis: axis of the samples.
+        ndim: number of axes of the features, if a run or the kind of layer tells it.
         branch_norm: name of the block's norm between the site and the unit, for branches that do not end in one.
         unit_norm: name of the block's norm that takes the place of the unit's own.
         stage: number of the stage that the site belongs to, from 0 on, whatever units are shared.

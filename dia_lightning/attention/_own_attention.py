@@ -5,6 +5,7 @@ one per channel, or one per position. timm's and torchvision's classes are found
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from dia_lightning.attention._branches import LAYOUT, PRODUCTS, WEIGHTED, ancestors, made_on_the_way
 from dia_lightning.attention._found_sites import Streams, axes_of, site_at
+from dia_lightning.attention._links import tensors_in
 from dia_lightning.attention._roles import Role
 from dia_lightning.attention._sites import LeftOut, Site
 from dia_lightning.attention._trace import Call, Run, Value
@@ -35,7 +37,7 @@ def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
         block = _block_around(call)
         if features is None or more is None:
             continue
-        axes = axes_of(features, more, once.samples)
+        axes = _axes(call, block, features, more, once)
         if isinstance(axes, str):
             left_out.append(LeftOut(block.path, f"its own attention {call.path!r} {axes}"))
             continue
@@ -46,6 +48,15 @@ def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
         site = site_at(call.path, block.path, features, axes, stream=stream)
         sites.append(lanes.numbered(site, features, call.returned))
     return sites, left_out
+
+
+def _axes(call: Call, block: Call, features: Value, more: Value, run: Run) -> tuple[int, int] | str:
+    """Return the axes of channels and samples of what an attention module is given, or why it is left out."""
+    if not call.is_simple:
+        return "takes or puts out more than features"
+    if not (run.is_only_in(call.path, block.path) and call.path.startswith(f"{block.path}.".lstrip("."))):
+        return "is used by several blocks"
+    return axes_of(features, more, run.samples)
 
 
 def _outermost(run: Run) -> Iterator[Call]:
@@ -123,7 +134,7 @@ class WatchedModule(Role):
 
     rank = 5
     equals_plain = True
-    dia_watcher: Callable[[Tensor, Any], None]
+    dia_watcher: Callable[[Tensor, Any], None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return watched(super().__call__, *args, watcher=self.dia_watcher, **kwargs)
@@ -137,33 +148,44 @@ def watched(
         return module(*args, **kwargs)
     with _Multiplications() as seen:
         output = module(*args, **kwargs)
-    watcher(seen.map_of(output), None)
+    factors = seen.factors(output, tensors_in((args, kwargs)))
+    if not factors:
+        raise RuntimeError(
+            "The maps of this network's own attention cannot be watched: in this forward a module does not multiply "
+            "what it is given, as it did when the network was looked at."
+        )
+    watcher(functools.reduce(torch.mul, factors), None)
     return output
 
 
 class _Multiplications(TorchFunctionMode):
-    """Notes what was multiplied by what."""
+    """Notes what was multiplied by what, and what was only moved."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of the product, which is kept, too
+        # id of a result -> the result, which is kept, and what it was made of; several of one written in place
+        self.made: dict[int, list[tuple[Tensor, list[Tensor]]]] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") in _MULTIPLIES and len(args) == 2:
-            left, right = args
-            if isinstance(left, Tensor) and isinstance(right, Tensor):
-                self.factors[id(output)] = output, left, right
+        name = getattr(function, "__name__", "")
+        if (name in _MULTIPLIES or name in LAYOUT) and isinstance(output, Tensor):
+            given = tensors_in((args, kwargs or {}))
+            if name in LAYOUT or len(given) == 2:
+                self.made.setdefault(id(output), []).append((output, given[:2] if name in _MULTIPLIES else given[:1]))
         return output
 
-    def map_of(self, output: Tensor) -> Tensor:
-        """Return what features were multiplied by, in all steps together."""
-        attention_map = None
-        while id(output) in self.factors:
-            product, left, right = self.factors.pop(id(output))
-            fewer = sum(size > 1 for size in right.shape) <= sum(size > 1 for size in left.shape)
-            main, gate = (left, right) if fewer and left.shape == product.shape else (right, left)
-            attention_map = gate if attention_map is None else attention_map * gate
-            output = main
-        assert attention_map is not None
-        return attention_map
+    def factors(self, output: Tensor, given: list[Tensor]) -> list[Tensor] | None:
+        """Return what one of some tensors was multiplied by to make an output; ``None`` if that is not how it was made.
+
+        What is noted of the output is used up.
+        """
+        steps = self.made.get(id(output))
+        if not steps:
+            return [] if any(output is tensor for tensor in given) else None
+        _, parts = steps.pop()
+        for number, main in enumerate(parts):
+            found = self.factors(main, given)
+            if found is not None:
+                return found + [part for other, part in enumerate(parts) if other != number]
+        return None

@@ -41,9 +41,9 @@ Existing: TypeAlias = Literal["keep", "replace", "share"]
 
 @dataclass(frozen=True)
 class Place:
-    """A layer of a network, in the sense of several sites that attention is attached to together.
+    """Sites of a block that are plugged together.
 
-    It is a block, or of a module whose forward runs several blocks by itself, one of these.
+    They are all sites of the block or, of a module whose forward runs several layers by itself, those of one layer.
     """
 
     block: nn.Module
@@ -140,8 +140,8 @@ def refuse_unfit(model: nn.Module) -> None:
         if wrapper is not None or module._compiled_call_impl is not None:
             raise ValueError(
                 f"{type(module).__name__} at {name or 'the root'} is wrapped already "
-                f"({wrapper or 'compile()'}), which would not know the attention's parameters or keep code without it. "
-                "Attach before the network is wrapped, sharded or compiled."
+                f"({wrapper or 'compile()'}), which would miss the attention's parameters or keep running code without "
+                "it. Attach before the network is wrapped, sharded or compiled."
             )
 
 
@@ -236,13 +236,19 @@ def _run(
                 continue
             found.append([replace(site, path=_join(path, site.path), block=_join(path, site.block)) for site in sites])
             left_out += [replace(other, block=_join(path, other.block)) for other in others]
+            if path:
+                left_out.append(LeftOut("", f"of this network only {path!r} was run: give an example for the rest"))
             break
+        else:
+            left_out.append(LeftOut(path, refused.strip()))
     if not found:
+        what = "residual block" if read is branch_sites else "attention module of its own"
+        hint = "Or name the layers that end its branches, as in sites=['blocks.*.conv2']. Modules that could be sites: "
         raise ValueError(
-            f"No residual block is known in {type(model).__name__}, and to find some by running it, what it takes must "
-            "be known. Give `example`: a tensor, a tuple of positional arguments or a dict of keyword arguments of its "
-            "forward, as in example=torch.zeros(1, 3, 224, 224). Or name the layers that end its branches, as in "
-            f"sites=['blocks.*.conv2']. Modules that could be sites: {possible_sites(model)}.{refused}"
+            f"No {what} is known in {type(model).__name__}, and to find some by running it, what it takes must be "
+            "known. Give `example`: a tensor, a tuple of positional arguments or a dict of keyword arguments of its "
+            "forward, as in example=torch.zeros(1, 3, 224, 224)."
+            f"{f' {hint}{possible_sites(model)}.' if read is branch_sites else ''}{refused}"
         )
     return found, left_out
 
@@ -359,7 +365,12 @@ def own_modules(model: nn.Module, example: Any) -> list[list[Place]]:
 
     def kind(site: Site) -> Any:
         module = model.get_submodule(site.path)
-        return (*size_and_lane(site), type(module), *(weight.shape for weight in module.state_dict().values()))
+        weights = [(tensor.shape, tensor.requires_grad) for tensor in module.state_dict(keep_vars=True).values()]
+        settings = [
+            sorted((name, value) for name, value in vars(part).items() if isinstance(value, bool | int | float | str))
+            for part in module.modules()
+        ]
+        return *size_and_lane(site), type(module), repr((repr(module), weights, settings))
 
     stages = [stage for stage in own_stages(model, example, kind) if len(stage) > 1]
     if not stages:

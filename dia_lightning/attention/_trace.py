@@ -1,14 +1,16 @@
 """Run a copy of a network once and record which operation made which tensor, inside of which module.
 
-Memory is no matter where the network runs on meta tensors, which have shapes but no contents. A network whose forward
+The copy runs on meta tensors, which have shapes but no contents and take no memory, if it can; a network whose forward
 looks at numbers runs on a copy of its weights instead. Either way the network itself is not called.
 """
 
 import copy
 import random
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -63,6 +65,7 @@ class Call:
         outer: the call that it runs in.
         given: the values in each argument, by the argument's name.
         is_first: whether the module was not called before, as it is at each later step of a recurrent network.
+        is_simple: whether it takes one tensor, by position, and puts out one.
         returned: what it puts out first; ``None`` if that is no tensor.
         inner: calls that ran in this one, in order.
     """
@@ -72,6 +75,7 @@ class Call:
     outer: "Call | None"
     given: dict[str, list[Value]]
     is_first: bool
+    is_simple: bool = True
     returned: Value | None = None
     inner: "list[Call]" = field(default_factory=list)
 
@@ -150,9 +154,9 @@ def _runs(model: nn.Module, given: _Arguments, axis: int, only_on_meta: bool) ->
     samples = _samples(*given, axis)
     with torch.no_grad():
         try:
-            with torch.device("meta"):
+            with _without_caches(model), torch.device("meta"):
                 subject = _copy(model, partial(_on, "meta"))
-                first, second = (_record(subject, given, "meta", samples, axis, times) for times in (1, 2))
+                first, second = (_record(subject, model, given, "meta", samples, axis, times) for times in (1, 2))
                 return first, second
         except Exception as error:  # it looks at numbers, or makes tensors elsewhere
             if only_on_meta:
@@ -160,11 +164,11 @@ def _runs(model: nn.Module, given: _Arguments, axis: int, only_on_meta: bool) ->
         device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
         try:
             subject = _copy(model, partial(_on, device))
-            first = _record(subject, given, device, samples, axis, 1)
+            first = _record(subject, model, given, device, samples, axis, 1)
         except Exception as error:
             raise ValueError(_does_not_run(model, error)) from error
         try:
-            return first, _record(subject, given, device, samples, axis, 2)
+            return first, _record(subject, model, given, device, samples, axis, 2)
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} runs on the example, but not on {2 * samples} samples, which would show what "
@@ -194,11 +198,12 @@ def arguments_of(example: Any) -> _Arguments:
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> int:
     for value in (*args, *kwargs.values()):
-        is_list = isinstance(value, list) and len(tensors_in(value)) > 0  # of images of different sizes
-        if is_list or (isinstance(value, Tensor) and value.ndim > axis):
-            samples = len(value) if is_list else value.shape[axis]
-            if samples == 0:
-                raise ValueError("example has no samples. Give at least one.")
+        tensors = tensors_in(value)
+        sizes = [tensor.shape[axis] for tensor in tensors if tensor.ndim > axis]
+        samples = len(value) if isinstance(value, list) and tensors else next(iter(sizes), None)  # or images by size
+        if samples == 0:
+            raise ValueError("example has no samples. Give at least one.")
+        if samples is not None:
             return samples
     raise ValueError("example has no tensor whose first axis is the samples. Give what the network's forward takes.")
 
@@ -212,6 +217,11 @@ def _example(arguments: _Arguments, device: Any, samples: int, axis: int, times:
         return torch.cat([tensor] * times, axis) if is_batch and times > 1 else tensor
 
     def changed(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            value = copy.copy(value)
+            for name, part in vars(value).items():
+                object.__setattr__(value, name, changed(part))
+            return value
         if isinstance(value, list) and tensors_in(value) and len(value) == samples:
             return [tree_map_only(Tensor, partial(_on, device), each) for each in value * times]
         return tree_map_only(Tensor, several, value)
@@ -238,6 +248,20 @@ def _random_state() -> Iterator[None]:
         np.random.set_state(state_of_numpy)
 
 
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Empty the function caches of the code of a network afterwards, in which meta tensors may be left."""
+    try:
+        yield
+    finally:
+        for kind in {base for module in model.modules() for base in type(module).__mro__ if base is not object}:
+            code = sys.modules.get(kind.__module__)
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+                for function in [*vars(code).values(), *vars(kind).values()] if code is not None else ():
+                    if hasattr(function, "cache_clear") and callable(function.cache_clear):
+                        function.cache_clear()
+
+
 def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """Return a copy in evaluation mode whose tensors are changed ones."""
     memo: dict[int, Any] = {}
@@ -248,13 +272,19 @@ def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(changed, tensor.requires_grad) if is_parameter else changed
                 memo[id(tensor)]._dia_is_triangular = not is_parameter and _is_triangular(tensor)
+        memo.update((id(hook), hook) for hook in _hooks_of_users(module).values())
     copied = copy.deepcopy(model, memo).eval()
     for module in copied.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if not getattr(hook, "__module__", "").startswith("torch."):  # which compute weights
-                    del hooks[key]  # would see the copy's tensors
+        for key in _hooks_of_users(module):  # which would see the copy's tensors
+            module._forward_pre_hooks.pop(key, None)
+            module._forward_hooks.pop(key, None)
     return copied
+
+
+def _hooks_of_users(module: nn.Module) -> dict[int, Any]:
+    """Return the hooks on a module's forward that are not torch's, which compute weights."""
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    return {key: hook for key, hook in hooks.items() if not getattr(hook, "__module__", "").startswith("torch.")}
 
 
 def _is_triangular(tensor: Tensor) -> bool:
@@ -267,12 +297,15 @@ def _is_triangular(tensor: Tensor) -> bool:
     return bool((kept == kept[0]).all() and (hidden == hidden[0]).all() and kept[0] != hidden[0])
 
 
-def _record(model: nn.Module, given: _Arguments, device: Any, samples: int, axis: int, times: int) -> Run:
+def _record(
+    model: nn.Module, original: nn.Module, given: _Arguments, device: Any, samples: int, axis: int, times: int
+) -> Run:
     args, kwargs = _example(given, device, samples, axis, times)
-    recorder = _Recorder(model, Run(times * samples))
-    for tensor in tree_leaves((args, kwargs)):
-        if isinstance(tensor, Tensor):
-            recorder.value_of(tensor).live = True
+    recorder = _Recorder(
+        model, Run(times * samples), {id(tensor) for tensor in (*original.parameters(), *original.buffers())}
+    )
+    for tensor in tensors_in((args, kwargs)):
+        recorder.value_of(tensor).live = True
     with _random_state(), recorder:  # both runs draw the same numbers
         model(*args, **kwargs)
     return recorder.run
@@ -291,9 +324,11 @@ _CONSTANTS |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "ten
 class _Recorder(TorchFunctionMode):
     """Notes the value on each tensor. Calls are seen by hooks, which a copy may be given."""
 
-    def __init__(self, model: nn.Module, run: Run) -> None:
+    def __init__(self, model: nn.Module, run: Run, original: set[int]) -> None:
         super().__init__()
         self.run = run
+        self.original = original  # ids of the tensors of the network, which must not take part
+        self.marked: list[weakref.ref[Tensor]] = []
         self.count = 0
         self.seen: set[str] = set()  # paths of modules that were called
         self.call: Call | None = None
@@ -311,12 +346,18 @@ class _Recorder(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self.handles:
             handle.remove()
+        self.paths.clear()
+        for mark in self.marked:
+            tensor = mark()
+            if tensor is not None:
+                vars(tensor).pop("_dia_value", None)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = parameters_of(module)
         named = {**dict(zip(names, args, strict=False)), **kwargs, "": args[len(names) :]}
         given = {name: [self.value_of(tensor) for tensor in tensors_in(value)] for name, value in named.items()}
         call = Call(self.paths[module], module, self.call, given, is_first=self.paths[module] not in self.seen)
+        call.is_simple = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
         self.seen.add(call.path)
         if self.call is not None:
             self.call.inner.append(call)
@@ -324,6 +365,7 @@ class _Recorder(TorchFunctionMode):
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert self.call is not None
+        self.call.is_simple &= isinstance(output, Tensor)
         while isinstance(output, tuple) and output:
             output = output[0]  # as sites read what attention layers return
         if isinstance(output, Tensor):
@@ -371,6 +413,8 @@ class _Recorder(TorchFunctionMode):
 
     def value_of(self, tensor: Tensor) -> Value:
         """Return the value that is noted on a tensor; a new one without parents if there is none."""
+        if id(tensor) in self.original:
+            raise RuntimeError("the forward runs the network itself, and not its copy, as where a method was replaced")
         noted: tuple[_Recorder, Value, int] | None = getattr(tensor, "_dia_value", None)
         if noted is None or noted[0] is not self:
             return self.note(tensor, "tril" if getattr(tensor, "_dia_is_triangular", False) else "", (), None)
@@ -382,6 +426,7 @@ class _Recorder(TorchFunctionMode):
     def note(self, tensor: Tensor, name: str, parents: tuple[Value, ...], axis: int | None) -> Value:
         value = self.new(tensor, name, parents, axis)
         tensor._dia_value = self, value, _version(tensor)  # type: ignore[attr-defined]
+        self.marked.append(weakref.ref(tensor))
         return value
 
     def new(self, tensor: Tensor, name: str, parents: tuple[Value, ...], axis: int | None) -> Value:

@@ -88,11 +88,11 @@ def watch_maps(
         (9, torch.Size([2, 16, 1, 1]))
     """
     layers = _watched(network, own, example)
-    if any(isinstance(place, WatchedModule) or getattr(place, "watcher", None) for _, place in layers):
+    if any(getattr(place, "dia_watcher", None) or getattr(place, "watcher", None) for _, place in layers):
         raise ValueError("The maps of this network are watched already. Leave the inner context out.")
     try:
         for number, (_, place) in enumerate(layers):
-            numbered = _numbered(watcher, number)
+            numbered = _Numbered(watcher, number)
             if isinstance(place, Slot):
                 place.watcher = numbered
             else:
@@ -132,5 +132,15 @@ def _watched(network: nn.Module, own: bool | None, example: Any) -> list[tuple[A
     ]
 
 
-def _numbered(watcher: Watcher, number: int) -> Callable[[Tensor, Any], None]:
-    return lambda attention_map, state: watcher(number, attention_map, state)
+class _Numbered:
+    """A watcher of one layer. Copies of a network that is watched are not."""
+
+    def __init__(self, watcher: Watcher, number: int) -> None:
+        self.watcher = watcher
+        self.number = number
+
+    def __call__(self, attention_map: Tensor, state: Any) -> None:
+        self.watcher(self.number, attention_map, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None

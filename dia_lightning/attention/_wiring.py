@@ -53,32 +53,45 @@ def wire(model: nn.Module, unit: nn.Module, blocks: list[Place], stage: int, lay
     _give_owners(model, chain)
 
 
-def take_out(model: nn.Module, blocks: list[Place], *, keep: bool) -> None:
-    """Put nothing in the place of attention modules of the network.
-
-    Args:
-        model: the network.
-        blocks: whose sites are the modules.
-        keep: whether to keep the modules for :func:`put_back`.
-    """
+def take_out(model: nn.Module, blocks: list[Place]) -> None:
+    """Put nothing in the place of attention modules of the network, and keep those for :func:`put_back`."""
     for place, site in _plugged_sites(blocks):
-        if keep:
-            vars(place.block).setdefault("dia_kept", {})[place.inside(site)] = model.get_submodule(site.path)
+        vars(place.block).setdefault("dia_kept", {})[place.inside(site)] = model.get_submodule(site.path)
         model.set_submodule(site.path, nn.Identity().train(place.block.training))
 
 
+def let_go(blocks: list[Place]) -> None:
+    """Keep the places of modules only, in whose stead one is shared."""
+    for place, site in _plugged_sites(blocks):
+        vars(place.block)["dia_kept"][place.inside(site)] = None
+
+
 def put_back(model: nn.Module) -> None:
-    """Undo :func:`take_out`; where the network's own modules were shared, each gets what the shared one has learnt."""
-    blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
-    shared = {link.chain: getattr(block, link.unit) for block in blocks for link in block.dia_links if not link.before}
+    """Undo :func:`take_out`; where the network's own modules were shared, each gets what the shared one has learnt.
+
+    Raises:
+        ValueError: if the shared module is in a block outside of the network.
+    """
+    blocks = [module for module in model.modules() if "dia_kept" in vars(module)]
+    attached = [module for module in model.modules() if isinstance(module, AttachedBlock)]
+    shared = {
+        link.chain: getattr(block, link.unit) for block in attached for link in block.dia_links if not link.before
+    }
+    chains: dict[tuple[nn.Module, str], Chain] = {
+        (block, slot.path): link.chain
+        for block in attached
+        for link in block.dia_links
+        for slot in link.slots
+        if slot.is_whole
+    }
+    if any(chain not in shared for chain in chains.values()):
+        raise ValueError("This is a part of a network whose attention is shared beyond it. Call detach() on the whole.")
     for block in blocks:
-        kept: dict[str, nn.Module] = vars(block).pop("dia_kept", {})
-        for link in block.dia_links:
-            unit = shared[link.chain]
-            for slot in link.slots:
-                module = copy.deepcopy(unit.module) if slot.is_whole else kept.get(slot.path)
-                if module is not None:
-                    block.set_submodule(slot.path, like(module, block))
+        for path, module in vars(block).pop("dia_kept").items():
+            if (block, path) in chains:
+                module = copy.deepcopy(shared[chains[block, path]].module)
+            if module is not None and isinstance(block.get_submodule(path), nn.Identity):  # else somebody's new layer
+                block.set_submodule(path, like(module, block))
 
 
 def _plugged_sites(blocks: list[Place]) -> list[tuple[Place, Site]]:
@@ -129,7 +142,7 @@ def refuse_unfit_places(unit: nn.Module, chain: list[Place]) -> None:
     """
     for place in chain:
         names = [name for site in place.sites for name, _ in _norms(unit, place, site).values()]
-        for name in ["dia", *names] if place is chain[0] else names:
+        for name in ["dia", "dia_2", *names] if place is chain[0] else names:
             if hasattr(place.block, name):
                 raise ValueError(
                     f"{type(place.block).__name__} has an attribute {name!r} already, where a module of the attention "

@@ -36,16 +36,19 @@ def attach_if_any(network: nn.Module, arguments: Mapping[str, Any], example: Any
     """
     check_is_no_mark("attention", arguments["attention"])
     found = attach_arguments(arguments)
-    if found["attention"] is not None or found["existing"] == "share":
-        before = sum(parameter.numel() for parameter in network.parameters())
+    if found["attention"] is not None or found["existing"] != "keep":
+        before = _size(network)
         attach(network, example=example if needs_example(network) else None, **found)
-        if found["existing"] == "share":
-            saved = before - sum(parameter.numel() for parameter in network.parameters())
-            rank_zero_info(f"existing='share': the network has {saved:,} parameters less.")
+        if found["attention"] is None:
+            rank_zero_info(f"existing='share': the network has {before - _size(network):,} fewer parameters.")
     elif arguments["attention_args"] or found["identity"] or found["plug"] is not None or found["share"] == "block":
         rank_zero_info(
             "attention is None: the network is plain, and attention_args, share, plug and identity are unused."
         )
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def images_like(network: nn.Module, shape: Sequence[int] | None) -> Tensor:

@@ -202,7 +202,7 @@ def test_the_identity_start_is_bit_equal_in_every_family(family: str, options: A
 def test_the_identity_start_needs_a_unit_that_has_one() -> None:
     model = TinyNet()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"identity=True needs .* start_at_identity\(\).*Linear is none"):
+    with pytest.raises(ValueError, match=r"identity=True needs .* start_at_identity\(\).*Linear is not one"):
         attach(model, lambda channels: nn.Linear(channels, channels), identity=True)
     assert snapshot(model) == before
 

@@ -268,3 +268,89 @@ def test_options_that_do_not_fit_are_errors_that_leave_the_network_alone(
     with pytest.raises(ValueError, match=message):
         attach(network, attention, example=IMAGES, **options)
     assert torch.equal(network(IMAGES), expected)
+
+
+# What other code does around it
+
+
+class ScaleFirst(Gate):
+    """Multiplies the other way round, as torchvision does."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.sigmoid(self.layer(features.mean((2, 3))))[:, :, None, None] * features
+
+
+def test_the_map_of_a_single_position_is_not_taken_for_the_features() -> None:
+    network, images = gated(ScaleFirst), IMAGES[:, :, :1, :1]
+    seen: list[Tensor] = []
+    with watch_maps(network, lambda layer, attention_map, state: seen.append(attention_map), example=IMAGES):
+        network(images)
+    given = torch.relu(network[0].conv(images))
+    torch.testing.assert_close(seen[0] * given, network[0].gate(given))
+    assert not torch.equal(seen[0], given)
+
+
+class GateAndMap(Gate):
+    def forward(self, features: Tensor) -> Any:
+        scale = torch.sigmoid(self.layer(features.mean((2, 3))))[:, :, None, None]
+        return features * scale, scale
+
+
+def test_a_module_that_puts_out_more_than_features_is_left_alone() -> None:
+    class Block(GatedBlock):
+        def forward(self, features: Tensor) -> Tensor:
+            result: Tensor = features + self.last(self.gate(self.conv(features))[0])
+            return result
+
+    with pytest.raises(ValueError, match=r"0\.gate' takes or puts out more than features"):
+        attach(nn.Sequential(Block(GateAndMap), Block(GateAndMap)), "se", existing="replace", example=IMAGES)
+
+
+def test_a_module_that_blocks_have_together_already_is_left_alone() -> None:
+    network = gated(Gate)
+    network[1].gate = network[2].gate = network[0].gate
+    with pytest.raises(ValueError, match=r"0\.gate' is used by several blocks"):
+        attach(network, "se", existing="replace", example=IMAGES)
+
+
+@pytest.mark.parametrize("name", ["dia", "dia_2"])
+def test_a_name_in_use_is_said_before_anything_changes(name: str) -> None:
+    network = gated(Gate)
+    setattr(network[0], name, 3)
+    with pytest.raises(ValueError, match=f"attribute '{name}' already"):
+        attach(network, "se", existing="share", example=IMAGES)
+    assert all(isinstance(block.gate, Gate) for block in network)
+    assert not hasattr(network, "dia_chains")
+
+
+def test_a_part_gives_its_attention_back_alone_only_if_it_can() -> None:
+    network = attach(gated(Gate), None, existing="share", example=IMAGES)
+    with pytest.raises(ValueError, match=r"Call detach\(\) on the whole"):
+        detach(network[1])
+    assert network(IMAGES).shape == IMAGES.shape
+    other = attach(gated(Gate), "se", example=IMAGES)
+    assert not hasattr(detach(other[1]), "dia_link")
+
+
+def test_a_layer_that_was_put_into_the_place_of_a_module_stays() -> None:
+    network = attach(gated(Gate), "se", existing="replace", example=IMAGES)
+    network[1].gate = nn.ReLU()
+    network(IMAGES)
+    assert [type(block.gate).__name__ for block in detach(network)] == ["Gate", "ReLU", "Gate"]
+
+
+def test_modules_of_different_settings_are_not_shared() -> None:
+    network = gated(Gate)
+    network[1].gate.threshold = 0.5
+    with pytest.raises(ValueError, match="weights of the same shapes"):
+        attach(network[:2], None, existing="share", example=IMAGES)
+
+
+def test_a_copy_that_is_made_while_watching_is_not_watched() -> None:
+    network, seen = gated(Gate), []
+    with watch_maps(network, lambda *given: seen.append(given), example=IMAGES):
+        copied = copy.deepcopy(network)
+        copied(IMAGES)
+        assert seen == []
+        attention_layers(network, example=IMAGES)
+        assert seen == []

@@ -249,6 +249,41 @@ def test_branches_and_sites_reach_the_network() -> None:
         small_task(sites=["layer2.*.bn3"], branches=["conv"])
 
 
+class OwnBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + torch.relu(self.conv(features))
+
+
+def own_backbone() -> nn.Module:
+    """A network that takes grey images of 8x8 pixels only."""
+    blocks = (OwnBlock(), OwnBlock())
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *blocks, nn.Flatten(), nn.Linear(4 * 8 * 8, 10))
+
+
+def test_a_backbone_of_the_users_takes_attention_by_the_shape_of_the_images() -> None:
+    task = ClassificationTask(own_backbone(), 10, attention="dia-lstm", image_shape=[1, 8, 8])
+    assert {key.partition(".dia.")[0] for key in task.backbone.state_dict() if ".dia." in key} == {"1"}
+    assert task(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(ValueError, match="does not run on the example"):
+        ClassificationTask(own_backbone(), 10, attention="dia-lstm")
+
+
+def test_attention_of_the_networks_own_is_shared_and_comes_back(tmp_path: Path, digits: DigitsDataModule) -> None:
+    task = ClassificationTask("timm/legacy_seresnet18", 10, existing="share")
+    trainer = small_trainer(tmp_path)
+    trainer.fit(task, digits)
+    trainer.save_checkpoint(tmp_path / "shared.ckpt")
+    loaded = ClassificationTask.load_from_checkpoint(tmp_path / "shared.ckpt", weights_only=True)
+    assert loaded.hparams["existing"] == "share"
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.eval()(images), task.eval()(images))
+    assert sum(".dia.module." in key for key in loaded.state_dict()) == 4 * 4  # two layers with bias per stage
+
+
 def test_resuming_for_longer_than_the_schedule_lasts_is_said(tmp_path: Path, digits: DigitsDataModule) -> None:
     options = {"schedule": "cosine", "warmup_epochs": 1}
     small_trainer(tmp_path, max_epochs=2).fit(small_task(**options), digits)
