@@ -53,8 +53,8 @@ def _size(network: nn.Module) -> int:
 
 def images_like(network: nn.Module, shape: Sequence[int] | None) -> Tensor:
     """Return two images ``[2, C, H, W]`` on the meta device, of a shape (C, H, W), or of one that is usual."""
-    first = next((layer.in_channels for layer in network.modules() if hasattr(layer, "in_channels")), 3)
-    return torch.empty(2, *(shape or (first, 224, 224)), device="meta")
+    channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), 3)
+    return torch.empty(2, *(shape or (channels, 224, 224)), device="meta")
 
 
 def attach_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
