@@ -2,8 +2,8 @@
 
 from dia_lightning.attention._attach import attach, detach
 from dia_lightning.attention._check import check
+from dia_lightning.attention._find import find_sites
 from dia_lightning.attention._masks import EAN_MASKS
-from dia_lightning.attention._places import find_sites
 from dia_lightning.attention._registry import list_attention, register_attention
 from dia_lightning.attention._sites import LeftOut, Site, Stages
 from dia_lightning.attention._unit import AttentionUnit

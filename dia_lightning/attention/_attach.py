@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from dia_lightning.attention._attached_block import is_attached, take_apart
+from dia_lightning.attention._find import refuse_unfit
 from dia_lightning.attention._masks import plugged
 from dia_lightning.attention._own_attention import SharedModule
-from dia_lightning.attention._places import Existing, Place, Sites, own_modules, places, refuse_unfit
+from dia_lightning.attention._places import Existing, Place, Sites, own_modules, places
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._sites import Branch
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero

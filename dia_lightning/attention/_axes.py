@@ -2,26 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dia_lightning.attention._trace import Value
-
-#: Operations whose result has its channels second, by the start of their names.
-_SECOND = ("conv", "batch_norm", "group_norm", "instance_norm")
-#: Operations whose result has its channels last.
-_LAST = {"linear", "layer_norm", "rms_norm", "multi_head_attention_forward", "_native_multi_head_attention"}
-#: Operations that change the order of the axes; ``.T`` and ``.mT`` are read by ``__get__``.
-_MOVING = {"permute", "movedim", "moveaxis", "transpose", "transpose_", "swapaxes", "swapdims", "__get__"}
-#: Operations that keep the order of the axes and change their sizes.
-_RESIZING = {"cat", "concat", "chunk", "split", "narrow", "pad", "interpolate", "repeat_interleave", "flip"}
+from dia_lightning.attention._graph import Value
+from dia_lightning.attention._operations import CHANNELS_LAST, CHANNELS_SECOND, MOVING, RESIZING
 
 
 def axis_after(
-    name: str, given: Sequence["Value"], shape: tuple[int, ...], index: Any, again: Callable[[Tensor], Any]
+    name: str, given: Sequence[Value], shape: tuple[int, ...], index: Any, again: Callable[[Tensor], Any]
 ) -> int | None:
     """Return the axis of the channels in the result of an operation, from 0 on; ``None`` if it cannot be told.
 
@@ -32,12 +23,12 @@ def axis_after(
         index: its second argument, which says what ``__getitem__`` takes.
         again: runs the operation with another tensor in the place of the first.
     """
-    if name.startswith(_SECOND) and name != "conv1d":
+    if name.startswith(CHANNELS_SECOND) and name != "conv1d":
         return 1 if len(shape) > 2 else None
     known = [value for value in given if value.live and value.channel_axis is not None]
     # the operand that has the shape of the result, rather than one that broadcasts
     source = next((value for value in known if value.shape == shape), known[0] if known else None)
-    if name in _LAST or name == "conv1d":
+    if name in CHANNELS_LAST or name == "conv1d":
         mixed = 1 if name == "conv1d" else len(shape) - 1
         if source is None or source.channel_axis == mixed or len(source.shape) != len(shape):
             return mixed
@@ -46,7 +37,7 @@ def axis_after(
         return None
     axis, before = source.channel_axis, source.shape
     assert axis is not None
-    if name in _MOVING:
+    if name in MOVING:
         sizes = range(2, 2 + len(before))  # all different
         moved: tuple[int, ...] = tuple(again(torch.empty(*sizes, device="meta")).shape)
         return moved.index(sizes[axis])
@@ -60,7 +51,7 @@ def _keeps_axes(name: str, index: Any) -> bool:
     if name == "__getitem__":
         parts = index if isinstance(index, tuple) else (index,)
         return all(isinstance(part, slice) or part is Ellipsis for part in parts)
-    return name in _RESIZING or "pool" in name
+    return name in RESIZING or "pool" in name
 
 
 def _reshaped(before: tuple[int, ...], axis: int, shape: tuple[int, ...]) -> int | None:

@@ -1,104 +1,23 @@
-"""Which additions of a forward end a residual branch, and which layer makes that branch."""
+"""Which additions of a forward end a residual branch."""
 
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from torch import nn
-
-from dia_lightning.attention._trace import Addition, Call, Value
-
-#: Operations with weights, by the start of their names.
-WEIGHTED = (
-    *("conv", "linear", "bilinear", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
-    *("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "einsum"),
-    *("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"),
+from dia_lightning.attention._graph import Addition, Call, Value, ancestors, made_on_the_way
+from dia_lightning.attention._operations import (
+    ATTENTION,
+    DATA_NORMS,
+    DROPOUT,
+    LAYOUT,
+    LINEAR,
+    NARROWING,
+    PRODUCTS,
+    SCALE,
+    SUMS,
+    UPSAMPLING,
+    WEIGHTED,
 )
-PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
-_ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
-#: Operations that only move entries.
-LAYOUT = {
-    *(
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "transpose_",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "flatten",
-    ),
-    *("unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "to", "float", "half", "type_as", "type", "roll"),
-    *("__get__", "as_subclass", "detach", "view_as", "reshape_as", "expand", "expand_as", "bfloat16"),
-}
-_DROPOUT = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
-_SCALE = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "div", "div_", "__truediv__", "true_divide"}
-_SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-#: Activations that leave 0 as it is, so that a map of 0 before them takes the whole branch away.
-_ACTIVATIONS = {
-    "relu",
-    "relu_",
-    "relu6",
-    "leaky_relu",
-    "gelu",
-    "silu",
-    "hardswish",
-    "elu",
-    "selu",
-    "mish",
-    "tanh",
-    "prelu",
-}
-_NARROWING = {"__getitem__", "chunk", "split", "split_with_sizes", "narrow", "unbind", "select", "tensor_split"}
-#: Further operations that are linear, as those of a shortcut are.
-_LINEAR = {
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool3d"),
-    *(
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "boolean_dispatch",
-        "fn",
-        "pad",
-        "_pad",
-        "cat",
-        "concat",
-        "stack",
-        "sum",
-    ),
-    *(
-        "interpolate",
-        "upsample",
-        "mean",
-        "sub",
-        "sub_",
-        "__sub__",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "write",
-        "copy_",
-    ),
-    *("__setitem__", "norm", "index_select", "gather", "_adaptive_max_pool2d", "neg", "lerp", "max", "amax"),
-}
-#: Normalisations that depend on what they normalise, so that a branch of them is no linear arm.
-_DATA_NORMS = ("layer_norm", "group_norm", "instance_norm", "rms_norm")
-_UPSAMPLING = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle", "grid_sample")
-
-
-@dataclass(frozen=True)
-class Ending:
-    """A layer that ends a residual branch.
-
-    Args:
-        path: of the layer in the network.
-        before: whether the layer's input ends the branch, and not its output.
-        value: what ends the branch.
-    """
-
-    path: str
-    before: bool
-    value: Value
+from dia_lightning.attention._walk import Ending, NoBranchError, Walk, keeps_channels
 
 
 @dataclass(frozen=True)
@@ -120,10 +39,6 @@ class Branch:
     stream: str | None
     endings: list[list[Ending]]
     is_causal: bool
-
-
-class NoBranchError(Exception):
-    """An addition is none of a branch to a shortcut, or there is no layer that ends the branch."""
 
 
 #: An addition with the branch that it ends, or with the reason why there is none.
@@ -197,7 +112,7 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
     reason = None
     while call is not None:  # the sum may be left to a module of its own
         try:
-            endings = _Walk(call, between).from_sum(end)
+            endings = Walk(call, between).from_sum(end)
             return Branch(call, kind, shortcut, _stream(call, shortcut), endings, _is_causal(between)), inner
         except NoBranchError as error:
             reason = reason or error
@@ -246,27 +161,6 @@ def _passed_on(value: Value, stop: set[Value]) -> set[Value]:
     return seen
 
 
-def ancestors(value: Value, stop: set[Value]) -> set[Value]:
-    """Return a value and all that it was made of, up to some at which to stop."""
-    seen, waiting = {value}, [value]
-    while waiting:
-        current = waiting.pop()
-        if current not in stop:
-            new = [parent for parent in current.parents if parent not in seen]
-            seen.update(new)
-            waiting.extend(new)
-    return seen
-
-
-def made_on_the_way(value: Value, origin: Value, stop: set[Value]) -> set[Value]:
-    """Return what was made of an origin on the way to a value, with both."""
-    made = {origin}
-    for current in sorted(ancestors(value, stop), key=lambda current: current.number):
-        if current not in stop and any(parent in made for parent in current.parents):
-            made.add(current)
-    return made
-
-
 def _sides(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> tuple[Value, Value]:
     """Tell the shortcut, which is light and linear, from the branch."""
     left, right = operands
@@ -304,27 +198,19 @@ def _longest(value: Value, origin: Value, stop: set[Value]) -> int:
 
 def _is_light(value: Value, slices: bool) -> bool:
     name = value.made_by
-    if name in _NARROWING:
-        return slices or _keeps_channels(value)
-    return _is_linear(value) or name.startswith(_DATA_NORMS)
-
-
-def _keeps_channels(value: Value) -> bool:
-    """Tell whether an operation that may take a slice takes all channels, as far as is known."""
-    if value.made_by not in _NARROWING:
-        return True
-    sizes = [None if v.channel_axis is None else v.shape[v.channel_axis] for v in (value, value.parents[0])]
-    return sizes[0] is not None and sizes[0] == sizes[1]
+    if name in NARROWING:
+        return slices or keeps_channels(value)
+    return _is_linear(value) or name.startswith(DATA_NORMS)
 
 
 def _is_linear(value: Value) -> bool:
     """Tell whether an operation is linear in what goes into the network."""
     name = value.made_by
-    if name in _SCALE or name in PRODUCTS:
+    if name in SCALE or name in PRODUCTS:
         return sum(parent.live for parent in value.parents) < 2
     if name.startswith(WEIGHTED):
-        return name not in _ATTENTION and not name.startswith(_DATA_NORMS)
-    return name in LAYOUT or name in _DROPOUT or name in _SUMS or name in _NARROWING or name in _LINEAR
+        return name not in ATTENTION and not name.startswith(DATA_NORMS)
+    return name in LAYOUT or name in DROPOUT or name in SUMS or name in NARROWING or name in LINEAR
 
 
 def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) -> bool:
@@ -332,9 +218,9 @@ def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) 
     size = origin.shape[2:]
     if len(size) < 1 or addition.result.shape[2:] != size:
         return False
-    factors = {parent for value in between if value.made_by in _SCALE for parent in value.parents}
+    factors = {parent for value in between if value.made_by in SCALE for parent in value.parents}
     for value in between - factors - {origin}:  # a gate may be computed at a lower resolution
-        if value.made_by.startswith(_UPSAMPLING):
+        if value.made_by.startswith(UPSAMPLING):
             child = value.call
             while child is not None and child is not addition.call and child.outer is not addition.call:
                 child = child.outer
@@ -346,7 +232,7 @@ def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) 
 def _kind(between: set[Value]) -> str:
     """Tell what a branch does: attention, or a convolution with a kernel, or only layers at one position each."""
     for value in between:
-        if value.made_by in _ATTENTION:
+        if value.made_by in ATTENTION:
             return "attention"
         if value.made_by in PRODUCTS and sum(parent.live for parent in value.parents) > 1:
             return "attention"
@@ -370,70 +256,3 @@ def _stream(call: Call, shortcut: Value) -> str | None:
     origins = {value for value in ancestors(shortcut, given) if value in given and value.live}
     names = [name for name, values in call.given.items() if not origins.isdisjoint(values)]
     return names[0] if len(names) == 1 and names[0] else None
-
-
-class _Walk:
-    """The way back from the end of a branch to the layer that makes it."""
-
-    def __init__(self, call: Call, between: set[Value]) -> None:
-        self.call = call
-        self.between = between
-        self.makers: dict[Value, list[Call]] = {}  # innermost first
-        self.runs: dict[str, int] = {}
-        for inner in call.within():
-            self.runs[inner.path] = self.runs.get(inner.path, 0) + 1
-            if inner.returned is not None:
-                self.makers.setdefault(inner.returned, []).append(inner)
-
-    def from_sum(self, end: Value) -> list[list[Ending]]:
-        """Return the layers that could end a branch, best first; of a branch that is a sum, those of each summand."""
-        layers: list[Ending] = []  # whose output ends the branch, the latest first
-        before: list[Ending] = []  # whose input does
-        value, stopped = end, ""
-        while True:
-            makers = [maker for maker in self.makers.get(value, []) if self.is_usable(maker)]
-            passing = {maker: self.passed(maker) for maker in makers}
-            here = [Ending(maker.path, False, value) for maker in makers if passing[maker] is None]
-            layers = [*here, *layers]
-            first = {maker: next(iter(maker.given.values()), []) for maker in makers}
-            before = [
-                *(Ending(maker.path, True, input) for maker, input in passing.items() if input in first[maker]),
-                *before,
-            ]
-            if value.made_by in _SUMS and value.call is self.call and not layers:
-                parts = [parent for parent in value.parents if parent in self.between]
-                if len(parts) == len(value.parents) == 2:
-                    return [ending for part in parts for ending in self.from_sum(part)]
-            upstream = self.step(value, over_activations=not layers)
-            if upstream is None:
-                stopped = value.made_by
-                break
-            value = upstream
-        if not layers and not before:
-            if stopped in ("cat", "concat", "write", "__setitem__") or not _keeps_channels(value):
-                raise NoBranchError("what is added is a slice or a concatenation of channels")
-            runs = [maker.path for maker in self.makers.get(value, []) if self.runs[maker.path] > 1]
-            if runs:
-                raise NoBranchError(f"the layer that ends its branch, {runs[0]!r}, runs several times in a block")
-            raise NoBranchError(f"its branch ends in {stopped!r} in the code of the block, not in a layer")
-        return [[*layers, *before]]
-
-    def is_usable(self, maker: Call) -> bool:
-        inside = not self.call.path or maker.path.startswith(f"{self.call.path}.")
-        return inside and self.runs[maker.path] == 1 and not isinstance(maker.module, nn.ModuleList | nn.ModuleDict)
-
-    def passed(self, maker: Call) -> Value | None:
-        """Return what a layer is given, if it only drops, scales or moves that; else ``None``."""
-        inputs, value = maker.inputs(), maker.returned
-        while value is not None and value not in inputs:
-            value = self.step(value, over_activations=False)
-        return value
-
-    def step(self, value: Value, *, over_activations: bool) -> Value | None:
-        """Return what a value is the dropped, scaled or moved form of."""
-        parents = [parent for parent in value.parents if parent in self.between]
-        name = value.made_by
-        if value not in self.between or len(parents) != 1:
-            return None
-        kinds = LAYOUT | _DROPOUT | _SCALE | (_ACTIVATIONS if over_activations else set())
-        return parents[0] if name in kinds else None

@@ -6,23 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from dia_lightning.attention._branches import Branch, NoBranchError, branches_in
+from dia_lightning.attention._branches import Branch, branches_in
+from dia_lightning.attention._graph import Run, Value
 from dia_lightning.attention._named_sites import stream_of
 from dia_lightning.attention._sites import LeftOut, Site, width_and_positions
-from dia_lightning.attention._trace import Run, Value, trace
+from dia_lightning.attention._walk import NoBranchError
 
 _CAUSAL = "is in a causal network, where no token may depend on later ones, but the map of a unit depends on all"
-
-
-def run_sites(model: nn.Module, example: Any, **options: Any) -> tuple[list[Site], list[LeftOut]]:
-    """Return the sites of a network in the order in which they run, and what is left out.
-
-    Args:
-        model: the network, which stays as it is.
-        example: what its forward takes.
-        **options: of :func:`trace`.
-    """
-    return branch_sites(*trace(model, example, **options))
 
 
 def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dia_lightning.attention._branches import LAYOUT, PRODUCTS, WEIGHTED, ancestors, made_on_the_way
 from dia_lightning.attention._found_sites import Streams, axes_of, site_at
+from dia_lightning.attention._graph import Call, Run, Value, ancestors, made_on_the_way
 from dia_lightning.attention._links import tensors_in
+from dia_lightning.attention._operations import LAYOUT, MULTIPLIES, PRODUCTS, WEIGHTED
 from dia_lightning.attention._roles import Role
 from dia_lightning.attention._sites import LeftOut, Site
-from dia_lightning.attention._trace import Call, Run, Value
-
-_MULTIPLIES = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
 
 
 def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
@@ -86,7 +84,7 @@ def _multiplied(call: Call) -> Value | None:
         live = [parent for parent in value.parents if parent.live]
         if value.made_by in LAYOUT and len(live) == 1:
             value = live[0]
-        elif value.made_by in _MULTIPLIES and len(live) == 2:
+        elif value.made_by in MULTIPLIES and len(live) == 2:
             mains = [main for main in live if main.shape == value.shape and _is_gate(_other(live, main), main, given)]
             value = mains[0] if mains else None
             gates += 1
@@ -169,10 +167,10 @@ class _Multiplications(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
-        if (name in _MULTIPLIES or name in LAYOUT) and isinstance(output, Tensor):
+        if (name in MULTIPLIES or name in LAYOUT) and isinstance(output, Tensor):
             given = tensors_in((args, kwargs or {}))
             if name in LAYOUT or len(given) == 2:
-                self.made.setdefault(id(output), []).append((output, given[:2] if name in _MULTIPLIES else given[:1]))
+                self.made.setdefault(id(output), []).append((output, given[:2] if name in MULTIPLIES else given[:1]))
         return output
 
     def factors(self, output: Tensor, given: list[Tensor]) -> list[Tensor] | None:

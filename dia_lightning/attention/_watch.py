@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._find import own_stages
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import WatchedModule
-from dia_lightning.attention._places import own_stages
 from dia_lightning.attention._roles import add_role, remove_role
 
 #: Called with the number of the layer, its map and the state after it.

@@ -19,10 +19,11 @@ from timm.models._registry import _model_to_module
 from torchvision import models
 
 from dia_lightning.attention import Stages, find_sites
-from dia_lightning.attention._found_sites import run_sites
+from dia_lightning.attention._found_sites import branch_sites
 from dia_lightning.attention._named_sites import sites_by_rules
 from dia_lightning.attention._site_table import BLOCK_RULES, rule_of
 from dia_lightning.attention._sites import in_stages, width_and_positions
+from dia_lightning.attention._trace import trace
 from dia_lightning.models import build_on_meta
 from tests.attention.families import FAMILIES, NO_BRANCH
 from tests.attention.libraries import NETWORKS, build
@@ -156,6 +157,6 @@ def test_there_are_networks_with_every_rule() -> None:
 @pytest.mark.parametrize("name", WITH_RULES)
 def test_running_a_network_finds_the_sites_of_the_table(name: str) -> None:
     network, (args, _) = build(name)
-    sites, _ = run_sites(network, args)
+    sites, _ = branch_sites(*trace(network, args))
     found = [[(site.block, site.path) for site in stage] for stage in in_stages(sites, width_and_positions)]
     assert found == [[(site.block, site.path) for site in stage] for stage in sites_by_rules(network)]

@@ -1,0 +1,180 @@
+"""Find the sites of a network by running it, on an example that is given or known."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Any, get_args
+
+from torch import nn
+
+from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._examples import known_examples
+from dia_lightning.attention._found_sites import branch_sites
+from dia_lightning.attention._graph import Run
+from dia_lightning.attention._named_sites import sites_by_rules
+from dia_lightning.attention._own_attention import own_attention
+from dia_lightning.attention._site_table import is_optional, rule_of
+from dia_lightning.attention._sites import Branch, LeftOut, Site, Stages, in_stages, possible_sites, size_and_lane
+from dia_lightning.attention._trace import trace
+
+
+def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Branch] | None = None) -> Stages:
+    """Find the layers that end the residual branches of a network, by running a copy of it once.
+
+    Args:
+        model: the network. Its weights, buffers, mode and the state of random generators stay as they are.
+        example: what its forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. They
+            may be on the meta device. Networks of this package, torchvision, timm, diffusers and transformers, and
+            modules with ``example_input_array``, need none.
+        branches: which branches; as for :func:`attach`.
+
+    Returns:
+        A list of stages, each a list of :class:`Site`: blocks that follow one another with equal width and equally many
+        positions. Its ``left_out`` has the other additions with the reason; printing it gives a table.
+
+    Raises:
+        ValueError: if the network does not run on the example, or an example is needed.
+
+    Example:
+        >>> import torchvision
+        >>> stages = find_sites(torchvision.models.resnet18())
+        >>> [len(stage) for stage in stages], stages[0][0].path, stages[0][0].channels
+        ([2, 2, 2, 2], 'layer1.0.bn2', 64)
+    """
+    check_branches(branches)
+    refuse_unfit(model)
+    networks, left_out = _run(model, example, branch_sites)
+    networks = [_by_rules(model, sites) for sites in networks]
+    every = [site for sites in networks for site in sites]
+    chosen = {site for site in every if _is_chosen(model, site, branches)}
+    if branches is None:
+        chosen = chosen or set(every)
+    left_out += [
+        LeftOut(site.block, f"its branch is of the kind {site.branch!r}, which `branches` does not name")
+        for site in every
+        if site not in chosen
+    ]
+    return Stages(
+        [stage for sites in networks for stage in in_stages(filter(chosen.__contains__, sites), size_and_lane)],
+        left_out,
+    )
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Refuse what is no network, has attention, or is wrapped by something that would not see it.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {model!r}. Make named networks with get_model(name).")
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "ScriptModule")
+    for name, module in model.named_modules():
+        if isinstance(module, AttachedBlock):
+            raise ValueError("Attention is attached to this network already. Call detach(model) first.")
+        bases = [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")]
+        wrapper = next((base for base in bases if base in wrappers), None)
+        if wrapper is not None or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(module).__name__} at {name or 'the root'} is wrapped already "
+                f"({wrapper or 'compile()'}), which would miss the attention's parameters or keep running code without "
+                "it. Attach before the network is wrapped, sharded or compiled."
+            )
+
+
+def needs_example(model: nn.Module) -> bool:
+    """Tell whether neither the blocks of a network are known nor what it takes."""
+    return not sites_by_rules(model) and not any(True for _ in known_examples(model))
+
+
+def check_branches(branches: Sequence[Branch] | None) -> None:
+    for branch in [branches] if isinstance(branches, str) else branches or ():
+        if isinstance(branches, str) or branch not in get_args(Branch):
+            known = ", ".join(map(repr, get_args(Branch)))
+            raise ValueError(f"branches takes a list of {known}, got {branch!r}.")
+
+
+def _is_chosen(model: nn.Module, site: Site, branches: Sequence[Branch] | None) -> bool:
+    return not is_optional(model.get_submodule(site.block)) if branches is None else site.branch in branches
+
+
+def own_stages(model: nn.Module, example: Any, size: Callable[[Site], Any] = size_and_lane) -> Stages:
+    """Return the attention modules that a network has of its own, stage by stage.
+
+    Args:
+        model: the network.
+        example: what its forward takes; as for :func:`find_sites`.
+        size: what the modules of a stage have in common.
+
+    Raises:
+        ValueError: if there are none, or the network cannot be run.
+    """
+    networks, left_out = _run(model, example, own_attention)
+    stages = Stages([stage for sites in networks for stage in in_stages(sites, size)], left_out)
+    if not stages:
+        others = "".join(f" {other.block}: {other.reason}." for other in left_out[:3])
+        raise ValueError(f"{type(model).__name__} has no attention modules of its own.{others}")
+    return stages
+
+
+def _run(
+    model: nn.Module, example: Any, read: Callable[[Run, Run], tuple[list[Site], list[LeftOut]]]
+) -> tuple[list[list[Site]], list[LeftOut]]:
+    """Return what is read from runs of a network, or of each network of a library in it, and what is left out."""
+    if example is not None:
+        sites, left_out = read(*trace(model, example))
+        return [sites], left_out
+    found: list[list[Site]] = []
+    left_out, refused = [], ""
+    for path, module, examples in known_examples(model):
+        # meta tensors first; not every network runs on them
+        for candidate, only_on_meta in [*zip(examples, repeat(True)), *zip(examples, repeat(False))]:
+            try:
+                sites, others = read(*trace(module, candidate, only_on_meta=only_on_meta))
+            except ValueError as error:
+                refused = refused or f" {error}"
+                continue
+            found.append([replace(site, path=_join(path, site.path), block=_join(path, site.block)) for site in sites])
+            left_out += [replace(other, block=_join(path, other.block)) for other in others]
+            if path:
+                left_out.append(LeftOut("", f"of this network only {path!r} was run: give an example for the rest"))
+            break
+        else:
+            left_out.append(LeftOut(path, refused.strip()))
+    if not found:
+        what = "residual block" if read is branch_sites else "attention module of its own"
+        hint = "Or name the layers that end its branches, as in sites=['blocks.*.conv2']. Modules that could be sites: "
+        raise ValueError(
+            f"No {what} is known in {type(model).__name__}, and to find some by running it, what it takes must be "
+            "known. Give `example`: a tensor, a tuple of positional arguments or a dict of keyword arguments of its "
+            "forward, as in example=torch.zeros(1, 3, 224, 224)."
+            f"{f' {hint}{possible_sites(model)}.' if read is branch_sites else ''}{refused}"
+        )
+    return found, left_out
+
+
+def known_runs(model: nn.Module, example: Any) -> tuple[Run, Run] | None:
+    """Return runs of a network on an example, or on one that is known for it; ``None`` if there is none."""
+    if example is not None:
+        return trace(model, example)
+    for path, _, examples in known_examples(model):
+        for candidate in examples if not path else ():
+            try:
+                return trace(model, candidate, only_on_meta=True)
+            except ValueError:
+                continue
+    return None
+
+
+def _by_rules(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """Move the sites of blocks that have a rule to where the rule says."""
+    moved: dict[tuple[str, str], Site] = {}
+    for site in sites:
+        rule, _ = rule_of(model.get_submodule(site.block))
+        path = site.path if rule is None else _join(site.block, rule.site)
+        moved.setdefault((site.block, path), replace(site, path=path, before=site.before and rule is None))
+    return list(moved.values())
+
+
+def _join(path: str, inner: str) -> str:
+    return f"{path}.{inner}".strip(".")
