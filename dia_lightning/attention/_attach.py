@@ -1,6 +1,7 @@
 """Put attention into a network, and take it out again."""
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +18,17 @@ from dia_lightning.attention._places import Existing, Place, Sites, own_modules,
 from dia_lightning.attention._registry import attention_builder
 from dia_lightning.attention._sites import Branch
 from dia_lightning.attention._unit import AttentionUnit, start_at_zero
-from dia_lightning.attention._wiring import let_go, like, put_back, refuse_unfit_places, take_out, wire
+from dia_lightning.attention._wiring import (
+    let_go,
+    like,
+    parameters_saved,
+    put_back,
+    refuse_unfit_places,
+    take_out,
+    wire,
+)
 
+_LOG = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -73,8 +83,8 @@ def attach(
         existing: what becomes of attention modules that the network has of its own, such as squeeze-and-excitation:
             ``"keep"``; ``"replace"`` them by units, in their places instead of at the ends of branches; or ``"share"``
             one of them among the blocks of a stage whose modules have weights of the same shapes, beside attention at
-            the ends of branches, or alone if ``attention`` is ``None``. :func:`detach` undoes both; blocks that shared
-            a module get copies of it.
+            the ends of branches, or alone if ``attention`` is ``None``; what that saves is logged. :func:`detach`
+            undoes both; blocks that shared a module get copies of it.
         existing_start: weights of a module that is shared: the ``"mean"`` of those in the stage, or the ``"first"``.
         **attention_args: further arguments of the attention module, for example ``reduction=8``.
 
@@ -137,6 +147,8 @@ def attach(
     except BaseException:
         _take_all_apart(model)
         raise
+    if existing == "share":
+        _LOG.info("existing='share' saves %s parameters of attention modules.", f"{parameters_saved(model):,}")
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.attention import attach
 from dia_lightning.attention._find import needs_example
+from dia_lightning.attention._wiring import parameters_saved
 
 # The command line knows networks by name only: from the types of objects its help would list every module of torch.
 if TYPE_CHECKING:
@@ -37,18 +38,13 @@ def attach_if_any(network: nn.Module, arguments: Mapping[str, Any], example: Any
     check_is_no_mark("attention", arguments["attention"])
     found = attach_arguments(arguments)
     if found["attention"] is not None or found["existing"] != "keep":
-        before = _size(network)
         attach(network, example=example if needs_example(network) else None, **found)
-        if found["attention"] is None:
-            rank_zero_info(f"existing='share': the network has {before - _size(network):,} fewer parameters.")
+        if found["existing"] == "share":
+            rank_zero_info(f"existing='share' saves {parameters_saved(network):,} parameters of attention modules.")
     elif arguments["attention_args"] or found["identity"] or found["plug"] is not None or found["share"] == "block":
         rank_zero_info(
             "attention is None: the network is plain, and attention_args, share, plug and identity are unused."
         )
-
-
-def _size(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def images_like(network: nn.Module, shape: Sequence[int] | None) -> Tensor:

@@ -173,9 +173,11 @@ def test_a_module_that_plug_leaves_out_stays() -> None:
 
 
 @pytest.mark.parametrize("start", ["mean", "first"])
-def test_one_module_serves_all_blocks_of_a_stage(start: Any) -> None:
+def test_one_module_serves_all_blocks_of_a_stage(start: Any, caplog: pytest.LogCaptureFixture) -> None:
     plain = gated(Gate)
-    network = attach(copy.deepcopy(plain), None, existing="share", existing_start=start, example=IMAGES)
+    with caplog.at_level("INFO", "dia_lightning"):
+        network = attach(copy.deepcopy(plain), None, existing="share", existing_start=start, example=IMAGES)
+    assert f"saves {2 * (8 * 8 + 8)} parameters" in caplog.text
     weights = torch.stack([block.gate.layer.weight for block in plain])
     shared = network[0].dia.module
     torch.testing.assert_close(shared.layer.weight, weights.mean(0) if start == "mean" else weights[0])
