@@ -12,7 +12,7 @@ from torchvision import datasets
 
 from dia_lightning.__main__ import main
 from dia_lightning.datamodules import DigitsDataModule
-from dia_lightning.tasks import ClassificationTask, DiffusionTask, load_task
+from dia_lightning.tasks import ClassificationTask, DetectionTask, DiffusionTask, load_task
 from tests.callbacks.random_inception import write_inception_weights
 from tests.datamodules import tiny_data
 from tests.tasks.conftest import small_trainer
@@ -170,5 +170,6 @@ def test_predict_says_that_there_is_nothing_to_predict(workplace: Path, capsys: 
     assert "error: DiffusionTask makes images from noise" in capsys.readouterr().err
 
 
-def test_other_tasks_do_without_the_shape_of_the_images() -> None:
-    assert "image_shape" not in ClassificationTask("cifar_resnet", 3, backbone_args={"depth": 11}).hparams
+def test_a_task_that_does_not_take_the_shape_of_the_images_does_without() -> None:
+    network: dict[str, Any] = {"backbone_args": {"depth": 11}, "detector_args": {"min_size": 64}}
+    assert "image_shape" not in DetectionTask("fcos", "cifar_resnet", num_classes=3, **network).hparams
