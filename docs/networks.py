@@ -27,8 +27,9 @@ in the second. Left out are additions of other kinds, and branches that no layer
 reason. Linear branches, and sides that are as deep as each other, are position encodings and the arms of RepVGG blocks,
 which are merged for inference.
 
-For any network, `dia-lightning sites NAME` or `print(find_sites(network))` gives this with the names of the layers, and
-`attach(..., sites=[...])` takes layers that are left out here. This page is written by `python -m docs.networks`.
+`dia-lightning sites NAME`, for names that `dia-lightning models` lists, and `print(find_sites(network))`, for any
+network, give this with the names of the layers, and `attach(..., sites=[...])` takes layers that are left out here.
+This page is written by `python -m docs.networks`.
 
 """
 

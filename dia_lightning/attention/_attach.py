@@ -126,7 +126,7 @@ def attach(
         for number, stage in enumerate(_plugged(stages, plug, with_norm)):
             planned += [(_new_unit(build, chain[0], identity), chain, number) for chain in _chains(stage, share)]
         if share == "stage":
-            _warn_of_single([chain for _, chain, _ in planned])
+            _warn_of_single([chain for _, chain, _ in planned if sites is None or len(chain[0].sites) == 1])
     if existing == "share":
         first = max((number for *_, number in planned), default=-1) + 1
         for number, chain in enumerate(own_modules(model, example), start=first):

@@ -71,7 +71,10 @@ def refuse_unfit(model: nn.Module) -> None:
     wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "ScriptModule")
     for name, module in model.named_modules():
         if isinstance(module, AttachedBlock):
-            raise ValueError("Attention is attached to this network already. Call detach(model) first.")
+            raise ValueError(
+                "Attention is attached to this network already: attention_layers(model) lists where. Call "
+                "detach(model) first."
+            )
         bases = [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")]
         wrapper = next((base for base in bases if base in wrappers), None)
         if wrapper is not None or module._compiled_call_impl is not None:

@@ -34,8 +34,8 @@ MULTIPLIES = _names("mul mul_ __mul__ __rmul__ __imul__ multiply")
 SCALE = MULTIPLIES | _names("div div_ __truediv__ true_divide")
 SUMS = _names("add add_ __add__ __iadd__ __radd__")
 DIFFERENCES = _names("sub sub_ __sub__ __isub__")
-#: Activations that leave 0 as it is, so that a map of 0 before them takes the whole branch away.
-ACTIVATIONS = _names("relu relu_ relu6 leaky_relu gelu silu hardswish elu selu mish tanh prelu")
+#: Activations before which a map that is not negative has the same effect as behind them.
+ACTIVATIONS = _names("relu relu_ leaky_relu leaky_relu_ prelu")
 #: What takes a part.
 NARROWING = _names("__getitem__ chunk split split_with_sizes narrow unbind select tensor_split")
 #: What puts parts together, or writes into one; ``write`` stands for what was written through a view.
@@ -60,4 +60,4 @@ CAUSAL = {"scaled_dot_product_attention": 5, "multi_head_attention_forward": 24}
 #: Those of them whose result has its channels second, by the start of their names.
 CHANNELS_SECOND = ("conv", "batch_norm", "group_norm", "instance_norm")
 #: Those whose result has its channels last.
-CHANNELS_LAST = _names("linear layer_norm rms_norm multi_head_attention_forward _native_multi_head_attention")
+CHANNELS_LAST = _names("linear addmm layer_norm rms_norm multi_head_attention_forward _native_multi_head_attention")

@@ -21,8 +21,8 @@ from dia_lightning.attention._sites import (
     Branch,
     Site,
     Stages,
+    in_layers,
     in_stages,
-    numbered_around,
     possible_sites,
     size_and_lane,
 )
@@ -118,13 +118,9 @@ def _places(model: nn.Module, stages: Sequence[list[Site]], *, with_rules: bool)
     per_block = Counter(site.block for stage in stages for site in stage)
     result: list[list[Place]] = []
     for stage in stages:
-        grouped: dict[tuple[str, str | None], list[Site]] = {}
-        for site in stage:
-            number = numbered_around(site.path, [other.path for other in stage if other.block == site.block])
-            inside = number is not None and len(number) > len(site.block)
-            grouped.setdefault((site.block, number if inside else None), []).append(site)
         result.append([])
-        for (path, _), sites in grouped.items():
+        for sites in in_layers(stage):
+            path = sites[0].block
             block = model.get_submodule(path)
             rule = (rule_of(block)[0] if with_rules else None) or BlockRule("")
             result[-1].append(Place(block, tuple(sites), rule, per_block[path] == 1))
@@ -137,6 +133,9 @@ def _named(model: nn.Module, sites: Sites, example: Any) -> list[list[Site]]:
     twice = [path for number, group in enumerate(paths) for path in group for other in paths[:number] if path in other]
     if twice:
         raise ValueError(f"sites: {twice[0]!r} is in two groups. A layer takes part in one.")
+    nested = [(one, two) for group in paths for one in group for two in group if two.startswith(f"{one}.")]
+    if nested:
+        raise ValueError(f"sites: {nested[0][1]!r} is inside of {nested[0][0]!r}. Name one of them.")
     blocks = {path: block_around(model, path, group) for group in paths for path in group}
     runs = known_runs(model, example)
     if runs is None:

@@ -20,6 +20,8 @@ def listing(stages: "Stages", columns: Sequence[tuple[str, Sequence[str]]] = ())
         stages: the stages.
         columns: further columns: the header, and a text per stage.
     """
+    from dia_lightning.attention._sites import in_layers  # which prints itself with this
+
     rows = [(*_HEADER, *(header for header, _ in columns), "branch", "layers")]
     for number, stage in enumerate(stages):
         first = stage[0]
@@ -30,7 +32,7 @@ def listing(stages: "Stages", columns: Sequence[tuple[str, Sequence[str]]] = ())
         )
         for line, sites in enumerate(_alike(stage)):
             head, tail = (str(number), told) if line == 0 else ("", ("",) * len(told))
-            counts = (str(len({site.block for site in sites})), str(len(sites)))
+            counts = (str(len(in_layers(sites))), str(len(sites)))
             rows.append((head, *counts, *tail, sites[0].branch, _layers(sites)))
     lines = _aligned(rows) if stages else ["no residual branches"]
     return "\n".join([*lines, *_left_out(stages.left_out)])

@@ -104,6 +104,16 @@ def in_stages(sites: Iterable[Site], size: Callable[[Site], Any]) -> list[list[S
     return stages
 
 
+def in_layers(sites: Sequence[Site]) -> list[list[Site]]:
+    """Group sites by their block or, of a block that runs several layers by itself, by its layers."""
+    grouped: dict[tuple[str, str | None], list[Site]] = {}
+    for site in sites:
+        number = numbered_around(site.path, [other.path for other in sites if other.block == site.block])
+        inside = number is not None and len(number) > len(site.block)
+        grouped.setdefault((site.block, number if inside else None), []).append(site)
+    return list(grouped.values())
+
+
 def width_and_positions(site: Site) -> tuple[int, int]:
     """Return the width and the number of positions of a site in a network that was run."""
     return site.channels, math.prod(site.resolution)

@@ -63,8 +63,8 @@ def _runs(model: nn.Module, given: _Arguments, axis: int, only_on_meta: bool) ->
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} runs on the example, but not on {2 * samples} samples, which would show what "
-                f"the axis of the samples is: {type(error).__name__}: {error} Every tensor of the example that has "
-                f"{samples} entries on axis {axis} is taken to hold one per sample."
+                f"the axis of the samples is: {_said(error)}. Every tensor of the example that has {samples} entries "
+                f"on axis {axis} is taken to hold one per sample."
             ) from error
 
 
@@ -75,9 +75,13 @@ def _attends_over_samples(once: Run, twice: Run) -> bool:
 
 def _does_not_run(model: nn.Module, error: Exception) -> str:
     return (
-        f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error} An example is a tensor, "
-        "a tuple of positional arguments or a dict of keyword arguments of its forward."
+        f"{type(model).__name__} does not run on the example: {_said(error)}. An example is a tensor, a tuple (and no "
+        "list) of positional arguments or a dict of keyword arguments of its forward, with an axis for the samples."
     )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}"
 
 
 def arguments_of(example: Any) -> _Arguments:

@@ -105,7 +105,7 @@ def _built(options: argparse.Namespace) -> "DIATask":
 def _shape(task: "DIATask", image_size: int | None) -> list[int] | None:
     from dia_lightning.tasks import DiffusionTask
 
-    shape: list[int] | None = getattr(task, "image_shape", None)
+    shape: list[int] | None = getattr(task, "image_shape", None) or task.hparams.get("image_shape")
     if isinstance(task, DiffusionTask):
         if image_size is not None:
             raise ValueError(f"--image_size {image_size}: a diffusion network is made for images of one size.")

@@ -125,6 +125,11 @@ def _call(full_name: str, build: Callable[..., nn.Module], name: str, args: dict
             raise
         accepted = ", ".join(_options(build, name))
         raise ValueError(f"{full_name}: {error}; besides its library's own options it takes: {accepted}.") from error
+    except AssertionError as error:  # of timm, which has no text
+        raise ValueError(
+            f"{full_name} cannot be built with {args}: {str(error) or 'an assertion of its library fails'}. Leave out "
+            "options that are for another network; --model.backbone_args null takes away those of a config."
+        ) from error
 
 
 def _options(build: Callable[..., nn.Module], name: str) -> list[str]:

@@ -63,7 +63,7 @@ class DetectionTask(DIATask):
         plug: which blocks of the backbone get attention; this and the next five as
             :func:`~dia_lightning.attention.attach` takes them.
         branches: which branches of transformer blocks get attention.
-        sites: where branches end in a backbone that is not known.
+        sites: layers that end branches, in place of those that are found.
         existing: what becomes of attention modules that the backbone has of its own.
         identity: start with maps of exactly 1, for pretrained networks.
         branch_norm: whether pre-activation branches get a norm before the attention module.

@@ -364,3 +364,19 @@ def test_a_latent_ends_a_stage() -> None:
 def test_mistakes_are_said(make: Any, example: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_sites(make(), example)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"), [(F.relu, 1), (F.leaky_relu, 1), (F.gelu, 0), (F.silu, 0), (torch.tanh, 0)]
+)
+def test_a_map_acts_behind_an_activation_or_has_the_same_effect(function: Any, found: int) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, value: Tensor) -> Tensor:
+            result: Tensor = value + function(self.conv(torch.relu(value)))
+            return result
+
+    assert sum(map(len, find_sites(Block(), features(2, 4, 6, 6)))) == found
