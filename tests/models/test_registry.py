@@ -254,3 +254,8 @@ def test_no_library_is_imported_before_it_is_asked_for() -> None:
         "heavy = {'lightning', 'wandb', 'timm', 'diffusers', 'torchvision'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_network_that_its_library_asserts_against_is_said_with_its_arguments() -> None:
+    with pytest.raises(ValueError, match=r"timm/regnetx_002 cannot be built with \{'depth': 20\}.*backbone_args null"):
+        get_model("timm/regnetx_002", depth=20)
