@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dia_lightning.analysis._moments import StageMoments
-from dia_lightning.attention import AttentionLayer, AttentionUnit, attention_layers, watch_maps
+from dia_lightning.attention import AttentionLayer, AttentionUnit
+from dia_lightning.attention._watch import watched_layers, watching
 
 Content: TypeAlias = Literal["maps", "states"]
 
@@ -90,9 +91,8 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self.replicates = replicates
         self.keep = keep
         self.content = content
-        self.own = own
-        self.example = example
-        self.layers = attention_layers(network, own=own, example=example)
+        self._watched = watched_layers(network, own, example)  # the network is not looked at again
+        self.layers = [layer for layer, _ in self._watched]
         self._random = np.random.default_rng(seed)
         self._bound = _bound(network)
         self._members = _members(self.layers)
@@ -142,7 +142,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self._awaited = set(self._members)
 
     def __enter__(self) -> "MapRecorder":
-        self._watch = watch_maps(self.network, self._see, own=self.own, example=self.example)
+        self._watch = watching(self._watched, self._see)
         self._watch.__enter__()
         return self
 

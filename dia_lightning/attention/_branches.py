@@ -48,15 +48,15 @@ _Found: TypeAlias = "tuple[Addition, Branch | NoBranchError]"
 def branches_in(additions: list[Addition]) -> list[_Found]:
     """Return every addition with the branch that it ends, or with the reason why there is none."""
     found: dict[Value, _Found] = {}
+    sums: set[Value] = set()  # of branches
     for addition in additions:
         result: Branch | NoBranchError
         try:
-            result, inner = _branch(
-                addition, {value for value, (_, other) in found.items() if isinstance(other, Branch)}
-            )
+            result, inner = _branch(addition, sums)
         except NoBranchError as reason:
             result = reason
         else:
+            sums = {*sums, addition.result}.difference(inner)
             for value in inner:
                 found[value] = found[value][0], NoBranchError("it is a part of a layer that ends a branch itself")
         found[addition.result] = addition, result
@@ -104,7 +104,7 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
         raise NoBranchError(f"channels lie on axis {axes[0]} of the shortcut and on axis {axes[1]} of the branch")
     held = [value for value in found & between if value is not origin]
     inner = [value for value in held if value.call is not addition.call]
-    if len(inner) > 1 or (held and _light_path(end, origin, stop, slices=False) is not None):
+    if len(inner) > 1 or (held and _is_light_from(end, origin, stop)):
         raise NoBranchError("its branch holds blocks that have branches of their own")
     last = max((value.number for value in held), default=0)
     kind = _kind({value for value in between if value.number > last})
@@ -139,12 +139,12 @@ def _origin(addition: Addition) -> tuple[set[Value], Value]:
 
 def _earlier_origin(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> Value | None:
     """Return what a branch was added to before, where another one of the same normalised features is added next."""
-    if any(_light_path(operand, origin, stop, slices=True) is not None for operand in operands):
+    if any(_is_light_from(operand, origin, stop, slices=True) for operand in operands):
         return None
     for one, other in (operands, operands[::-1]):
         shared = [value for value in _passed_on(one, stop) & ancestors(other, stop) if value.live]
         earlier = max(shared, key=lambda value: value.number, default=None)
-        if earlier is not None and len(earlier.shape) >= 3 and _light_path(other, earlier, stop, slices=False) is None:
+        if earlier is not None and len(earlier.shape) >= 3 and not _is_light_from(other, earlier, stop):
             return earlier
     return None
 
@@ -164,30 +164,30 @@ def _passed_on(value: Value, stop: set[Value]) -> set[Value]:
 def _sides(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> tuple[Value, Value]:
     """Tell the shortcut, which is light and linear, from the branch."""
     left, right = operands
-    light = [_light_path(operand, origin, stop, slices=False) for operand in operands]
-    if light == [None, None]:
-        if any(_light_path(operand, origin, stop, slices=True) is not None for operand in operands):
+    light = [_is_light_from(operand, origin, stop) for operand in operands]
+    if not any(light):
+        if any(_is_light_from(operand, origin, stop, slices=True) for operand in operands):
             raise NoBranchError("what is added is a slice of the channels")
         raise NoBranchError("both sides are branches of their own")
-    if None not in light:  # a branch of blocks is light too
+    if all(light):  # a branch of blocks is light too
         depths = [_longest(operand, origin, stop) for operand in operands]
         if depths[0] == depths[1]:
             raise NoBranchError("both sides are as deep as each other, as arms that are merged for inference are")
         return (left, right) if depths[0] < depths[1] else (right, left)
-    return (right, left) if light[0] is None else (left, right)
+    return (left, right) if light[0] else (right, left)
 
 
-def _light_path(value: Value, origin: Value, stop: set[Value], *, slices: bool) -> int | None:
-    """Return the least number of layers with weights on a linear way from an origin; ``None`` if there is none."""
-    made: dict[Value, int] = {origin: 0}
+def _is_light_from(value: Value, origin: Value, stop: set[Value], *, slices: bool = False) -> bool:
+    """Tell whether there is a linear way from an origin to a value, as a shortcut has."""
+    made = {origin}
     for current in sorted(ancestors(value, stop), key=lambda current: current.number):
-        ways = [made[parent] for parent in current.parents if parent in made]
-        if current is not origin and current not in stop and ways and _is_light(current, slices):
-            made[current] = min(ways) + current.made_by.startswith(WEIGHTED)
-    return made.get(value)
+        if current not in stop and not made.isdisjoint(current.parents) and _is_light(current, slices):
+            made.add(current)
+    return value in made
 
 
 def _longest(value: Value, origin: Value, stop: set[Value]) -> int:
+    """Return the largest number of layers with weights on a way from an origin to a value."""
     made: dict[Value, int] = {origin: 0}
     for current in sorted(ancestors(value, stop), key=lambda current: current.number):
         ways = [made[parent] for parent in current.parents if parent in made]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dia_lightning.attention._attach import detach
 from dia_lightning.attention._attached_block import AttachedBlock, is_attached
 from dia_lightning.attention._links import tensors_in
+from dia_lightning.attention._trace import arguments_of
 from dia_lightning.attention._watch import watch_maps
 
 #: Largest difference, relative to the largest output, that counts as equal where the arithmetic is the same.
@@ -99,12 +100,7 @@ class _Subject:
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:
         self.network = copy.deepcopy(model).eval()
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        if isinstance(example_input, Mapping):
-            self.kwargs = dict(example_input)
-        else:
-            self.args = example_input if isinstance(example_input, tuple) else (example_input,)
+        self.args, self.kwargs = arguments_of(example_input)
         with torch.no_grad():  # units that start at zero or at the identity would make some comparisons empty
             generator = torch.Generator().manual_seed(0)
             for unit in self.units():

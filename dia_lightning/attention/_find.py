@@ -91,6 +91,11 @@ def needs_example(model: nn.Module) -> bool:
 
 
 def check_branches(branches: Sequence[Branch] | None) -> None:
+    """Refuse what is no list of kinds of branches.
+
+    Raises:
+        ValueError: if it is none.
+    """
     for branch in [branches] if isinstance(branches, str) else branches or ():
         if isinstance(branches, str) or branch not in get_args(Branch):
             known = ", ".join(map(repr, get_args(Branch)))
@@ -130,20 +135,16 @@ def _run(
     found: list[list[Site]] = []
     left_out, refused = [], ""
     for path, module, examples in known_examples(model):
-        # meta tensors first; not every network runs on them
-        for candidate, only_on_meta in [*zip(examples, repeat(True)), *zip(examples, repeat(False))]:
-            try:
-                sites, others = read(*trace(module, candidate, only_on_meta=only_on_meta))
-            except ValueError as error:
-                refused = refused or f" {error}"
-                continue
-            found.append([replace(site, path=_join(path, site.path), block=_join(path, site.block)) for site in sites])
-            left_out += [replace(other, block=_join(path, other.block)) for other in others]
-            if path:
-                left_out.append(LeftOut("", f"of this network only {path!r} was run: give an example for the rest"))
-            break
-        else:
-            left_out.append(LeftOut(path, refused.strip()))
+        try:
+            sites, others = read(*_first_runs(module, examples))
+        except ValueError as error:
+            refused = refused or f" {error}"
+            left_out.append(LeftOut(path, str(error)))
+            continue
+        found.append([replace(site, path=_join(path, site.path), block=_join(path, site.block)) for site in sites])
+        left_out += [replace(other, block=_join(path, other.block)) for other in others]
+        if path:
+            left_out.append(LeftOut("", f"of this network only {path!r} was run: give an example for the rest"))
     if not found:
         what = "residual block" if read is branch_sites else "attention module of its own"
         hint = "Or name the layers that end its branches, as in sites=['blocks.*.conv2']. Modules that could be sites: "
@@ -160,13 +161,26 @@ def known_runs(model: nn.Module, example: Any) -> tuple[Run, Run] | None:
     """Return runs of a network on an example, or on one that is known for it; ``None`` if there is none."""
     if example is not None:
         return trace(model, example)
-    for path, _, examples in known_examples(model):
-        for candidate in examples if not path else ():
-            try:
-                return trace(model, candidate, only_on_meta=True)
-            except ValueError:
-                continue
-    return None
+    path, _, examples = next(known_examples(model), ("", model, []))
+    try:
+        return None if path or not examples else _first_runs(model, examples)
+    except ValueError:
+        return None
+
+
+def _first_runs(module: nn.Module, examples: Sequence[Any]) -> tuple[Run, Run]:
+    """Return runs on the first example that a network takes, on meta tensors if it runs on these with any.
+
+    Raises:
+        ValueError: if it takes none; what it says of the first.
+    """
+    refused: list[ValueError] = []
+    for example, only_on_meta in [*zip(examples, repeat(True)), *zip(examples, repeat(False))]:
+        try:
+            return trace(module, example, only_on_meta=only_on_meta)
+        except ValueError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def _by_rules(model: nn.Module, sites: Sequence[Site]) -> list[Site]:

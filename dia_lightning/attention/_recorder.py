@@ -15,6 +15,8 @@ from dia_lightning.attention._graph import Addition, Call, Run, Value
 from dia_lightning.attention._links import parameters_of, tensors_in
 from dia_lightning.attention._operations import CAUSAL, CONSTANTS, DIFFERENCES, SUMS
 
+_ADDITIONS = SUMS | DIFFERENCES
+
 
 class Recorder(TorchFunctionMode):
     """Notes the value on each tensor. Calls are seen by hooks, which a copy may be given."""
@@ -77,7 +79,6 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         parents = tuple(map(self.value_of, given))
-        name = getattr(function, "__name__", str(function))
         if name == "lstm" and given[0].is_meta and isinstance(args[1], tuple):  # of a sequence that is not packed
             function = _lstm_on_meta
         output = function(*args, **kwargs)
@@ -100,7 +101,7 @@ class Recorder(TorchFunctionMode):
             self.run.queries.append(given[0].shape)
         if name in CAUSAL and (kwargs.get("is_causal") or True in args[CAUSAL[name] :][:1]):
             self.value_of(tree_leaves(output)[0]).is_causal = True
-        if name in SUMS | DIFFERENCES and len(parents) == 2 and self.call is not None and self.call.is_first:
+        if name in _ADDITIONS and len(parents) == 2 and self.call is not None and self.call.is_first:
             left, right = parents
             if left.shape == right.shape and len(left.shape) >= 3 and left.live and right.live:
                 self.run.additions.append(Addition(self.call, (left, right), self.value_of(output)))

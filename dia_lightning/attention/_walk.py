@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from dia_lightning.attention._graph import Call, Value
 from dia_lightning.attention._operations import ACTIVATIONS, DROPOUT, JOINING, LAYOUT, NARROWING, SCALE, SUMS
+
+#: What only moves, drops or scales.
+_PASSING = LAYOUT | DROPOUT | SCALE
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Walk:
 
     def is_usable(self, maker: Call) -> bool:
         inside = not self.call.path or maker.path.startswith(f"{self.call.path}.")
-        return inside and self.runs[maker.path] == 1 and not isinstance(maker.module, nn.ModuleList | nn.ModuleDict)
+        return inside and self.runs[maker.path] == 1
 
     def passed(self, maker: Call) -> Value | None:
         """Return what a layer is given, if it only drops, scales or moves that; else ``None``."""
@@ -90,8 +91,7 @@ class Walk:
         name = value.made_by
         if value not in self.between or len(parents) != 1:
             return None
-        kinds = LAYOUT | DROPOUT | SCALE | (ACTIVATIONS if over_activations else set())
-        return parents[0] if name in kinds else None
+        return parents[0] if name in _PASSING or (over_activations and name in ACTIVATIONS) else None
 
 
 def keeps_channels(value: Value) -> bool:

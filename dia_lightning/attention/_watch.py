@@ -1,8 +1,8 @@
 """Attention maps as they are made, for whoever wants to look at them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -52,7 +52,11 @@ def attention_layers(network: nn.Module, *, own: bool | None = None, example: An
         >>> attention_layers(get_model("torchvision/mobilenet_v3_small"))[0]
         AttentionLayer(path='features.1.block.1', stage=0, block='features.1')
     """
-    return [layer for layer, _ in _watched(network, own, example)]
+    return [layer for layer, _ in watched_layers(network, own, example)]
+
+
+#: A layer, and what knows its watcher: a slot, or a module of the network.
+WatchedLayer: TypeAlias = tuple[AttentionLayer, Slot | nn.Module]
 
 
 @contextmanager
@@ -87,20 +91,31 @@ def watch_maps(
         >>> len(seen), seen[0]
         (9, torch.Size([2, 16, 1, 1]))
     """
-    layers = _watched(network, own, example)
-    if any(getattr(place, "dia_watcher", None) or getattr(place, "watcher", None) for _, place in layers):
+    with watching(watched_layers(network, own, example), watcher) as layers:
+        yield layers
+
+
+@contextmanager
+def watching(watched: Sequence[WatchedLayer], watcher: Watcher) -> Iterator[list[AttentionLayer]]:
+    """Let a function see the maps of layers; as :func:`watch_maps`, for those who watch the same ones again.
+
+    Args:
+        watched: of :func:`watched_layers`.
+        watcher: as for :func:`watch_maps`.
+    """
+    if any(getattr(place, "dia_watcher", None) or getattr(place, "watcher", None) for _, place in watched):
         raise ValueError("The maps of this network are watched already. Leave the inner context out.")
     try:
-        for number, (_, place) in enumerate(layers):
+        for number, (_, place) in enumerate(watched):
             numbered = _Numbered(watcher, number)
             if isinstance(place, Slot):
                 place.watcher = numbered
             else:
                 vars(place)["dia_watcher"] = numbered
                 add_role(place, WatchedModule)
-        yield [layer for layer, _ in layers]
+        yield [layer for layer, _ in watched]
     finally:
-        for _, place in layers:
+        for _, place in watched:
             if isinstance(place, Slot):
                 place.watcher = None
             elif isinstance(place, WatchedModule):
@@ -108,8 +123,8 @@ def watch_maps(
                 vars(place).pop("dia_watcher")
 
 
-def _watched(network: nn.Module, own: bool | None, example: Any) -> list[tuple[AttentionLayer, Slot | nn.Module]]:
-    """Return the layers, each with what knows its watcher: a slot, or a module of the network."""
+def watched_layers(network: nn.Module, own: bool | None, example: Any) -> list[WatchedLayer]:
+    """Return the layers, each with what knows its watcher; arguments as for :func:`attention_layers`."""
     blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, AttachedBlock)]
     if own or (own is None and not blocks):
         try:

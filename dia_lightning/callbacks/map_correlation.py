@@ -66,7 +66,7 @@ class MapCorrelation(Callback):
         if stage == "predict":
             return
         try:
-            attention_layers(pl_module)
+            attention_layers(pl_module, own=False)  # networks are not run for it
             self._has_attention = True
         except ValueError:  # the control arm of a comparison has the same callbacks
             self._has_attention = False
@@ -83,7 +83,7 @@ class MapCorrelation(Callback):
         self._recorder = None
         if self._has_attention and not trainer.sanity_checking:
             seed = self.seed + trainer.global_rank
-            self._recorder = MapRecorder(pl_module, replicates=self.replicates, seed=seed)
+            self._recorder = MapRecorder(pl_module, own=False, replicates=self.replicates, seed=seed)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

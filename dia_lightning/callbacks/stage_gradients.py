@@ -145,7 +145,7 @@ class StageGradients(Callback):
 def _last_blocks(task: nn.Module) -> list[str]:
     """Return the last block with attention of each stage."""
     try:
-        layers = attention_layers(task)
+        layers = attention_layers(task, own=False)
     except ValueError:
         raise ValueError(
             "blocks must be given for a network without attention, whose stages are not known: for example blocks: "

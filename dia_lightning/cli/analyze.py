@@ -139,6 +139,7 @@ def _check_attention(task: "DIATask", source: Path) -> None:
 
 def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace) -> "Analysis":
     from dia_lightning import analysis
+    from dia_lightning.attention._attached_block import is_attached
     from dia_lightning.cli._analysis import Analysis
 
     network = _network_argument.network_of(task)
@@ -154,7 +155,7 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     stages = recorder.stages
     correlations = {protocol: analysis.map_correlation(stages, protocol) for protocol in get_args(analysis.Protocol)}
     without = _gradients_without_shortcuts(network, loss)
-    is_own = task.hparams.get("attention") is None  # what the network has of its own
+    is_own = not is_attached(network)  # what is analyzed is what the network has of its own
     advised = is_own or (task.hparams.get("share") == "block" and task.hparams.get("plug") is None)
     found = analysis.recommend(network, correlations["per-image"], threshold=options.threshold) if advised else None
     images = {"images": recorder.images, "gradient_images": len(first[0])}
