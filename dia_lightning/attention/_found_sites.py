@@ -25,7 +25,7 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
     if len(once.additions) != len(twice.additions):
         raise ValueError(
             f"The network adds {len(once.additions)} times for {once.samples} samples and {len(twice.additions)} times "
-            f"for {twice.samples}, so the two runs cannot be compared. Give an example of more samples, or name `sites`."
+            f"for {twice.samples}, so the two runs cannot be compared. Give an example of more samples."
         )
     found: dict[tuple[str, str], Site] = {}
     streams = Streams()
