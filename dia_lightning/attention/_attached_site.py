@@ -9,7 +9,16 @@ from dia_lightning.attention._attached_unit import attend
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import watched
-from dia_lightning.attention._padding import real_tokens
+from dia_lightning.attention._padding import mean_of_real, real_tokens
+from dia_lightning.attention._recalibration import (
+    NormCall,
+    is_eager,
+    is_unseen,
+    is_worth_it,
+    normalized,
+    recalibrated,
+    squeezed,
+)
 from dia_lightning.attention._roles import Role, add_role, remove_role
 from dia_lightning.attention._running import RUNNING, is_recomputed
 
@@ -30,10 +39,12 @@ class AttachedSite(Role):
             elif slot.before:
                 name, features = next(iter(kwargs.items()))
                 kwargs = {**kwargs, name: _recalibrated(features, frame, slot)}
-        output = super().__call__(*args, **kwargs)
-        for frame, slot in places:
-            if not slot.before:
-                output = _recalibrated(output, frame, slot)
+        after = [(frame, slot) for frame, slot in places if not slot.before]
+        is_own = len(after) == 1 and is_eager() and is_unseen(self)
+        call = normalized(self, args) if is_own and not kwargs and _takes_mean(*after[0], args[0]) else None
+        output, norm = (super().__call__(*args, **kwargs), None) if call is None else call
+        for frame, slot in after:
+            output = _recalibrated(output, frame, slot, is_own, norm)
         return output
 
 
@@ -94,15 +105,61 @@ def _places_of(site: nn.Module) -> list[tuple[Frame, Slot]]:
     return []  # somebody looks at the layer alone
 
 
-def _recalibrated(features: Any, frame: Frame, slot: Slot) -> Any:
-    """Return features multiplied by their attention map; of a tuple, as attention layers return, the first."""
+def _takes_mean(frame: Frame, slot: Slot, features: Any) -> bool:
+    """Tell whether autograd records, and the unit takes the mean of features as they are."""
+    return (
+        torch.is_grad_enabled()
+        and isinstance(features, Tensor)
+        and slot.branch_norm is None
+        and frame.placement in (None, (features.device, features.dtype))
+        and getattr(frame.unit, "takes_mean", False)
+    )
+
+
+def _recalibrated(features: Any, frame: Frame, slot: Slot, is_own: bool = False, norm: NormCall | None = None) -> Any:
+    """Return features multiplied by their attention map; of a tuple, as attention layers return, the first.
+
+    Args:
+        features: what the site puts out, or is given.
+        frame: of the block.
+        slot: of the site.
+        is_own: whether nobody else has the features.
+        norm: the site's call, if it was a batch norm's.
+    """
     if isinstance(features, tuple):
         entries = (_recalibrated(features[0], frame, slot), *features[1:])
         return type(features)(*entries) if hasattr(features, "_fields") else entries
     frame.note_run(slot)
     if slot.is_whole:
         return watched(frame.unit, features, watcher=slot.watcher)
+    _refuse_unfit(features, frame, slot)
+    if slot.branch_norm is not None:
+        features = frame.block.get_submodule(slot.branch_norm)(features)
     channel, batch = slot.channel_axis, slot.batch_axis
+    is_plane = features.ndim > 3
+    planes = features if (batch, channel) == (0, 1) else features.movedim((batch, channel), (0, 1))  # [B, C, ...]
+    planes = planes if is_plane else planes.unsqueeze(-1)  # tokens are a plane of width one: [B, C, N, 1]
+    valid = None if is_plane else real_tokens(frame, planes.shape[0], planes.shape[2])
+    if valid is not None:
+        product = planes * attend(frame, slot, planes, mean_of_real(frame.unit, planes, valid))
+    elif is_worth_it(planes) and is_eager() and _takes_mean(frame, slot, planes):
+        squeeze = squeezed(planes)
+        product = recalibrated(planes, attend(frame, slot, planes, squeeze.mean), squeeze, norm)
+    else:
+        attention_map = attend(frame, slot, planes, None)
+        may_change = is_own and not torch.is_grad_enabled() and attention_map.dtype == planes.dtype
+        product = planes.mul_(attention_map) if may_change else planes * attention_map
+    product = product if is_plane else product.squeeze(-1)
+    return product if (batch, channel) == (0, 1) else product.movedim((0, 1), (batch, channel))
+
+
+def _refuse_unfit(features: Any, frame: Frame, slot: Slot) -> None:
+    """Refuse what is no features ``[B, C, ...]``, as the slot has them.
+
+    Raises:
+        RuntimeError: if it is not.
+    """
+    channel = slot.channel_axis
     is_dense = isinstance(features, Tensor) and not features.is_nested
     fits = is_dense and features.ndim > 2 and features.ndim == (slot.ndim or features.ndim)
     if not fits or features.is_quantized or features.shape[channel] != slot.channels:
@@ -114,12 +171,3 @@ def _recalibrated(features: Any, frame: Frame, slot: Slot) -> Any:
             f"{f' of shape {tuple(features.shape)}' if is_dense else ''}. If the layer does not end a residual branch, "
             "leave it out of `sites`."
         )
-    if slot.branch_norm is not None:
-        features = frame.block.get_submodule(slot.branch_norm)(features)
-    planes = features if (batch, channel) == (0, 1) else features.movedim((batch, channel), (0, 1))  # [B, C, ...]
-    if planes.ndim > 3:
-        attention_map = attend(frame, slot, planes, None)
-    else:  # tokens are a plane of width one: [B, C, N, 1]
-        valid = real_tokens(frame, planes.shape[0], planes.shape[2])
-        attention_map = attend(frame, slot, planes.unsqueeze(-1), valid).squeeze(-1)
-    return features * (attention_map if (batch, channel) == (0, 1) else attention_map.movedim((0, 1), (batch, channel)))

@@ -31,20 +31,20 @@ class AttachedUnit(Role):
         return _split(result, frame, self)
 
 
-def attend(frame: Frame, slot: Slot, features: Tensor, valid: Tensor | None) -> Tensor:
+def attend(frame: Frame, slot: Slot, features: Tensor, mean: Tensor | None) -> Tensor:
     """Return the map of features [B, C, H, W] from the unit of a frame, and step its state.
 
     Args:
         frame: of the block.
         slot: of the site.
         features: the features.
-        valid: [B, H], true for real tokens; ``None`` if all are.
+        mean: [B, C] that the unit takes in place of its own, if any.
     """
     options: dict[str, Any] = {}
     if slot.unit_norm is not None:
         options["norm"] = frame.block.get_submodule(slot.unit_norm)
-    if valid is not None:
-        options.update(_masked(frame.unit, features, valid))
+    if mean is not None:
+        options["mean"] = mean
     given = features
     if frame.samples not in (None, 1, features.shape[0]) and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -87,20 +87,6 @@ def _split(result: Any, frame: Frame, unit: nn.Module) -> Any:
         )
     attention_map, frame.state = result
     return attention_map
-
-
-def _masked(unit: nn.Module, features: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Return the mean [B, C] of features [B, C, N, 1] over the real tokens, as an option of the unit."""
-    if not getattr(unit, "takes_mean", False):
-        if not torch.compiler.is_compiling() and valid.all():
-            return {}
-        raise RuntimeError(
-            f"{type(unit).__name__} would count padded tokens, so that a sample depended on the longest one of its "
-            "batch. Use a unit that needs the mean only (dia-lstm, dsu, se, eca), or batches without padding."
-        )
-    real = features[..., 0].masked_fill(~valid[:, None], 0)  # [B, C, N], whatever stands in the padding
-    total = real.sum(2, dtype=torch.promote_types(features.dtype, torch.float32))
-    return {"mean": (total / valid.sum(1, keepdim=True).clamp_min(1)).to(features.dtype)}
 
 
 def _to(state: Any, features: Tensor) -> Any:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dia_lightning.attention._frame import Frame
 
@@ -52,6 +52,29 @@ def real_tokens(frame: Frame, batch: int, tokens: int) -> Tensor | None:
                 "padding)."
             )
     return None
+
+
+def mean_of_real(unit: nn.Module, features: Tensor, valid: Tensor) -> Tensor | None:
+    """Return the mean [B, C] over the real tokens; ``None`` if the unit does not take it and all are real.
+
+    Args:
+        unit: of the chain.
+        features: [B, C, N, 1].
+        valid: [B, N], true for the real tokens.
+
+    Raises:
+        RuntimeError: if the unit does not take it, and there are others.
+    """
+    if not getattr(unit, "takes_mean", False):
+        if not torch.compiler.is_compiling() and valid.all():
+            return None
+        raise RuntimeError(
+            f"{type(unit).__name__} would count padded tokens, so that a sample depended on the longest one of its "
+            "batch. Use a unit that needs the mean only (dia-lstm, dsu, se, eca), or batches without padding."
+        )
+    real = features[..., 0].masked_fill(~valid[:, None], 0)  # [B, C, N], whatever stands in the padding
+    total = real.sum(2, dtype=torch.promote_types(features.dtype, torch.float32))
+    return (total / valid.sum(1, keepdim=True).clamp_min(1)).to(features.dtype)
 
 
 def _real(mask: Tensor, batch: int, marks_padding: bool) -> Tensor:

@@ -82,6 +82,11 @@ def _changed(kind: type, change: Callable[[_Roles], set[type[Role]]], *, is_deri
     return derived
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module without any role."""
+    return _recipe(type(module))[0]
+
+
 def _recipe(kind: type) -> tuple[type[nn.Module], _Roles]:
     """Return the class without any role, and the roles."""
     recipe: tuple[type[nn.Module], _Roles] = vars(kind).get("dia_recipe", (kind, ()))

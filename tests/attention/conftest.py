@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
+from dia_lightning.attention import _recalibration as recalibration
+
 from .networks import TinyNet, pair
 
 
@@ -30,3 +32,9 @@ def resnet50_pair() -> tuple[nn.Module, nn.Module]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _as_large_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small features take the way of large ones."""
+    monkeypatch.setattr(recalibration, "SMALL", 0)
