@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_block import AttachedBlock
@@ -65,7 +66,8 @@ def watch_maps(
 ) -> Iterator[list[AttentionLayer]]:
     """Let a function see every attention map of a network, in every forward within the context.
 
-    Outputs and gradients stay as they are. A network is watched by one function at a time.
+    Outputs and gradients stay as they are. A network is watched by one function at a time. Meanwhile compiled networks
+    run uncompiled, so that no map is missed.
 
     Args:
         network: a network with attention, attached or its own.
@@ -113,7 +115,8 @@ def watching(watched: Sequence[WatchedLayer], watcher: Watcher) -> Iterator[list
             else:
                 vars(place)["dia_watcher"] = numbered
                 add_role(place, WatchedModule)
-        yield [layer for layer, _ in watched]
+        with torch.compiler.set_stance("force_eager"):
+            yield [layer for layer, _ in watched]
     finally:
         for _, place in watched:
             if isinstance(place, Slot):

@@ -30,7 +30,8 @@ class MapCorrelation(Callback):
 
     The maps are those of the weights that are validated, with :class:`EMA` the averaged ones. Outputs do not change. In
     a distributed run all processes count together; images that only fill up batches, with the index -1, do not. Of a
-    validation step the first forward that is of all images of the batch counts, and no other.
+    validation step the first forward that is of all images of the batch counts, and no other. A compiled network runs
+    uncompiled in validation and test then.
 
     Args:
         protocol: ``"per-image"``, ``"pooled"`` or ``"centred"``.

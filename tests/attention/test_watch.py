@@ -102,13 +102,17 @@ def test_layers_keep_their_places_in_copies() -> None:
         assert attention_layers(other) == attention_layers(model)
 
 
-def test_compiled_code_is_made_anew_for_a_watcher() -> None:
-    model = network()
-    compiled = torch.compile(model, backend="eager")
+@pytest.mark.parametrize("how", ["torch.compile(network)", "network.compile()", "block.compile()"])
+def test_no_map_of_a_compiled_network_is_missed(how: str) -> None:
+    model = attach(get_model("cifar_resnet", depth=8, block="basic", num_classes=10), "dia-lstm").eval()
+    run = torch.compile(model, backend="eager") if how == "torch.compile(network)" else model
+    for part in {"network.compile()": [""], "block.compile()": ["layer1.0", "layer3.0"]}.get(how, []):
+        model.get_submodule(part).compile(backend="eager")
+    seen: list[int] = []
     with torch.no_grad():
-        compiled(IMAGES)
-        seen: list[int] = []
-        with watch_maps(model, lambda layer, *_: seen.append(layer)):
-            compiled(IMAGES)
-        compiled(IMAGES)
-    assert seen == list(range(9))
+        expected = run(IMAGES)  # compiled now, without a watcher
+        for _ in range(2):
+            with watch_maps(model, lambda layer, *_: seen.append(layer)):
+                assert torch.equal(run(IMAGES), expected)
+            run(IMAGES)
+    assert seen == [0, 1, 2, 0, 1, 2]
