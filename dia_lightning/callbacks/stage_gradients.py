@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class StageGradients(Callback):
     The loss is that of the training step, usually a mean over the batch, before it is divided for gradient
     accumulation, of whose batches the first counts; the factor of a loss scaler (``precision="16-mixed"``) is taken
     out, and a step that it skips for an overflow has no values. Losses and gradients of the training do not change. In
-    a distributed run the values are those of the first process's share of the batch.
+    a distributed run the values are those of the first process's share of the batch. A compiled network runs uncompiled
+    in the steps that are measured, so measure every 50th or so.
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next.
@@ -35,8 +37,7 @@ class StageGradients(Callback):
             each stage.
 
     Raises:
-        ValueError: if ``every_n_steps`` is below 1, a block is not there, ``blocks`` are missing for a plain network,
-            or the network is compiled.
+        ValueError: if ``every_n_steps`` is below 1, a block is not there, ``blocks`` are missing for a plain network.
 
     Source:
         This package's own reading of the experiment of arXiv 1905.10671 in which shortcuts are taken out.
@@ -62,8 +63,6 @@ class StageGradients(Callback):
         """Find the blocks before training."""
         if stage != "fit":
             return
-        if any(module._compiled_call_impl is not None for module in pl_module.modules()):
-            raise ValueError("StageGradients cannot look into a compiled network. Train it with compile=False.")
         self._measured_step = -1
         self._means = {}  # a resumed run gets its own back after this
         self._found = _last_blocks(pl_module) if self.blocks is None else self.blocks
@@ -78,6 +77,7 @@ class StageGradients(Callback):
         if trainer.is_global_zero and step != self._measured_step and step % self.every_n_steps == 0:
             self._measured_step = step
             self._sizes = {}
+            self._hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does without hooks
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             for path in self._found:
                 hook = partial(self._watch, path=path, scaler=scaler, parts=trainer.accumulate_grad_batches)
