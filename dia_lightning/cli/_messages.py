@@ -144,7 +144,8 @@ def _place(message: str) -> str:
 
 
 def _readable(expected: str) -> str:
-    return re.sub(r"<class '([^']+)'>", r"\1", expected).replace("Expected a ", "").replace("NoneType", "null")
+    named = re.sub(r"<class '([^']+)'>|typing\.Literal\[([^\]]+)\]", r"\1\2", expected)
+    return named.replace("Expected a ", "").replace("NoneType", "null")
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:

@@ -1,6 +1,7 @@
 """Tasks from checkpoints, whatever class they are of."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,7 +9,7 @@ from dia_lightning.tasks.base import DIATask
 
 
 def load_task(path: str | Path) -> DIATask:
-    """Load a trained task from a checkpoint of this package, in evaluation mode and on the CPU.
+    """Load a trained task from a checkpoint of this package, in evaluation mode, on the CPU and not compiled.
 
     Args:
         path: a ``.ckpt`` file that a training run wrote. No code is run from it.
@@ -35,7 +36,9 @@ def load_task(path: str | Path) -> DIATask:
     known = {task.__name__: task for task in _subclasses(DIATask)}
     if name not in known:
         raise ValueError(f"{str(path)!r} was written by {name}, which is not imported. Import it before loading.")
-    task = known[name].load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    # to look at a network, minutes of compiling and a compiler are not needed
+    options: dict[str, Any] = {"compile": False} if checkpoint.get("hyper_parameters", {}).get("compile") else {}
+    task = known[name].load_from_checkpoint(path, map_location="cpu", weights_only=True, **options)
     return task.eval()
 
 

@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from dia_lightning._hyperparameters import check_is_no_mark, primitive
+from dia_lightning.tasks._compilation import compile_in_place
 from dia_lightning.tasks._optimizers import (
     check_optimizer,
     check_schedule,
@@ -86,6 +87,7 @@ class DIATask(LightningModule):
         self._warmup_epochs = warmup_epochs
         self._warmup_steps = warmup_steps
         self._data: dict[str, Any] = {}
+        self._compiled: list[nn.Module] = []
         #: Optimizer steps behind the weights of a checkpoint that was loaded; ``None`` while it trains on.
         self.trained_steps: int | None = None
         self._last_finite_loss: Tensor | None = None
@@ -107,6 +109,11 @@ class DIATask(LightningModule):
         # instead.
         self.save_hyperparameters({name: primitive(value) for name, value in kept.items()}, logger=False)
 
+    def compile_parts(self, parts: Sequence[nn.Module]) -> None:
+        """Compile modules of the task, in place."""
+        self._compiled = list(parts)
+        compile_in_place(self._compiled)
+
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes, from the data module or the checkpoint."""
@@ -126,6 +133,7 @@ class DIATask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take class names and normalisation from the data module, to keep them in the checkpoint."""
+        compile_in_place(self._compiled)  # again in a spawned process, whose copy is not compiled
         datamodule = getattr(self.trainer, "datamodule", None)
         found = {name: getattr(datamodule, name, None) for name in ("class_names", "category_ids", "image_shape")}
         found["mean"], found["std"] = getattr(datamodule, "normalization", (None, None))

@@ -37,6 +37,7 @@ Fails = Callable[..., str]
         (["--model.lr", "nan"], "--model.lr: 'nan' does not fit. Expected float"),
         (["--model.lr", ".nan"], "must be a finite number, got .nan"),
         (["--model.lr", "-0.1"], "lr must be a positive number, got -0.1"),
+        (["--model.compile", "bloks"], "--model.compile: 'bloks' does not fit. Expected bool or 'blocks'."),
         (["--model.share", "blok"], "--model.share: 'blok' does not fit. Did you mean 'block'?"),
         (["--trainer.max_epochs", "two"], "--trainer.max_epochs: 'two' does not fit. Expected int or null"),
         (

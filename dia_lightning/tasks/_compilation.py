@@ -1,0 +1,72 @@
+"""What ``compile`` means for a task: which modules of its network torch compiles, each in its place."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypeAlias
+
+import torch._dynamo
+from torch import nn
+
+from dia_lightning.attention import find_sites
+from dia_lightning.attention._attached_block import AttachedBlock, is_attached
+from dia_lightning.attention._examples import known_examples
+
+Compile: TypeAlias = bool | Literal["blocks"]
+
+#: How many graphs torch allows one function by default. A kind of block takes five or six: training and evaluation,
+#: each for the first size of a batch and then for any, evaluation of a single image, and evaluation without a Trainer.
+_GRAPHS = 8
+
+
+def parts_to_compile(compile: Compile, whole: nn.Module, network: nn.Module, example: Any = None) -> list[nn.Module]:
+    """Return the modules that are to be compiled; before attention is attached, so that all arms have the same.
+
+    Args:
+        compile: what the user asks for.
+        whole: what ``True`` means.
+        network: has the residual blocks that ``"blocks"`` means.
+        example: what the network takes, for one that :func:`find_sites` does not know.
+
+    Raises:
+        ValueError: if ``compile`` is something else, or the network has no residual blocks.
+    """
+    if compile not in (False, True, "blocks"):
+        raise ValueError(f"compile must be False, True or 'blocks', got {compile!r}.")
+    if compile == "blocks":
+        return _residual_blocks(network, example)
+    return [whole] if compile else []
+
+
+def compile_in_place(parts: Iterable[nn.Module]) -> None:
+    """Let modules be compiled when they run first; those that are compiled already stay as they are.
+
+    The names of their weights stay. Copies, also those that are sent to other processes, are not compiled.
+    """
+    new = [part for part in parts if part._compiled_call_impl is None]
+    # Torch counts the graphs of all modules that are compiled in place together, since one function of its own calls
+    # them, and runs what is over the limit uncompiled. Its limit per call of compile() is newer than torch 2.11.
+    config: Any = torch._dynamo.config
+    config.recompile_limit += _GRAPHS * len(new)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+    for part in new:
+        part.compile()
+
+
+def _residual_blocks(network: nn.Module, example: Any) -> list[nn.Module]:
+    if is_attached(network):  # by the user
+        return [module for module in network.modules() if isinstance(module, AttachedBlock)]
+    is_known = any(True for _ in known_examples(network))
+    try:
+        stages = find_sites(network, None if is_known else example)
+    except ValueError as error:
+        raise ValueError(f"{_no_blocks(network)} Looking for some: {error}") from error
+    paths = dict.fromkeys(site.block for stage in stages for site in stage)
+    if not paths:
+        raise ValueError(_no_blocks(network))
+    return [network.get_submodule(path) for path in paths]
+
+
+def _no_blocks(network: nn.Module) -> str:
+    return (
+        f"compile='blocks' finds no residual block in this {type(network).__name__}. Compile it as a whole: "
+        "compile=True (--model.compile true)."
+    )
