@@ -1,0 +1,1 @@
+"""What attention costs, measured: ``python -m benchmarks.cost``, ``python -m benchmarks.gpu``."""

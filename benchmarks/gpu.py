@@ -1,0 +1,147 @@
+"""Measures on a GPU, within minutes that are given: ``python -m benchmarks.gpu --help``."""
+
+import argparse
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from benchmarks.arms import DIA, SE_PER_BLOCK, SE_SHARED, WORKLOADS, Workload
+from benchmarks.measures import Measure, common_values, kernels, memory, rows, times
+from benchmarks.records import Results, Row, note_stop, results_folder
+from benchmarks.running import Mode, Setting
+
+#: Share of the time that each part may take at most; the first ones leave what they do not use.
+SHARES = {"eager": 0.15, "evidence": 0.55, "compiled": 0.3}
+#: Networks, the most wanted first, and images of a step.
+BATCHES = {"resnet50": 64, "resnet164": 128, "vit_s": 64}
+#: Seconds until a process has imported everything and reached the GPU, at most.
+START = 15
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run each part in a process of its own, which is stopped when its time is over."""
+    options = _parser().parse_args(argv)
+    if not options.tiny and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here. --tiny rehearses on the CPU.")
+    if options.minutes <= 0:
+        raise ValueError(f"--minutes must be above 0, got {options.minutes}.")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {options.seeds}.")
+    if options.data is not None and not options.data.is_file():
+        raise ValueError(f"--data {options.data} is not there. python -m benchmarks.pack_cifar writes it.")
+    if options.seconds is not None:  # the process of one part
+        [part] = options.parts
+        _run(part, options)
+        return
+    end, failed = time.monotonic() + 60 * options.minutes, []
+    for number, part in enumerate(options.parts):
+        later = sum(SHARES[name] for name in options.parts[number + 1 :])
+        seconds = (end - time.monotonic()) * SHARES[part] / (SHARES[part] + later)
+        if not _finished(part, seconds, options):
+            failed.append(part)
+    if failed:
+        raise SystemExit(f"These parts ended with an error: {', '.join(failed)}. What they had measured is kept.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measures on a GPU.")
+    parser.add_argument("--data", type=Path, help="CIFAR-100 as benchmarks.pack_cifar packs it; without, no evidence")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES), help="by default all")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for all parts together, 7.5 by default")
+    parser.add_argument("--runs", type=int, default=20, help="timed runs of each arm, 20 by default")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm, 3 by default")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU, whose numbers mean nothing")
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    return parser
+
+
+def _finished(part: str, seconds: float, options: argparse.Namespace) -> bool:
+    """Run a part for so many seconds at most, and tell whether it ended without an error."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--parts", part, "--seconds", str(int(seconds))]
+    command += ["--minutes", str(options.minutes), "--runs", str(options.runs), "--seeds", str(options.seeds)]
+    command += ["--data", str(options.data)] if options.data is not None else []
+    command += ["--tiny"] if options.tiny else []
+    _path(part, tiny=options.tiny).unlink(missing_ok=True)  # so that an older file is not taken for this one
+    try:
+        return subprocess.run(command, timeout=seconds, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        note_stop(_path(part, tiny=options.tiny), f"stopped after {seconds:.0f} seconds")
+        print(f"{part}: stopped after {seconds:.0f} seconds; what was measured is kept", flush=True)
+        return True
+
+
+def _path(part: str, *, tiny: bool) -> Path:
+    return results_folder(tiny=tiny) / f"gpu_{part}.json"
+
+
+def _run(part: str, options: argparse.Namespace) -> None:
+    torch.backends.cudnn.benchmark = True
+    device = torch.device("cpu" if options.tiny else "cuda")
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "eager": lambda: _eager(device, options),
+        "compiled": lambda: _compiled(device, options),
+        "evidence": lambda: _evidence(device, options),
+    }
+    results = Results(_path(part, tiny=options.tiny), "evidence" if part == "evidence" else "gpu")
+    for row in parts[part]():
+        results.add(row)
+
+
+def _workloads(*, tiny: bool) -> list[Workload]:
+    """Return the networks of this package's family alone, with the batches of a GPU."""
+    named = [WORKLOADS["tiny"]] if tiny else [replace(WORKLOADS[name], batch=size) for name, size in BATCHES.items()]
+    return [replace(workload, families=workload.families[:1]) for workload in named]
+
+
+def _eager(device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
+    measures: list[Measure] = [times(2 if options.tiny else options.runs), memory, kernels]
+    for workload in _workloads(tiny=options.tiny):
+        yield from _rows(workload, Setting(device, "eager", bf16=True, channels_last=True), measures, None)
+
+
+def _compiled(device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
+    timed = times(2 if options.tiny else options.runs)
+    modes: tuple[Mode, ...] = ("compile",) if options.tiny else ("compile", "reduce-overhead")
+    arms = [] if options.tiny else [DIA, SE_PER_BLOCK, SE_SHARED]
+    for workload, mode in product(_workloads(tiny=options.tiny), modes):
+        torch._dynamo.reset()
+        measures: list[Measure] = [timed] if options.tiny else [timed, memory, kernels]
+        yield from _rows(workload, Setting(device, mode, bf16=True, channels_last=True), measures, arms)
+
+
+def _rows(
+    workload: Workload, setting: Setting, measures: Sequence[Measure], only: Sequence[str] | None
+) -> Iterator[Row]:
+    """Yield rows, and if there is an error, that, so that time on a GPU is not lost for the networks after it."""
+    try:
+        yield from rows(workload, setting, measures, only)
+    except Exception as error:
+        traceback.print_exc()
+        message = str(error).strip().partition("\n")[0]
+        family = common_values(workload, setting, workload.families[0])
+        yield {**family, "arm": "the others", "left_out": f"{type(error).__name__}: {message}"}
+
+
+def _evidence(device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
+    from benchmarks.evidence import Plan, evidence_rows, load, noise  # needs matplotlib, and the others do not
+
+    if options.data is None and not options.tiny:
+        yield {"left_out": "no --data"}
+        return
+    data = noise(device) if options.data is None else load(options.data, device)
+    if options.tiny:
+        plan = Plan(depth=20, batch=16, seeds=2, seconds=1000, most_epochs=2, mapped=16)
+    else:
+        plan = Plan(depth=164, batch=512, seeds=options.seeds, seconds=options.seconds - START, most_epochs=60)
+    yield from evidence_rows(data, plan)
+
+
+if __name__ == "__main__":
+    main()
