@@ -6,19 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_unit import attend
+from dia_lightning.attention._eager import is_eager
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import watched
 from dia_lightning.attention._padding import mean_of_real, real_tokens
-from dia_lightning.attention._recalibration import (
-    NormCall,
-    is_eager,
-    is_unseen,
-    is_worth_it,
-    normalized,
-    recalibrated,
-    squeezed,
-)
+from dia_lightning.attention._recalibration import Squeezed, is_unseen, normalized, recalibrated, squeezed
 from dia_lightning.attention._roles import Role, add_role, remove_role
 from dia_lightning.attention._running import RUNNING, is_recomputed
 
@@ -41,10 +34,12 @@ class AttachedSite(Role):
                 kwargs = {**kwargs, name: _recalibrated(features, frame, slot)}
         after = [(frame, slot) for frame, slot in places if not slot.before]
         is_own = len(after) == 1 and is_eager() and is_unseen(self)
-        call = normalized(self, args) if is_own and not kwargs and _takes_mean(*after[0], args[0]) else None
-        output, norm = (super().__call__(*args, **kwargs), None) if call is None else call
+        squeeze = None
+        if is_own and len(args) == 1 and not kwargs and _takes_mean(*after[0], args[0]):
+            squeeze = normalized(self, args[0])
+        output = super().__call__(*args, **kwargs) if squeeze is None else squeeze.features
         for frame, slot in after:
-            output = _recalibrated(output, frame, slot, is_own, norm)
+            output = _recalibrated(output, frame, slot, is_own, squeeze)
         return output
 
 
@@ -106,9 +101,10 @@ def _places_of(site: nn.Module) -> list[tuple[Frame, Slot]]:
 
 
 def _takes_mean(frame: Frame, slot: Slot, features: Any) -> bool:
-    """Tell whether autograd records, and the unit takes the mean of features as they are."""
+    """Tell whether autograd alone follows what runs, and the unit takes the mean of features as they are."""
     return (
         torch.is_grad_enabled()
+        and is_eager()
         and isinstance(features, Tensor)
         and slot.branch_norm is None
         and frame.placement in (None, (features.device, features.dtype))
@@ -116,7 +112,9 @@ def _takes_mean(frame: Frame, slot: Slot, features: Any) -> bool:
     )
 
 
-def _recalibrated(features: Any, frame: Frame, slot: Slot, is_own: bool = False, norm: NormCall | None = None) -> Any:
+def _recalibrated(
+    features: Any, frame: Frame, slot: Slot, is_own: bool = False, squeeze: Squeezed | None = None
+) -> Any:
     """Return features multiplied by their attention map; of a tuple, as attention layers return, the first.
 
     Args:
@@ -124,7 +122,7 @@ def _recalibrated(features: Any, frame: Frame, slot: Slot, is_own: bool = False,
         frame: of the block.
         slot: of the site.
         is_own: whether nobody else has the features.
-        norm: the site's call, if it was a batch norm's.
+        squeeze: their mean, if it is known.
     """
     if isinstance(features, tuple):
         entries = (_recalibrated(features[0], frame, slot), *features[1:])
@@ -140,13 +138,13 @@ def _recalibrated(features: Any, frame: Frame, slot: Slot, is_own: bool = False,
     planes = features if (batch, channel) == (0, 1) else features.movedim((batch, channel), (0, 1))  # [B, C, ...]
     planes = planes if is_plane else planes.unsqueeze(-1)  # tokens are a plane of width one: [B, C, N, 1]
     valid = None if is_plane else real_tokens(frame, planes.shape[0], planes.shape[2])
-    if valid is not None:
-        product = planes * attend(frame, slot, planes, mean_of_real(frame.unit, planes, valid))
-    elif is_worth_it(planes) and is_eager() and _takes_mean(frame, slot, planes):
+    if squeeze is None and valid is None and _takes_mean(frame, slot, planes):
         squeeze = squeezed(planes)
-        product = recalibrated(planes, attend(frame, slot, planes, squeeze.mean), squeeze, norm)
+    if squeeze is not None:
+        product = recalibrated(squeeze, attend(frame, slot, planes, squeeze.mean))
     else:
-        attention_map = attend(frame, slot, planes, None)
+        mean = None if valid is None else mean_of_real(frame.unit, planes, valid)
+        attention_map = attend(frame, slot, planes, mean)
         may_change = is_own and not torch.is_grad_enabled() and attention_map.dtype == planes.dtype
         product = planes.mul_(attention_map) if may_change else planes * attention_map
     product = product if is_plane else product.squeeze(-1)
