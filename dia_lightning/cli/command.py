@@ -41,6 +41,7 @@ class DIACLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self._trained_classes: list[str] | None = None
+        self._command = args[0] if args else ""
         super().__init__(
             DIATask,
             DIADataModule,
@@ -57,6 +58,12 @@ class DIACLI(LightningCLI):
         """Make the parser of the program or of one command."""
         mode = _strict_yaml.install()
         return super().init_parser(prog=PROGRAM, parser_mode=mode, allow_abbrev=False, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # to collect the options of a command takes time: leave those out that nobody asks for
+        if self._command in self.subcommands() and self._command != subcommand:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every command takes beside Lightning's own options."""
