@@ -52,7 +52,8 @@ class Recorder(TorchFunctionMode):
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = parameters_of(module)
         named = {**dict(zip(names, args, strict=False)), **kwargs, "": args[len(names) :]}
-        given = {name: [self.value_of(tensor) for tensor in tensors_in(value)] for name, value in named.items()}
+        with torch._C.DisableTorchFunction():
+            given = {name: [self.value_of(tensor) for tensor in tensors_in(value)] for name, value in named.items()}
         call = Call(self.paths[module], module, self.call, given, is_first=self.paths[module] not in self.seen)
         call.is_simple = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
         self.seen.add(call.path)
@@ -66,7 +67,8 @@ class Recorder(TorchFunctionMode):
         while isinstance(output, tuple) and output:
             output = output[0]  # as sites read what attention layers return
         if isinstance(output, Tensor):
-            self.call.returned = self.value_of(output)
+            with torch._C.DisableTorchFunction():
+                self.call.returned = self.value_of(output)
         self.run.calls.append(self.call)
         self.call = self.call.outer
 
@@ -77,6 +79,12 @@ class Recorder(TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         if name in CONSTANTS:
             return function(*args, **kwargs)
+        if types or not (args and isinstance(args[0], Tensor)):
+            return self.note_call(function, name, args, kwargs)
+        with torch._C.DisableTorchFunction():  # else whatever it asks of a tensor goes through the default device, too
+            return self.note_call(function, name, args, kwargs)
+
+    def note_call(self, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         parents = tuple(map(self.value_of, given))
         if name == "lstm" and given[0].is_meta and isinstance(args[1], tuple):  # of a sequence that is not packed
