@@ -99,11 +99,11 @@ def test_runs_are_those_of_the_command_line_and_divergence_is_a_result(run: Run,
     second = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "second"}}
     options = {"trainer.max_epochs": 2, "test_after_fit": True, "trainer.logger+": second}
     no_norm = {"model.backbone_args": {"depth": 11, "norm": False}, "model.lr": 1000}
-    write_spec(options=options, arms={"plain": {"model.attention": None}, "no norm": no_norm})
+    write_spec(options=options, seeds=[1], arms={"plain": {"model.attention": None}, "no norm": no_norm})
     run("reproduce", "spec.yaml", "--jobs", "2")
 
-    assert [result("no norm", seed)["outcome"] for seed in (0, 1)] == ["diverged"] * 2
-    assert result("no norm", 0)["message"].startswith("The loss is")
+    assert result("no norm", 1)["outcome"] == "diverged"
+    assert result("no norm", 1)["message"].startswith("The loss is")
     folder = Path("runs/reproduce/compared/plain/seed=1")
     assert {"checkpoints", "config.yaml", "log.txt", "metrics.csv", "result.json"} <= set(os.listdir(folder))
     assert Path("second").is_dir()
@@ -113,7 +113,7 @@ def test_runs_are_those_of_the_command_line_and_divergence_is_a_result(run: Run,
     assert kept["versions"]["torch"]
     assert kept["seconds"] > 0
     table = Path("runs/reproduce/compared/table.md").read_text()
-    assert "| no norm | 0 (2 of 2 diverged) |" in table
+    assert "| no norm | 0 (1 of 1 diverged) |" in table
 
 
 # ---- what is run
