@@ -83,7 +83,10 @@ def tiny_images(backbone: str) -> list[str]:
 
 
 def tiny_detector(config: dict[str, Any]) -> list[str]:
-    options = ["--model.detector_args.min_size", "64", "--model.detector_args.max_size", "64"]
+    sizes = {"min_size": 64, "max_size": 64, "fpn_channels": 16}
+    if config["model"]["init_args"]["detector"] in ("fasterrcnn", "maskrcnn"):
+        sizes |= {"representation_size": 32, "box_detections_per_img": 10}
+    options = [f"--model.detector_args.{name}={value}" for name, value in sizes.items()]
     if config["data"]["class_path"] == "CocoDetectionDataModule":
         options += [f"--data.{name}={value}" for name, value in tiny_detection.BCCD_LAYOUT.items()]
     return options
