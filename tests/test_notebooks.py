@@ -1,4 +1,4 @@
-"""The notebooks run as they are, and hold the outputs of such a run."""
+"""The notebooks run, and hold the outputs of such a run."""
 
 import re
 from collections.abc import Iterator
@@ -51,6 +51,8 @@ def test_it_runs_and_shows_what_is_kept(path: Path, tmp_path: Path, monkeypatch:
     folder = tmp_path / "folder"
     folder.mkdir()
     notebook = read(path)
+    for cell in code_cells(notebook):
+        cell.source = re.sub(r"max_epochs=\d+", "max_epochs=1", cell.source)  # further epochs run no other code
     place = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources=place).execute()  # raises what a cell raises
     assert kinds(notebook) == kinds(read(path))
