@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_unit import attend
-from dia_lightning.attention._eager import is_eager
+from dia_lightning.attention._eager import is_eager, is_unseen
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import watched
 from dia_lightning.attention._padding import mean_of_real, real_tokens
-from dia_lightning.attention._recalibration import Squeezed, is_unseen, normalized, recalibrated, squeezed
+from dia_lightning.attention._recalibration import Squeezed, normalized, recalibrated, squeezed
 from dia_lightning.attention._roles import Role, add_role, remove_role
 from dia_lightning.attention._running import RUNNING, is_recomputed
 

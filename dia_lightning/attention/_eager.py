@@ -1,7 +1,17 @@
-"""Whether code runs as it is written, and nobody but autograd follows it."""
+"""Whether code runs as it is written, and who sees what it does."""
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+
+from dia_lightning.attention._roles import plain_class
+
+#: Layers that put out a new tensor.
+_FRESH = {
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm),
+}
 
 
 def is_eager() -> bool:
@@ -11,4 +21,14 @@ def is_eager() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
+    )
+
+
+def is_unseen(layer: nn.Module) -> bool:
+    """Tell whether a layer puts out a new tensor that nobody but its caller has, so that it may be changed."""
+    return (
+        plain_class(layer) in _FRESH
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        and "forward" not in vars(layer)
     )

@@ -19,15 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dia_lightning.attention._batch_norm import BATCH_NORMS, NormCall, can_run, moments, run
-from dia_lightning.attention._roles import plain_class
+from dia_lightning.attention._batch_norm import NormCall, can_run, moments, run
 from dia_lightning.attention._unit import beside, mean_over_positions
 
 #: From how many entries of the features on the functions are faster than the plain formulation, measured on a CPU.
 SMALL = 2**18
-
-#: Layers that put out a new tensor.
-_FRESH = {*BATCH_NORMS, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.LayerNorm, nn.GroupNorm}
 
 
 class Squeezed(NamedTuple):
@@ -60,7 +56,7 @@ def normalized(site: nn.Module, x: Any) -> Squeezed | None:
     """Return what a batch norm makes of ``x``, and its mean; ``None`` for any other layer, which has not run then.
 
     Args:
-        site: the layer, which :func:`is_unseen`.
+        site: the layer, which is unseen.
         x: what it is given.
     """
     if not can_run(site, x) or x.numel() < SMALL:
@@ -77,16 +73,6 @@ def recalibrated(squeezed: Squeezed, attention_map: Tensor) -> Tensor:
         return features * attention_map
     product: Tensor = _Recalibrate.apply(features, attention_map, of_output, of_map, *(norm or ()))
     return product
-
-
-def is_unseen(site: nn.Module) -> bool:
-    """Tell whether a site puts out a new tensor that nobody but its caller has, so that it may be changed."""
-    return (
-        plain_class(site) in _FRESH
-        and not (site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks)
-        and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        and "forward" not in vars(site)
-    )
 
 
 class _Squeeze(torch.autograd.Function):

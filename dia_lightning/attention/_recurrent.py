@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from dia_lightning.attention._gates import GatesOfChain, gates_of_chain
 from dia_lightning.attention._unit import AttentionUnit, reduced
 
 
@@ -32,12 +33,22 @@ class RecurrentUnit(AttentionUnit):
         """Return those that make the gates."""
         return chain(self.input_expand.parameters(), self.hidden_expand.parameters())
 
-    def _gates(self, value: Tensor, hidden: Tensor) -> Tensor:
+    def _gates(self, value: Tensor, hidden: Tensor, *, is_first: bool) -> tuple[Tensor, GatesOfChain | None]:
+        """Return the gates ``[B, gates * C]``, and what the next hidden state is to be handed on with.
+
+        Args:
+            value: mean of the features ``[B, C]``.
+            hidden: state of the block before ``[B, C]``.
+            is_first: whether there is no block before.
+        """
+        layers = (self.input_reduce, self.input_expand, self.hidden_reduce, self.hidden_expand)
+        together = gates_of_chain(layers, None if is_first else hidden)
+        if together is not None:
+            return together(layers, value, hidden), together
         gates: Tensor = self.input_expand(torch.relu(self.input_reduce(value)))
-        gates = gates + self.hidden_expand(torch.relu(self.hidden_reduce(hidden)))
-        return gates
+        return gates + self.hidden_expand(torch.relu(self.hidden_reduce(hidden))), None
 
 
 def next_cell(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
     """Return the cell state of an LSTM that follows ``cell``, from gates before their activations."""
-    return torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+    return torch.addcmul(torch.sigmoid(f) * cell, torch.sigmoid(i), torch.tanh(g))

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dia_lightning.attention._gates import hand_on
 from dia_lightning.attention._recurrent import RecurrentUnit, next_cell
 from dia_lightning.attention._registry import register_attention
 from dia_lightning.attention._unit import beside, mean_over_positions
@@ -91,11 +92,14 @@ class DIALSTM(RecurrentUnit):
             The map ``[B, C, 1, 1]``, in (0, 1) for ``activation="sigmoid"``, and the state for the next block.
         """
         value = mean_over_positions(features) if mean is None else mean  # [B, C]
+        is_first = state is None
         if state is None:
             zero = torch.zeros_like(value)
             state = ((zero, zero),) * (1 + len(self.upper))
         hidden, cell = state[0]
-        states = [self._step(self._gates(value, hidden), cell)]
+        gates, together = self._gates(value, hidden, is_first=is_first)
+        states = [self._step(gates, cell)]
+        hand_on(together, states[0][0])
         for layer, (hidden, cell) in zip(self.upper, state[1:], strict=True):
             states.append(self._step(layer(self.dropout(states[-1][0]), hidden), cell))
         return self.rescale(beside(states[-1][0], features), features), tuple(states)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dia_lightning.attention._gates import hand_on
 from dia_lightning.attention._recurrent import RecurrentUnit, next_cell
 from dia_lightning.attention._registry import register_attention
 from dia_lightning.attention._unit import beside, mean_over_positions
@@ -63,7 +64,9 @@ class DynamicSharingUnit(RecurrentUnit):
         """
         value = mean_over_positions(features) if mean is None else mean  # [B, C]
         hidden, cell = (torch.zeros_like(value),) * 2 if state is None else state
-        i, f, g = self._gates(value, hidden).chunk(3, dim=1)  # [B, 3C] -> 3 x [B, C]
+        gates, together = self._gates(value, hidden, is_first=state is None)
+        i, f, g = gates.chunk(3, dim=1)  # [B, 3C] -> 3 x [B, C]
         cell = next_cell(cell, i, f, g)
         hidden = torch.sigmoid(cell)
+        hand_on(together, hidden)
         return self.rescale(beside(hidden, features), features), (hidden, cell)

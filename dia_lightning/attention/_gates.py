@@ -1,0 +1,177 @@
+"""The gates of a recurrent unit, and the gradients of their weights from all blocks at once.
+
+Autograd makes the gradient of a weight anew for every block and adds them up: for T blocks T products of the size of
+the weight, and T - 1 sums. Here every block notes in backward what the product is made of, and when the last of them is
+there, one product is made of all. The notes are those of a node of the autograd graph that all blocks depend on, so
+that they live as long as the graph, and weights get their gradients in the course of the backward pass, where wrappers
+such as DDP and FSDP wait for them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dia_lightning.attention._eager import is_eager, is_unseen
+from dia_lightning.attention._running import backward_task
+
+
+def gates_of(value: Tensor, hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the sum of two bottleneck MLPs ``[B, gates * C]``, of a value and a hidden state, each ``[B, C]``.
+
+    Args:
+        value: what the first one takes.
+        hidden: what the second one takes.
+        parameters: weight and bias of the layers that reduce and expand the value, and of those for the hidden state.
+    """
+    first, second = parameters[:4], parameters[4:]
+    return _expanded(_reduced(value, *first[:2]), *first[2:]) + _expanded(_reduced(hidden, *second[:2]), *second[2:])
+
+
+class GatesOfChain:
+    """Makes the gates of all blocks of a chain."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        parameters = _parameters(layers)
+        self._notes = _Notes()
+        self._anchor: Tensor = _Gather.apply(self._notes, *parameters)
+
+    def __call__(self, layers: Sequence[nn.Linear], value: Tensor, hidden: Tensor) -> Tensor:
+        """Return what :func:`gates_of` does."""
+        gates: Tensor = _Gates.apply(value, hidden, self._anchor, self._notes, *_parameters(layers))
+        return gates
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # it is of one graph
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return OrderedDict, ()  # loads with weights_only=True
+
+
+def gates_of_chain(layers: Sequence[nn.Linear], state: Tensor | None) -> GatesOfChain | None:
+    """Return what makes the gates; ``None`` where the layers must be called one by one.
+
+    Args:
+        layers: of a unit, in the order of :func:`gates_of`.
+        state: what :func:`hand_on` was given in the block before; ``None`` in the first block.
+    """
+    if not (torch.is_grad_enabled() and is_eager() and all(_is_plain(layer) for layer in layers)):
+        return None
+    if state is None:
+        return GatesOfChain(layers)
+    made_there: Any = getattr(state, "_dia_gates", None)  # not on a copy of the state
+    return made_there if isinstance(made_there, GatesOfChain) else None
+
+
+def hand_on(gates: GatesOfChain | None, state: Tensor) -> None:
+    """Let the next block find what makes the gates, with the state that it gets."""
+    if gates is not None:
+        state._dia_gates = gates  # type: ignore[attr-defined]
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Tell whether a layer is linear and nobody looks at it, and its weights are its own, and no views of a wrapper."""
+    return (
+        isinstance(layer, nn.Linear)
+        and is_unseen(layer)
+        and all(type(each) is nn.Parameter and each.requires_grad for each in (layer.weight, layer.bias))
+    )
+
+
+def _parameters(layers: Sequence[nn.Linear]) -> list[Tensor]:
+    return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+
+
+def _reduced(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.relu(F.linear(x, weight, bias))
+
+
+def _expanded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+class _Notes:
+    """What the blocks of a chain know in backward."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[int, tuple[Tensor, ...]]] = []
+
+    def add(self, *tensors: Tensor) -> None:
+        self._blocks.append((backward_task(), tuple(tensor.detach() for tensor in tensors)))
+
+    def taken(self) -> list[Tensor]:
+        """Return what this backward pass has noted, one block below the other, and forget it; nothing if it has not."""
+        task = backward_task()
+        noted = [tensors for of, tensors in self._blocks if of == task]
+        self._blocks = [block for block in self._blocks if block[0] != task]
+        return [torch.cat(tensors) for tensors in zip(*noted, strict=True)]
+
+
+class _Gather(torch.autograd.Function):
+    """Has the parameters behind it, and every block before it."""
+
+    @staticmethod
+    def forward(ctx: Any, notes: _Notes, *parameters: Tensor) -> Tensor:
+        ctx.notes = notes
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        ctx.set_materialize_grads(False)
+        return parameters[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
+        noted = ctx.notes.taken()
+        if not noted:
+            return None, *[None] * len(ctx.dtypes)
+        value, of_value, hidden, of_hidden, inner, inner_hidden, of_gates = noted
+        of_bias = of_gates.sum(0)
+        gradients = (
+            *(of_value.t() @ value, of_value.sum(0), of_gates.t() @ inner, of_bias),
+            *(of_hidden.t() @ hidden, of_hidden.sum(0), of_gates.t() @ inner_hidden, of_bias),
+        )
+        return None, *[gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+
+
+class _Gates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, hidden: Tensor, anchor: Tensor, notes: _Notes, *parameters: Tensor) -> Tensor:
+        inner, inner_hidden = _reduced(value, *parameters[:2]), _reduced(hidden, *parameters[4:6])
+        ctx.notes, ctx.gather = notes, anchor.grad_fn
+        ctx.save_for_backward(value, hidden, inner, inner_hidden, *parameters)
+        return _expanded(inner, *parameters[2:4]) + _expanded(inner_hidden, *parameters[6:])
+
+    @staticmethod
+    def backward(ctx: Any, of_gates: Tensor) -> tuple[Tensor | None, ...]:
+        value, hidden, inner, inner_hidden, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            return _by_autograd(value, hidden, parameters, of_gates, ctx.needs_input_grad)
+        dtype = of_gates.dtype  # lower than that of the weights under autocast
+        of_inner = [
+            torch.ops.aten.threshold_backward(of_gates @ weight.to(dtype), activated, 0)
+            for weight, activated in ((parameters[2], inner), (parameters[6], inner_hidden))
+        ]
+        of_value, of_hidden = (
+            (gradient @ weight.to(dtype)).to(x.dtype) if is_wanted else None
+            for gradient, weight, x, is_wanted in zip(
+                of_inner, (parameters[0], parameters[4]), (value, hidden), ctx.needs_input_grad[:2], strict=True
+            )
+        )
+        if torch._C._will_engine_execute_node(ctx.gather):
+            ctx.notes.add(value.to(dtype), of_inner[0], hidden.to(dtype), of_inner[1], inner, inner_hidden, of_gates)
+        return of_value, of_hidden, None, None, *[None] * len(parameters)
+
+
+def _by_autograd(
+    value: Tensor, hidden: Tensor, parameters: Sequence[Tensor], of_gates: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients for :class:`_Gates` in a way that can be differentiated."""
+    inputs = (value, hidden, None, None, *parameters)
+    needed = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+    with torch.autocast(of_gates.device.type, of_gates.dtype, enabled=of_gates.dtype != parameters[0].dtype):
+        gates = gates_of(value, hidden, parameters)
+    found = iter(torch.autograd.grad(gates, needed, of_gates, create_graph=True))
+    return tuple(
+        next(found) if is_wanted and x is not None else None for x, is_wanted in zip(inputs, wanted, strict=True)
+    )
