@@ -51,4 +51,4 @@ class RecurrentUnit(AttentionUnit):
 
 def next_cell(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
     """Return the cell state of an LSTM that follows ``cell``, from gates before their activations."""
-    return torch.addcmul(torch.sigmoid(f) * cell, torch.sigmoid(i), torch.tanh(g))
+    return torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
