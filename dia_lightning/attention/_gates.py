@@ -146,7 +146,9 @@ class _Gates(torch.autograd.Function):
     def backward(ctx: Any, of_gates: Tensor) -> tuple[Tensor | None, ...]:
         value, hidden, inner, inner_hidden, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            return _by_autograd(value, hidden, parameters, of_gates, ctx.needs_input_grad)
+            wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[4:])
+            of_value, of_hidden, *of_parameters = _by_autograd(of_gates, wanted, (value, hidden, *parameters))
+            return of_value, of_hidden, None, None, *of_parameters
         dtype = of_gates.dtype  # lower than that of the weights under autocast
         of_inner = [
             torch.ops.aten.threshold_backward(of_gates @ weight.to(dtype), activated, 0)
@@ -163,15 +165,12 @@ class _Gates(torch.autograd.Function):
         return of_value, of_hidden, None, None, *[None] * len(parameters)
 
 
-def _by_autograd(
-    value: Tensor, hidden: Tensor, parameters: Sequence[Tensor], of_gates: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients for :class:`_Gates` in a way that can be differentiated."""
-    inputs = (value, hidden, None, None, *parameters)
-    needed = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+def _by_autograd(of_gates: Tensor, wanted: Sequence[bool], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return those gradients of value, hidden state and parameters that are wanted, to be differentiated again."""
+    # views, because the hidden state depends on the parameters, too, by way of the blocks before
+    value, hidden, *parameters = views = [x.view_as(x) for x in inputs]
     with torch.autocast(of_gates.device.type, of_gates.dtype, enabled=of_gates.dtype != parameters[0].dtype):
         gates = gates_of(value, hidden, parameters)
+    needed = [x for x, is_wanted in zip(views, wanted, strict=True) if is_wanted]
     found = iter(torch.autograd.grad(gates, needed, of_gates, create_graph=True))
-    return tuple(
-        next(found) if is_wanted and x is not None else None for x, is_wanted in zip(inputs, wanted, strict=True)
-    )
+    return [next(found) if is_wanted else None for is_wanted in wanted]

@@ -111,6 +111,18 @@ def test_first_and_second_derivatives_are_exact(name: str) -> None:
     assert gradgradcheck(run, (*seen, *unit.parameters()), fast_mode=True)
 
 
+@units
+def test_a_gradient_penalty_has_the_gradients_of_autograd(name: str) -> None:
+    unit = unit_of(name)
+
+    def run(unit: Any) -> None:
+        found = torch.autograd.grad(loss_of(maps(unit, features())), [*unit.parameters()], create_graph=True)
+        backward(loss_of([*found]))
+
+    run(unit)
+    assert_equal(gradients(unit), expected(unit, run))
+
+
 def test_one_product_is_made_for_all_blocks() -> None:
     class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
