@@ -68,6 +68,7 @@ def can_run(site: nn.Module, x: Any) -> bool:
         and x.ndim == BATCH_NORMS.get(plain_class(site))
         and x.numel() > x.shape[1]  # else the norm itself raises
         and norm.weight is not None
+        and norm.bias is not None
         and norm.momentum is not None
         and (x.requires_grad or norm.weight.requires_grad)
     )
@@ -77,7 +78,7 @@ def run(norm: Any, x: Tensor) -> tuple[Tensor, NormCall]:
     """Run a batch norm, past its ``forward``, which returns the output alone."""
     of_batch = norm.training or norm.running_mean is None
     running = (norm.running_mean, norm.running_var) if norm.track_running_stats or not norm.training else (None, None)
-    if norm.training and norm.num_batches_tracked is not None:
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     # what the norm itself calls in the end; no other function chooses the kernel for the device and returns mean and
     # deviation
@@ -85,5 +86,6 @@ def run(norm: Any, x: Tensor) -> tuple[Tensor, NormCall]:
         x, norm.weight, norm.bias, *running, of_batch, norm.momentum, norm.eps, torch.backends.cudnn.enabled
     )
     if not of_batch:
-        shift, factor = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
+        # a copy: a forward in training mode before backward would change the mean, and the kernel counts no version
+        shift, factor = norm.running_mean.clone(), (norm.running_var + norm.eps).rsqrt()
     return output, NormCall(x, norm.weight, norm.bias, shift, factor, norm.eps, of_batch)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -35,11 +35,18 @@ def conv(width: int) -> nn.Conv2d:
     return nn.Conv2d(width, width, 3, padding=1)
 
 
+def without_bias(width: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(width)
+    norm.bias = None  # type: ignore[assignment]
+    return norm
+
+
 LAST: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
     "batch norm": (conv, nn.BatchNorm2d),
     "norm without statistics": (conv, lambda width: nn.BatchNorm2d(width, track_running_stats=False)),
     "norm without momentum": (conv, lambda width: nn.BatchNorm2d(width, momentum=None)),
     "norm without weight": (conv, lambda width: nn.BatchNorm2d(width, affine=False)),
+    "norm without bias": (conv, without_bias),
     "norm of volumes": (lambda width: nn.Conv3d(width, width, 1), nn.BatchNorm3d),
     "group norm": (conv, lambda width: nn.GroupNorm(2, width)),
     "convolution": (lambda width: nn.BatchNorm2d(width), conv),
@@ -265,6 +272,25 @@ def test_a_map_of_another_shape_is_multiplied_as_ever() -> None:
         (expected,) = torch.autograd.grad(loss_of(model(batch)), batch)
     (found,) = torch.autograd.grad(loss_of(model(batch)), batch)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_that_change_before_backward_do_not_change_the_gradient_of_a_map() -> None:
+    found: list[tuple[Tensor, ...]] = []
+    model = network("batch norm", "se")[:1]
+    for one in (model, copy.deepcopy(model)):
+        with plain_formulation() if found else nullcontext():
+            output = one.eval()(features())
+        one.train()(3 * features() + 1)
+        found.append(torch.autograd.grad(output.square().sum(), [*one[0].dia.parameters()]))
+    for value, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_batches_are_counted_as_the_norm_does() -> None:
+    model = network("batch norm")
+    model[0].last.track_running_stats = False
+    model(features())
+    assert [block.last.num_batches_tracked.item() for block in model] == [0, 1, 1]
 
 
 def bytes_kept(model: nn.Module, batch: Tensor) -> int:
