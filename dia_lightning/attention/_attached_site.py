@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_unit import attend
-from dia_lightning.attention._eager import is_eager, is_unseen
+from dia_lightning.attention._eager import is_eager, is_unhooked, is_unseen
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import watched
@@ -33,7 +33,7 @@ class AttachedSite(Role):
                 name, features = next(iter(kwargs.items()))
                 kwargs = {**kwargs, name: _recalibrated(features, frame, slot)}
         after = [(frame, slot) for frame, slot in places if not slot.before]
-        is_own = len(after) == 1 and is_eager() and is_unseen(self)
+        is_own = len(after) == 1 and is_eager() and is_unseen(self) and is_unhooked(after[0][0].unit)
         squeeze = None
         if is_own and len(args) == 1 and not kwargs and _takes_mean(*after[0], args[0]):
             squeeze = normalized(self, args[0])
@@ -145,7 +145,9 @@ def _recalibrated(
     else:
         mean = None if valid is None else mean_of_real(frame.unit, planes, valid)
         attention_map = attend(frame, slot, planes, mean)
-        may_change = is_own and not torch.is_grad_enabled() and attention_map.dtype == planes.dtype
+        # a unit that needs more than the mean may keep the features, as its state
+        may_change = is_own and not torch.is_grad_enabled() and getattr(frame.unit, "takes_mean", False)
+        may_change = may_change and attention_map.dtype == planes.dtype
         product = planes.mul_(attention_map) if may_change else planes * attention_map
     product = product if is_plane else product.squeeze(-1)
     return product if (batch, channel) == (0, 1) else product.movedim((0, 1), (batch, channel))

@@ -26,9 +26,13 @@ def is_eager() -> bool:
 
 def is_unseen(layer: nn.Module) -> bool:
     """Tell whether a layer puts out a new tensor that nobody but its caller has, so that it may be changed."""
-    return (
-        plain_class(layer) in _FRESH
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        and "forward" not in vars(layer)
+    return plain_class(layer) in _FRESH and is_unhooked(layer)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Tell whether nobody sees what a module is given and puts out."""
+    return not (
+        (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or "forward" in vars(module)
     )

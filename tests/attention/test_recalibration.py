@@ -358,6 +358,29 @@ def test_without_autograd_the_output_is_the_same_and_one_that_a_hook_keeps_is_le
     assert torch.equal(kept[-1], wanted)
 
 
+class Remembers(AttentionUnit):
+    """Its state is the features of the block before."""
+
+    def forward(self, features: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        seen = features if state is None else features + state
+        return torch.sigmoid(seen.amax((2, 3), keepdim=True)), features
+
+
+def test_features_that_a_unit_or_a_hook_on_it_keeps_are_left_alone() -> None:
+    model = network("batch norm", lambda channels: Remembers()).eval()
+    expected = model(features())
+    with torch.no_grad():
+        assert torch.equal(model(features()), expected)
+    model = network("batch norm", "se")
+    kept: list[tuple[Tensor, Tensor]] = []
+    model[0].dia.register_forward_hook(lambda unit, args, output: kept.append((args[0], args[0].detach().clone())))
+    model(features())
+    with torch.no_grad():
+        model.eval()(features())
+    assert len(kept) == 6
+    assert all(torch.equal(one, other) for one, other in kept)
+
+
 def test_mixed_precision_has_the_outputs_of_the_plain_formulation() -> None:
     model = network("batch norm").float()
     reference = copy.deepcopy(model)
