@@ -100,7 +100,9 @@ class _Notes:
         self._blocks: list[tuple[int, tuple[Tensor, ...]]] = []
 
     def add(self, *tensors: Tensor) -> None:
-        self._blocks.append((backward_task(), tuple(tensor.detach() for tensor in tensors)))
+        # without their graph, which would hold the notes; others are left alone, as batched ones have no detach()
+        kept = tuple(tensor.detach() if tensor.requires_grad else tensor for tensor in tensors)
+        self._blocks.append((backward_task(), kept))
 
     def taken(self) -> list[Tensor]:
         """Return what this backward pass has noted, one block below the other, and forget it; nothing if it has not."""

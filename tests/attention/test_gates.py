@@ -161,6 +161,16 @@ def test_gradients_of_some_weights_of_some_maps_or_of_features_alone_are_exact()
                 torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 
 
+def test_gradients_of_a_batch_of_losses_are_exact() -> None:
+    unit = unit_of("dia-lstm")
+    losses = torch.stack([each.square().sum() for each in maps(unit, features())])
+    each, parameters = torch.eye(len(losses), dtype=losses.dtype), [*unit.parameters()]
+    found = torch.autograd.grad(losses, parameters, each, is_grads_batched=True, retain_graph=True)
+    wanted = [torch.autograd.grad(losses, parameters, one, retain_graph=True) for one in each]
+    for value, expected in zip(found, zip(*wanted, strict=True), strict=True):
+        torch.testing.assert_close(value, torch.stack(expected), rtol=1e-12, atol=1e-13)
+
+
 def test_nothing_is_left_of_a_backward_pass_that_failed() -> None:
     unit = unit_of("dia-lstm")
 
