@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.memory import saved_bytes
 from dia_lightning.attention import AttentionUnit, attach
 from dia_lightning.attention import _recalibration as recalibration
 
@@ -294,20 +294,7 @@ def test_batches_are_counted_as_the_norm_does() -> None:
 
 
 def bytes_kept(model: nn.Module, batch: Tensor) -> int:
-    """Return what autograd keeps for backward beside parameters, each storage once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(batch)
-    del output
-    return sum(kept.values())
+    return saved_bytes(lambda: model(batch), (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
