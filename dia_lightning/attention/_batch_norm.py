@@ -54,6 +54,8 @@ def moments(gradient: Tensor, features: Tensor, shift: Tensor, factor: Tensor) -
     """
     shape = features.shape[:2]
     rows = 1, shape.numel(), -1
+    precise = torch.promote_types(features.dtype, torch.float32)
+    shift, factor = shift.to(precise), factor.to(precise)
     _, moment, total = torch.ops.aten.native_batch_norm_backward(
         gradient.view(rows), features.view(rows), factor, None, None, shift, factor, True, 0.0, [False, True, True]
     )

@@ -37,6 +37,7 @@ class GatesOfChain:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         parameters = _parameters(layers)
         self._notes = _Notes()
+        self.stream = _stream(parameters[0])
         self._anchor: Tensor = _Gather.apply(self._notes, *parameters)
 
     def __call__(self, layers: Sequence[nn.Linear], value: Tensor, hidden: Tensor) -> Tensor:
@@ -63,7 +64,8 @@ def gates_of_chain(layers: Sequence[nn.Linear], state: Tensor | None) -> GatesOf
     if state is None:
         return GatesOfChain(layers)
     made_there: Any = getattr(state, "_dia_gates", None)  # not on a copy of the state
-    return made_there if isinstance(made_there, GatesOfChain) else None
+    # autograd waits for another stream only where a gradient comes from there
+    return made_there if isinstance(made_there, GatesOfChain) and made_there.stream == _stream(state) else None
 
 
 def hand_on(gates: GatesOfChain | None, state: Tensor) -> None:
@@ -79,6 +81,10 @@ def _is_plain(layer: nn.Linear) -> bool:
         and is_unseen(layer)
         and all(type(each) is nn.Parameter and each.requires_grad for each in (layer.weight, layer.bias))
     )
+
+
+def _stream(tensor: Tensor) -> Any:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
 def _parameters(layers: Sequence[nn.Linear]) -> list[Tensor]:

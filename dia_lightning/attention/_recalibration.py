@@ -128,7 +128,7 @@ def _of_map(gradient: Tensor, features: Tensor) -> Tensor:
     """Return the sum over positions ``[B, C]`` of the product of a gradient and features."""
     if not _are_rows(gradient, features):
         return (gradient * features).flatten(2).sum(2)
-    zeros = features.new_zeros(features.shape[:2].numel(), dtype=torch.promote_types(features.dtype, torch.float32))
+    zeros = features.new_zeros(features.shape[:2].numel())
     return moments(gradient, features, zeros, zeros + 1)[1]
 
 

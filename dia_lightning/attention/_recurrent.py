@@ -42,9 +42,9 @@ class RecurrentUnit(AttentionUnit):
             is_first: whether there is no block before.
         """
         layers = (self.input_reduce, self.input_expand, self.hidden_reduce, self.hidden_expand)
-        together = gates_of_chain(layers, None if is_first else hidden)
-        if together is not None:
-            return together(layers, value, hidden), together
+        of_chain = gates_of_chain(layers, None if is_first else hidden)
+        if of_chain is not None:
+            return of_chain(layers, value, hidden), of_chain
         gates: Tensor = self.input_expand(torch.relu(self.input_reduce(value)))
         return gates + self.hidden_expand(torch.relu(self.hidden_reduce(hidden))), None
 

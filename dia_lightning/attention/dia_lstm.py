@@ -97,9 +97,9 @@ class DIALSTM(RecurrentUnit):
             zero = torch.zeros_like(value)
             state = ((zero, zero),) * (1 + len(self.upper))
         hidden, cell = state[0]
-        gates, together = self._gates(value, hidden, is_first=is_first)
+        gates, of_chain = self._gates(value, hidden, is_first=is_first)
         states = [self._step(gates, cell)]
-        hand_on(together, states[0][0])
+        hand_on(of_chain, states[0][0])
         for layer, (hidden, cell) in zip(self.upper, state[1:], strict=True):
             states.append(self._step(layer(self.dropout(states[-1][0]), hidden), cell))
         return self.rescale(beside(states[-1][0], features), features), tuple(states)

@@ -64,9 +64,9 @@ class DynamicSharingUnit(RecurrentUnit):
         """
         value = mean_over_positions(features) if mean is None else mean  # [B, C]
         hidden, cell = (torch.zeros_like(value),) * 2 if state is None else state
-        gates, together = self._gates(value, hidden, is_first=state is None)
+        gates, of_chain = self._gates(value, hidden, is_first=state is None)
         i, f, g = gates.chunk(3, dim=1)  # [B, 3C] -> 3 x [B, C]
         cell = next_cell(cell, i, f, g)
         hidden = torch.sigmoid(cell)
-        hand_on(together, hidden)
+        hand_on(of_chain, hidden)
         return self.rescale(beside(hidden, features), features), (hidden, cell)
