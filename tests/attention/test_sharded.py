@@ -15,6 +15,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from dia_lightning.attention import AttentionUnit, attach
+from dia_lightning.attention import _recalibration as recalibration
 from tests.two_processes import run_on_two_processes
 
 WAYS = (
@@ -75,6 +76,7 @@ def distributed(way: str) -> nn.Module:
 def run_rank(rank: int, folder: str, way: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    recalibration.SMALL = 0  # as conftest.py does in the process of the tests
     try:
         model = distributed(way)
         results: dict[str, Any] = {"losses": losses(model, rank)}
