@@ -35,15 +35,23 @@ class GatesOfChain:
     """Makes the gates of all blocks of a chain."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        parameters = _parameters(layers)
+        self._parameters = _parameters(layers)
+        self._stream = _stream(self._parameters[0])
         self._notes = _Notes()
-        self.stream = _stream(parameters[0])
-        self._anchor: Tensor = _Gather.apply(self._notes, *parameters)
+        self._anchor: Tensor = _Gather.apply(self._notes, *self._parameters)
 
-    def __call__(self, layers: Sequence[nn.Linear], value: Tensor, hidden: Tensor) -> Tensor:
+    def __call__(self, value: Tensor, hidden: Tensor) -> Tensor:
         """Return what :func:`gates_of` does."""
-        gates: Tensor = _Gates.apply(value, hidden, self._anchor, self._notes, *_parameters(layers))
+        gates: Tensor = _Gates.apply(value, hidden, self._anchor, self._notes, *self._parameters)
         return gates
+
+    def fits(self, layers: Sequence[nn.Linear], state: Tensor) -> bool:
+        """Tell whether layers have the weights of the blocks before, since a state may go to another unit.
+
+        And whether they run on the same stream: autograd waits for another one only where a gradient comes from there.
+        """
+        same = all(own is other for own, other in zip(self._parameters, _parameters(layers), strict=True))
+        return same and self._stream == _stream(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # it is of one graph
@@ -64,8 +72,7 @@ def gates_of_chain(layers: Sequence[nn.Linear], state: Tensor | None) -> GatesOf
     if state is None:
         return GatesOfChain(layers)
     made_there: Any = getattr(state, "_dia_gates", None)  # not on a copy of the state
-    # autograd waits for another stream only where a gradient comes from there
-    return made_there if isinstance(made_there, GatesOfChain) and made_there.stream == _stream(state) else None
+    return made_there if isinstance(made_there, GatesOfChain) and made_there.fits(layers, state) else None
 
 
 def hand_on(gates: GatesOfChain | None, state: Tensor) -> None:

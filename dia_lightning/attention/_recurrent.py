@@ -44,7 +44,7 @@ class RecurrentUnit(AttentionUnit):
         layers = (self.input_reduce, self.input_expand, self.hidden_reduce, self.hidden_expand)
         of_chain = gates_of_chain(layers, None if is_first else hidden)
         if of_chain is not None:
-            return of_chain(layers, value, hidden), of_chain
+            return of_chain(value, hidden), of_chain
         gates: Tensor = self.input_expand(torch.relu(self.input_reduce(value)))
         return gates + self.hidden_expand(torch.relu(self.hidden_reduce(hidden))), None
 

@@ -207,6 +207,21 @@ def test_two_chains_and_two_batches_do_not_mix() -> None:
     assert_equal(gradients(unit), expected(unit, run))
 
 
+@units
+def test_a_state_that_goes_to_another_unit_leaves_every_unit_its_gradients(name: str) -> None:
+    untied = nn.ModuleList(unit_of(name) for _ in range(3))
+
+    def run(untied: Any) -> None:
+        found, state = [], None
+        for unit, each in zip(untied, features(), strict=False):
+            attention_map, state = unit(each, state)
+            found.append(attention_map)
+        backward(loss_of(found))
+
+    run(untied)
+    assert_equal(gradients(untied), expected(untied, run))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_steps_that_are_recomputed_give_the_same(reentrant: bool) -> None:
     unit = unit_of("dia-lstm")
