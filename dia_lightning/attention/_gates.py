@@ -144,7 +144,8 @@ class _Gather(torch.autograd.Function):
         of_bias = of_gates.sum(0)
         gradients = (
             *(of_value.t() @ value, of_value.sum(0), of_gates.t() @ inner, of_bias),
-            *(of_hidden.t() @ hidden, of_hidden.sum(0), of_gates.t() @ inner_hidden, of_bias),
+            # each of its own memory, for who scales it in place
+            *(of_hidden.t() @ hidden, of_hidden.sum(0), of_gates.t() @ inner_hidden, of_bias.clone()),
         )
         return None, *[gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
 

@@ -171,6 +171,19 @@ def test_gradients_of_a_batch_of_losses_are_exact() -> None:
         torch.testing.assert_close(value, torch.stack(expected), rtol=1e-12, atol=1e-13)
 
 
+def test_gradients_can_be_scaled_in_place() -> None:
+    unit = unit_of("dia-lstm")
+
+    def scaled(unit: Any) -> list[Tensor]:
+        found = torch.autograd.grad(loss_of(maps(unit, features())), [*unit.parameters()])
+        return [gradient.mul_(0.5) for gradient in found]
+
+    found = scaled(unit)
+    with one_by_one():
+        wanted = scaled(unit)
+    assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-13) for x, y in zip(found, wanted, strict=True))
+
+
 def test_nothing_is_left_of_a_backward_pass_that_failed() -> None:
     unit = unit_of("dia-lstm")
 
