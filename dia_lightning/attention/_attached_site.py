@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_unit import attend
-from dia_lightning.attention._eager import is_eager, is_unhooked, is_unseen
+from dia_lightning.attention._eager import is_eager, is_hooked, is_recorded, is_unseen
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import watched
 from dia_lightning.attention._padding import mean_of_real, real_tokens
 from dia_lightning.attention._recalibration import Squeezed, normalized, recalibrated, squeezed
-from dia_lightning.attention._roles import Role, add_role, remove_role
+from dia_lightning.attention._roles import Role, add_role, plain_class, remove_role
 from dia_lightning.attention._running import RUNNING, is_recomputed
 
 
@@ -33,7 +33,7 @@ class AttachedSite(Role):
                 name, features = next(iter(kwargs.items()))
                 kwargs = {**kwargs, name: _recalibrated(features, frame, slot)}
         after = [(frame, slot) for frame, slot in places if not slot.before]
-        is_own = len(after) == 1 and is_eager() and is_unseen(self) and is_unhooked(after[0][0].unit)
+        is_own = len(after) == 1 and is_eager() and is_unseen(self) and _forgets(after[0][0].unit)
         squeeze = None
         if is_own and len(args) == 1 and not kwargs and _takes_mean(*after[0], args[0]):
             squeeze = normalized(self, args[0])
@@ -109,7 +109,16 @@ def _takes_mean(frame: Frame, slot: Slot, features: Any) -> bool:
         and slot.branch_norm is None
         and frame.placement in (None, (features.device, features.dtype))
         and getattr(frame.unit, "takes_mean", False)
+        and not is_hooked(frame.unit)  # a hook may change the features, or differentiate them
     )
+
+
+def _forgets(unit: nn.Module) -> bool:
+    """Tell whether nobody has the features when a unit has made their map, as a user's unit has whose state they are.
+
+    Those of the package keep none, and give them to no layer, whose hooks would see them.
+    """
+    return plain_class(unit).__module__.startswith("dia_lightning.") and not is_hooked(unit)
 
 
 def _recalibrated(
@@ -145,9 +154,8 @@ def _recalibrated(
     else:
         mean = None if valid is None else mean_of_real(frame.unit, planes, valid)
         attention_map = attend(frame, slot, planes, mean)
-        # a unit that needs more than the mean may keep the features, as its state
-        may_change = is_own and not torch.is_grad_enabled() and getattr(frame.unit, "takes_mean", False)
-        may_change = may_change and attention_map.dtype == planes.dtype
+        is_free = is_own and not torch.is_grad_enabled() and not is_recorded()
+        may_change = is_free and attention_map.dtype == planes.dtype
         product = planes.mul_(attention_map) if may_change else planes * attention_map
     product = product if is_plane else product.squeeze(-1)
     return product if (batch, channel) == (0, 1) else product.movedim((0, 1), (batch, channel))

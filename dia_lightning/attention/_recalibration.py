@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._batch_norm import NormCall, can_run, moments, run
+from dia_lightning.attention._eager import is_recorded
 from dia_lightning.attention._unit import beside, mean_over_positions
 
 #: From how many entries of the features on the functions are faster than the plain formulation, measured on a CPU.
@@ -108,7 +109,7 @@ class _Recalibrate(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = norm[5:]
         ctx.save_for_backward(attention_map, *(norm[:5] or (features,)))
-        if not norm:
+        if not norm or is_recorded():
             return features * attention_map
         ctx.mark_dirty(features)
         return features.mul_(attention_map)

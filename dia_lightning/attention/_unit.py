@@ -22,8 +22,7 @@ class AttentionUnit(nn.Module):
     ``forward`` must return its map through :meth:`rescale`, or the unit cannot start at the identity.
 
     A unit to which positions count by their mean only sets :attr:`takes_mean` and takes the mean ``[B, C]`` as the
-    keyword ``mean`` in ``forward``, in place of its own; so padded tokens can be left out. It must not keep the
-    features, which are multiplied by the map in place where possible.
+    keyword ``mean`` in ``forward``, in place of its own; so padded tokens can be left out.
 
     A unit that contains a normalisation layer keeps it in :attr:`norm` and takes the keyword ``norm`` in ``forward``:
     when one unit serves several blocks and :attr:`share_norm` is false, every block passes a norm of its own, because

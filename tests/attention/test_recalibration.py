@@ -1,6 +1,7 @@
 """The functions for squeeze and recalibration: the plain formulation's results, and what they keep for backward."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from benchmarks.memory import saved_bytes
 from dia_lightning.attention import AttentionUnit, attach
@@ -199,6 +201,72 @@ def test_gradients_of_the_maps_alone_and_of_a_graph_that_is_kept_are_exact() -> 
     )
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["dia-lstm", "cbam"])
+def test_features_that_a_hook_on_the_unit_keeps_are_left_alone(name: str, grad: bool) -> None:
+    model = network("batch norm", name)
+    kept: list[tuple[Tensor, Tensor]] = []
+    unit: nn.Module = model[0].dia
+    unit.register_forward_pre_hook(lambda module, args: kept.append((args[0].detach(), args[0].detach().clone())))
+    with torch.set_grad_enabled(grad):
+        model(features())
+    assert len(kept) == 3
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [lambda module, args: (0.5 * args[0], *args[1:]), lambda module, args: args[0].register_hook(torch.neg) and None],
+)
+def test_a_hook_on_the_unit_changes_what_the_unit_takes(hook: Callable[..., Any]) -> None:
+    model = network("batch norm")
+    model[0].dia.register_forward_pre_hook(hook)
+    reference = copy.deepcopy(model)
+    with plain_formulation():
+        expected = reference(features())
+    output = model(features())
+    assert torch.equal(output, expected)
+    go_back(expected)
+    go_back(output)
+    assert largest_difference(gradients(model), gradients(reference)) <= 1e-11
+
+
+class Remembers(AttentionUnit):
+    """Its state is the features of the block before."""
+
+    def __init__(self, channels: int, takes_mean: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, channels))
+        self.takes_mean = takes_mean
+
+    def forward(
+        self, features: Tensor, state: Tensor | None = None, mean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        mean = features.mean((2, 3)) if mean is None else mean
+        value = mean if state is None else mean + state.sum((2, 3))
+        return torch.sigmoid(self.weight * value)[:, :, None, None], features
+
+
+@pytest.mark.parametrize("takes_mean", [True, False])
+def test_features_that_are_the_state_are_left_alone(takes_mean: bool) -> None:
+    model = network("batch norm", lambda channels: Remembers(channels, takes_mean)).eval()
+    with plain_formulation():
+        expected = model(features())
+    assert torch.equal(model(features()), expected)
+    with torch.no_grad():
+        assert torch.equal(model(features()), expected)
+
+
+def test_norms_that_selective_checkpointing_keeps_are_left_alone() -> None:
+    kept = [torch.ops.aten.native_batch_norm.default]
+    model = network("batch norm")
+    reference = copy.deepcopy(model)
+    go_back(reference(features()))
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    go_back(checkpoint(model, features(), use_reentrant=False, context_fn=contexts))
+    assert largest_difference(gradients(model), gradients(reference)) <= 1e-11
+
+
 class Regularised(AttentionUnit):
     """Keeps its map for a loss of its own."""
 
@@ -345,19 +413,7 @@ def test_without_autograd_the_output_is_the_same_and_one_that_a_hook_keeps_is_le
     assert torch.equal(kept[-1], wanted)
 
 
-class Remembers(AttentionUnit):
-    """Its state is the features of the block before."""
-
-    def forward(self, features: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        seen = features if state is None else features + state
-        return torch.sigmoid(seen.amax((2, 3), keepdim=True)), features
-
-
-def test_features_that_a_unit_or_a_hook_on_it_keeps_are_left_alone() -> None:
-    model = network("batch norm", lambda channels: Remembers()).eval()
-    expected = model(features())
-    with torch.no_grad():
-        assert torch.equal(model(features()), expected)
+def test_features_that_a_hook_on_a_unit_keeps_are_left_alone() -> None:
     model = network("batch norm", "se")
     kept: list[tuple[Tensor, Tensor]] = []
     model[0].dia.register_forward_hook(lambda unit, args, output: kept.append((args[0], args[0].detach().clone())))
