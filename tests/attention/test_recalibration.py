@@ -125,6 +125,39 @@ def test_results_are_those_of_the_plain_formulation(kind: str, layout: torch.mem
         assert torch.equal(value, wanted), key
 
 
+@pytest.mark.parametrize("change", [{"track_running_stats": False}, {"bias": None}])
+def test_norms_that_were_changed_run_as_they_do_by_themselves(change: dict[str, Any]) -> None:
+    model = network("batch norm")
+    for block in model:
+        for name, value in change.items():
+            setattr(block.last, name, value)
+    reference = copy.deepcopy(model)
+    with plain_formulation():
+        expected = reference(features())
+    output = model(features())
+    assert torch.equal(output, expected)
+    go_back(expected)
+    go_back(output)
+    assert largest_difference(gradients(model), gradients(reference)) <= 1e-11
+    for (key, value), wanted in zip(model.named_buffers(), reference.buffers(), strict=True):
+        assert torch.equal(value, wanted), key
+
+
+def test_training_that_goes_on_between_forward_and_backward_does_not_reach_the_maps() -> None:
+    def run(model: Any) -> dict[str, Tensor]:
+        output = model.eval()(features())
+        with torch.no_grad():
+            model.train()(3 * features())
+        go_back(output)
+        return gradients(model)
+
+    model = network("batch norm")
+    reference = copy.deepcopy(model)
+    with plain_formulation():
+        expected = run(reference)
+    assert largest_difference(run(model), expected) <= 1e-11
+
+
 @pytest.mark.parametrize("kind", ["batch norm", "convolution", "tokens"])
 @pytest.mark.parametrize("positions", [1, 2])
 def test_few_positions_are_enough(kind: str, positions: int) -> None:
