@@ -1,26 +1,34 @@
 """Whether code runs as it is written, and who sees what it does."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from dia_lightning.attention._roles import plain_class
 
-#: Layers that put out a new tensor.
-_FRESH = {
-    nn.Linear,
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm),
+#: Layers that put out a new tensor, and their own ``forward``, which others may replace.
+_FRESH: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (
+        nn.Linear,
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm),
+    )
 }
 
 
 def is_eager() -> bool:
-    """Tell whether nothing but autograd follows what runs: no compiler, no transform of ``torch.func``, no tracer."""
+    """Tell whether nothing but autograd follows what runs: no compiler, transform of ``torch.func``, tracer, mode."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
+        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
     )
 
 
@@ -31,7 +39,8 @@ def is_recorded() -> bool:
 
 def is_unseen(layer: nn.Module) -> bool:
     """Tell whether a layer puts out a new tensor that nobody but its caller has, so that it may be changed."""
-    return plain_class(layer) in _FRESH and not is_hooked(layer)
+    kind = plain_class(layer)
+    return kind in _FRESH and kind.forward is _FRESH[kind] and not is_hooked(layer)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._batch_norm import NormCall, can_run, moments, run
-from dia_lightning.attention._eager import is_recorded
+from dia_lightning.attention._eager import is_eager, is_recorded
 from dia_lightning.attention._unit import beside, mean_over_positions
 
 #: From how many entries of the features on the functions are faster than the plain formulation, measured on a CPU.
@@ -145,4 +145,4 @@ def _of_map_after_norm(gradient: Tensor, norm: NormCall) -> Tensor:
 def _are_rows(gradient: Tensor, features: Tensor) -> bool:
     """Tell whether the fast kernel takes two tensors: it needs them in order, and cannot be differentiated."""
     in_order = gradient.is_contiguous() and features.is_contiguous()
-    return in_order and not torch.is_grad_enabled() and features.device.type in ("cpu", "cuda")
+    return in_order and not torch.is_grad_enabled() and is_eager() and features.device.type in ("cpu", "cuda")

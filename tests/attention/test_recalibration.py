@@ -3,17 +3,18 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from benchmarks.memory import saved_bytes
-from dia_lightning.attention import AttentionUnit, attach
+from dia_lightning.attention import AttentionUnit, _recurrent, attach
 from dia_lightning.attention import _recalibration as recalibration
 
 from .networks import backward, exact_or_refused, gradients, largest_difference
@@ -408,6 +409,55 @@ def test_the_output_of_a_batch_norm_is_not_kept(training: bool) -> None:
     assert bytes_kept(attached, batch) <= of_plain + 0.1 * one_map
     with plain_formulation():
         assert bytes_kept(attached, batch) >= of_plain + 2.9 * one_map
+
+
+class Twice(TorchFunctionMode):
+    """Doubles what two functions return."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function in (nn.functional.batch_norm, nn.functional.linear) else result
+
+
+def replaced(patch: pytest.MonkeyPatch) -> AbstractContextManager[Any]:
+    for kind in (nn.BatchNorm2d, nn.Linear):
+        forward: Any = kind.forward
+        patch.setattr(kind, "forward", lambda self, x, forward=forward: 2 * forward(self, x))
+    return nullcontext()
+
+
+@pytest.mark.parametrize("change", [lambda patch: Twice(), replaced], ids=["mode", "forward"])
+def test_functions_and_layers_that_somebody_changes_stay_changed(
+    change: Callable[[pytest.MonkeyPatch], AbstractContextManager[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network("batch norm")
+    reference = copy.deepcopy(model)
+    with change(monkeypatch):
+        output = model(features())
+        with plain_formulation(), monkeypatch.context() as patch:
+            patch.setattr(_recurrent, "gates_of_chain", lambda layers, state: None)
+            expected = reference(features())
+    assert torch.equal(output, expected)
+    go_back(expected)
+    go_back(output)
+    assert largest_difference(gradients(model), gradients(reference)) <= 1e-11
+
+
+@pytest.mark.parametrize("kind", ["batch norm", "convolution"])
+def test_tangents_of_a_gradient_are_exact(kind: str) -> None:
+    def tangent(model: nn.Module) -> Tensor:
+        batch = features().requires_grad_()
+        output = model(batch)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.ones_like(output), output.detach())  # type: ignore[no-untyped-call]
+            gradient = torch.autograd.grad(output, batch, dual)[0]
+            found: Tensor = forward_ad.unpack_dual(gradient).tangent  # type: ignore[no-untyped-call]
+        return found
+
+    model = network(kind, "se").eval()
+    with plain_formulation():
+        expected = tangent(model)
+    torch.testing.assert_close(tangent(model), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
