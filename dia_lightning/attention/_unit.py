@@ -1,7 +1,8 @@
 """What every attention module of the package has in common."""
 
+import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class AttentionUnit(nn.Module):
     ``forward`` must return its map through :meth:`rescale`, or the unit cannot start at the identity.
 
     A unit to which positions count by their mean only sets :attr:`takes_mean` and takes the mean ``[B, C]`` as the
-    keyword ``mean`` in ``forward``, in place of its own; so padded tokens can be left out.
+    keyword ``mean`` in ``forward``, in place of its own; so padded tokens can be left out. A subclass of such a unit
+    whose ``forward`` has no such keyword does not take the mean.
 
     A unit that contains a normalisation layer keeps it in :attr:`norm` and takes the keyword ``norm`` in ``forward``:
     when one unit serves several blocks and :attr:`share_norm` is false, every block passes a norm of its own, because
@@ -39,6 +41,11 @@ class AttentionUnit(nn.Module):
     #: The unit's normalisation layer, if it has one.
     norm: nn.Module | None
     scale: Tensor | None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.takes_mean and "forward" in vars(cls) and "takes_mean" not in vars(cls):
+            cls.takes_mean = _takes_keyword(cls.forward, "mean")
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,6 +97,11 @@ class AttentionUnit(nn.Module):
     def forward(self, features: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Return the attention map of ``features`` ``[B, C, H, W]`` and the state for the next block."""
         raise NotImplementedError
+
+
+def _takes_keyword(method: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(method).parameters.values()
+    return any(each.name == name or each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
 
 
 class StartsAtZero(Role):

@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from benchmarks.memory import saved_bytes
-from dia_lightning.attention import AttentionUnit, _recurrent, attach
+from dia_lightning.attention import DIALSTM, AttentionUnit, _recurrent, attach
 from dia_lightning.attention import _recalibration as recalibration
+from dia_lightning.attention.dia_lstm import LSTMState
 
 from .networks import backward, exact_or_refused, gradients, largest_difference
 
@@ -355,6 +356,21 @@ def test_a_unit_that_wants_more_than_the_mean_is_exact_or_refused(of: Callable[[
     with exact_or_refused("modified by an inplace operation"):
         (found,) = torch.autograd.grad(loss_of(model(batch)), batch)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class WithoutMean(DIALSTM):
+    """Made of a unit of the package, before units took the mean."""
+
+    def forward(self, features: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:  # type: ignore[override]
+        return super().forward(features.abs(), state)
+
+
+def test_a_subclass_whose_forward_has_no_mean_is_given_none() -> None:
+    model = network("batch norm", WithoutMean)
+    with plain_formulation():
+        expected = model(features())
+    assert torch.equal(model(features()), expected)
+    assert DIALSTM.takes_mean
 
 
 class OneValue(AttentionUnit):
