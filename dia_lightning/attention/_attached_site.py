@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_unit import attend
-from dia_lightning.attention._eager import is_eager, is_hooked, is_recorded, is_unseen
+from dia_lightning.attention._eager import is_eager, is_recorded, is_unhooked, is_unseen
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import watched
@@ -109,7 +109,7 @@ def _takes_mean(frame: Frame, slot: Slot, features: Any) -> bool:
         and slot.branch_norm is None
         and frame.placement in (None, (features.device, features.dtype))
         and getattr(frame.unit, "takes_mean", False)
-        and not is_hooked(frame.unit)  # a hook may change the features, or differentiate them
+        and is_unhooked(frame.unit)  # a hook may change the features, or differentiate them
     )
 
 
@@ -118,7 +118,7 @@ def _forgets(unit: nn.Module) -> bool:
 
     Those of the package keep none, and give them to no layer, whose hooks would see them.
     """
-    return plain_class(unit).__module__.startswith("dia_lightning.") and not is_hooked(unit)
+    return plain_class(unit).__module__.startswith("dia_lightning.") and is_unhooked(unit)
 
 
 def _recalibrated(

@@ -40,11 +40,13 @@ def is_recorded() -> bool:
 def is_unseen(layer: nn.Module) -> bool:
     """Tell whether a layer puts out a new tensor that nobody but its caller has, so that it may be changed."""
     kind = plain_class(layer)
-    return kind in _FRESH and kind.forward is _FRESH[kind] and not is_hooked(layer)
+    return kind in _FRESH and kind.forward is _FRESH[kind] and is_unhooked(layer)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Tell whether somebody sees, or changes, what a module is given and puts out."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    is_global: bool = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-    return is_global or any(hooks) or "forward" in vars(module)
+def is_unhooked(module: nn.Module) -> bool:
+    """Tell whether nobody sees what a module is given and puts out."""
+    return not (
+        (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or "forward" in vars(module)
+    )

@@ -187,6 +187,7 @@ def _by_autograd(of_gates: Tensor, wanted: Sequence[bool], inputs: Sequence[Tens
     value, hidden, *parameters = views = [x.view_as(x) for x in inputs]
     with torch.autocast(of_gates.device.type, of_gates.dtype, enabled=of_gates.dtype != parameters[0].dtype):
         gates = gates_of(value, hidden, parameters)
-    needed = [x for x, is_wanted in zip(views, wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(gates, needed, of_gates, create_graph=True))
-    return [next(found) if is_wanted else None for is_wanted in wanted]
+    # weights may have been frozen since
+    asked = [x if is_wanted and x.requires_grad else None for x, is_wanted in zip(views, wanted, strict=True)]
+    found = iter(torch.autograd.grad(gates, [x for x in asked if x is not None], of_gates, create_graph=True))
+    return [None if x is None else next(found) for x in asked]

@@ -123,6 +123,20 @@ def test_a_gradient_penalty_has_the_gradients_of_autograd(name: str) -> None:
     assert_equal(gradients(unit), expected(unit, run))
 
 
+def test_gradients_for_a_penalty_leave_weights_out_that_were_frozen_after_forward() -> None:
+    def penalised(unit: Any) -> Tensor:
+        seen = features()
+        loss = loss_of(maps(unit.requires_grad_(True), seen))
+        unit.requires_grad_(False)
+        (once,) = torch.autograd.grad(loss, seen[0], create_graph=True)
+        return torch.autograd.grad(once.square().sum(), seen[0])[0]
+
+    unit = unit_of("dia-lstm")
+    found = penalised(unit)
+    with one_by_one():
+        torch.testing.assert_close(found, penalised(unit), rtol=1e-12, atol=1e-14)
+
+
 def test_one_product_is_made_for_all_blocks() -> None:
     class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -127,39 +127,6 @@ def test_results_are_those_of_the_plain_formulation(kind: str, layout: torch.mem
         assert torch.equal(value, wanted), key
 
 
-@pytest.mark.parametrize("change", [{"track_running_stats": False}, {"bias": None}])
-def test_norms_that_were_changed_run_as_they_do_by_themselves(change: dict[str, Any]) -> None:
-    model = network("batch norm")
-    for block in model:
-        for name, value in change.items():
-            setattr(block.last, name, value)
-    reference = copy.deepcopy(model)
-    with plain_formulation():
-        expected = reference(features())
-    output = model(features())
-    assert torch.equal(output, expected)
-    go_back(expected)
-    go_back(output)
-    assert largest_difference(gradients(model), gradients(reference)) <= 1e-11
-    for (key, value), wanted in zip(model.named_buffers(), reference.buffers(), strict=True):
-        assert torch.equal(value, wanted), key
-
-
-def test_training_that_goes_on_between_forward_and_backward_does_not_reach_the_maps() -> None:
-    def run(model: Any) -> dict[str, Tensor]:
-        output = model.eval()(features())
-        with torch.no_grad():
-            model.train()(3 * features())
-        go_back(output)
-        return gradients(model)
-
-    model = network("batch norm")
-    reference = copy.deepcopy(model)
-    with plain_formulation():
-        expected = run(reference)
-    assert largest_difference(run(model), expected) <= 1e-11
-
-
 @pytest.mark.parametrize("kind", ["batch norm", "convolution", "tokens"])
 @pytest.mark.parametrize("positions", [1, 2])
 def test_few_positions_are_enough(kind: str, positions: int) -> None:
@@ -234,62 +201,6 @@ def test_gradients_of_the_maps_alone_and_of_a_graph_that_is_kept_are_exact() -> 
     torch.testing.assert_close(
         torch.autograd.grad(output.square().sum(), batch)[0], expected[0], rtol=1e-12, atol=1e-12
     )
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("name", ["dia-lstm", "cbam"])
-def test_features_that_a_hook_on_the_unit_keeps_are_left_alone(name: str, grad: bool) -> None:
-    model = network("batch norm", name)
-    kept: list[tuple[Tensor, Tensor]] = []
-    unit: nn.Module = model[0].dia
-    unit.register_forward_pre_hook(lambda module, args: kept.append((args[0].detach(), args[0].detach().clone())))
-    with torch.set_grad_enabled(grad):
-        model(features())
-    assert len(kept) == 3
-    assert all(torch.equal(now, then) for now, then in kept)
-
-
-@pytest.mark.parametrize(
-    "hook",
-    [lambda module, args: (0.5 * args[0], *args[1:]), lambda module, args: args[0].register_hook(torch.neg) and None],
-)
-def test_a_hook_on_the_unit_changes_what_the_unit_takes(hook: Callable[..., Any]) -> None:
-    model = network("batch norm")
-    model[0].dia.register_forward_pre_hook(hook)
-    reference = copy.deepcopy(model)
-    with plain_formulation():
-        expected = reference(features())
-    output = model(features())
-    assert torch.equal(output, expected)
-    go_back(expected)
-    go_back(output)
-    assert largest_difference(gradients(model), gradients(reference)) <= 1e-11
-
-
-class Remembers(AttentionUnit):
-    """Its state is the features of the block before."""
-
-    def __init__(self, channels: int, takes_mean: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, channels))
-        self.takes_mean = takes_mean
-
-    def forward(
-        self, features: Tensor, state: Tensor | None = None, mean: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        mean = features.mean((2, 3)) if mean is None else mean
-        value = mean if state is None else mean + state.sum((2, 3))
-        return torch.sigmoid(self.weight * value)[:, :, None, None], features
-
-
-@pytest.mark.parametrize("takes_mean", [True, False])
-def test_features_that_are_the_state_are_left_alone(takes_mean: bool) -> None:
-    model = network("batch norm", lambda channels: Remembers(channels, takes_mean)).eval()
-    with plain_formulation():
-        expected = model(features())
-    assert torch.equal(model(features()), expected)
-    with torch.no_grad():
-        assert torch.equal(model(features()), expected)
 
 
 def test_norms_that_selective_checkpointing_keeps_are_left_alone() -> None:
@@ -512,6 +423,36 @@ def test_without_autograd_the_output_is_the_same_and_one_that_a_hook_keeps_is_le
     assert torch.equal(kept[-1], wanted)
 
 
+class Remembers(AttentionUnit):
+    """Its state is the features of the block before."""
+
+    def forward(self, features: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        seen = features if state is None else features + state
+        return torch.sigmoid(seen.amax((2, 3), keepdim=True)), features
+
+
+class RemembersBesideTheMean(Remembers):
+    """Takes the mean, too."""
+
+    takes_mean = True
+
+    def forward(
+        self, features: Tensor, state: Tensor | None = None, mean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        value = features.mean((2, 3)) if mean is None else mean
+        return torch.sigmoid(value if state is None else value + state.sum((2, 3)))[:, :, None, None], features
+
+
+@pytest.mark.parametrize("unit", [Remembers, RemembersBesideTheMean])
+def test_features_that_a_unit_keeps_are_left_alone(unit: Callable[[], AttentionUnit]) -> None:
+    model = network("batch norm", lambda channels: unit()).eval()
+    with plain_formulation():
+        expected = model(features())
+    assert torch.equal(model(features()), expected)
+    with torch.no_grad():
+        assert torch.equal(model(features()), expected)
+
+
 def test_features_that_a_hook_on_a_unit_keeps_are_left_alone() -> None:
     model = network("batch norm", "se")
     kept: list[tuple[Tensor, Tensor]] = []
@@ -521,6 +462,23 @@ def test_features_that_a_hook_on_a_unit_keeps_are_left_alone() -> None:
         model.eval()(features())
     assert len(kept) == 6
     assert all(torch.equal(one, other) for one, other in kept)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [lambda module, args: (0.5 * args[0], *args[1:]), lambda module, args: args[0].register_hook(torch.neg) and None],
+)
+def test_a_hook_on_the_unit_changes_what_the_unit_takes(hook: Callable[..., Any]) -> None:
+    model = network("batch norm")
+    model[0].dia.register_forward_pre_hook(hook)
+    reference = copy.deepcopy(model)
+    with plain_formulation():
+        expected = reference(features())
+    output = model(features())
+    assert torch.equal(output, expected)
+    go_back(expected)
+    go_back(output)
+    assert largest_difference(gradients(model), gradients(reference)) <= 1e-11
 
 
 def test_mixed_precision_has_the_outputs_of_the_plain_formulation() -> None:
