@@ -10,6 +10,9 @@ from dia_lightning.attention._roles import plain_class
 #: Classes that are known, with the number of axes that they take.
 BATCH_NORMS: dict[type[nn.Module], int] = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 
+#: How many entries of a call, the first ones, are tensors.
+TENSORS = 5
+
 
 class NormCall(NamedTuple):
     """What a batch norm was called with, and what it computed.

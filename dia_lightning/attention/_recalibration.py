@@ -7,7 +7,7 @@ the mean is known. What it needs for this comes as the "gradient" of placeholder
 whichever way the graph is run.
 
 Where ``y`` is put out by a batch norm, which keeps its own input anyway, ``y`` is multiplied in place and not kept: the
-gradient of the map is computed from that input.
+gradient of the map is computed from that input. Hooks on saved tensors that copy, as for offloading, see it twice.
 
 Outputs are those of the plain formulation bit for bit. It stays where compilers fuse it, where others follow what runs
 (``torch.func``, forward-mode differentiation), and for small features, where calls cost more than passes.
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dia_lightning.attention._batch_norm import NormCall, can_run, moments, run
+from dia_lightning.attention._batch_norm import TENSORS, NormCall, can_run, moments, run
 from dia_lightning.attention._eager import is_eager, is_recorded
 from dia_lightning.attention._unit import beside, mean_over_positions
 
@@ -107,8 +107,8 @@ class _Recalibrate(torch.autograd.Function):
         of_map: Tensor,
         *norm: Any,
     ) -> Tensor:
-        ctx.settings = norm[5:]
-        ctx.save_for_backward(attention_map, *(norm[:5] or (features,)))
+        ctx.settings = norm[TENSORS:]
+        ctx.save_for_backward(attention_map, *(norm[:TENSORS] or (features,)))
         if not norm or is_recorded():
             return features * attention_map
         ctx.mark_dirty(features)
