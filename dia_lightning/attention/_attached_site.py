@@ -36,7 +36,7 @@ class AttachedSite(Role):
         is_own = len(after) == 1 and is_eager() and is_unseen(self) and _forgets(after[0][0].unit)
         squeeze = None
         if is_own and len(args) == 1 and not kwargs and _takes_mean(*after[0], args[0]):
-            squeeze = normalized(self, args[0])
+            squeeze = normalized(self, args[0]) if after[0][1].is_channels_second else None
         output = super().__call__(*args, **kwargs) if squeeze is None else squeeze.features
         for frame, slot in after:
             output = _recalibrated(output, frame, slot, is_own, squeeze)
@@ -144,7 +144,7 @@ def _recalibrated(
         features = frame.block.get_submodule(slot.branch_norm)(features)
     channel, batch = slot.channel_axis, slot.batch_axis
     is_plane = features.ndim > 3
-    planes = features if (batch, channel) == (0, 1) else features.movedim((batch, channel), (0, 1))  # [B, C, ...]
+    planes = features if slot.is_channels_second else features.movedim((batch, channel), (0, 1))  # [B, C, ...]
     planes = planes if is_plane else planes.unsqueeze(-1)  # tokens are a plane of width one: [B, C, N, 1]
     valid = None if is_plane else real_tokens(frame, planes.shape[0], planes.shape[2])
     if squeeze is None and valid is None and _takes_mean(frame, slot, planes):
@@ -158,7 +158,7 @@ def _recalibrated(
         may_change = is_free and attention_map.dtype == planes.dtype
         product = planes.mul_(attention_map) if may_change else planes * attention_map
     product = product if is_plane else product.squeeze(-1)
-    return product if (batch, channel) == (0, 1) else product.movedim((0, 1), (batch, channel))
+    return product if slot.is_channels_second else product.movedim((0, 1), (batch, channel))
 
 
 def _refuse_unfit(features: Any, frame: Frame, slot: Slot) -> None:

@@ -40,6 +40,11 @@ class Slot:
     is_whole: bool = False
     watcher: Callable[[Tensor, Any], None] | None = None
 
+    @property
+    def is_channels_second(self) -> bool:
+        """Tell whether samples come first and channels second, so that the features need not be turned."""
+        return (self.batch_axis, self.channel_axis) == (0, 1)
+
 
 class Chain:
     """Blocks that share a unit. A copy is another chain."""
