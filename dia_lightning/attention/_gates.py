@@ -7,7 +7,6 @@ that they live as long as the graph, and weights get their gradients in the cour
 such as DDP and FSDP wait for them.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dia_lightning.attention._eager import is_eager, is_unseen
-from dia_lightning.attention._running import backward_task
+from dia_lightning.attention._running import Rider, backward_task
 
 
 def gates_of(value: Tensor, hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -28,11 +27,11 @@ def gates_of(value: Tensor, hidden: Tensor, parameters: Sequence[Tensor]) -> Ten
         parameters: weight and bias of the layers that reduce and expand the value, and of those for the hidden state.
     """
     first, second = parameters[:4], parameters[4:]
-    return _expanded(_reduced(value, *first[:2]), *first[2:]) + _expanded(_reduced(hidden, *second[:2]), *second[2:])
+    return F.linear(_reduced(value, *first[:2]), *first[2:]) + F.linear(_reduced(hidden, *second[:2]), *second[2:])
 
 
-class GatesOfChain:
-    """Makes the gates of all blocks of a chain."""
+class GatesOfChain(Rider):
+    """Makes the gates of all blocks of a chain, in one autograd graph."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._parameters = _parameters(layers)
@@ -52,12 +51,6 @@ class GatesOfChain:
         """
         same = all(own is other for own, other in zip(self._parameters, _parameters(layers), strict=True))
         return same and self._stream == _stream(state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # it is of one graph
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return OrderedDict, ()  # loads with weights_only=True
 
 
 def gates_of_chain(layers: Sequence[nn.Linear], state: Tensor | None) -> GatesOfChain | None:
@@ -100,10 +93,6 @@ def _parameters(layers: Sequence[nn.Linear]) -> list[Tensor]:
 
 def _reduced(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.relu(F.linear(x, weight, bias))
-
-
-def _expanded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight, bias)
 
 
 class _Notes:
@@ -156,7 +145,7 @@ class _Gates(torch.autograd.Function):
         inner, inner_hidden = _reduced(value, *parameters[:2]), _reduced(hidden, *parameters[4:6])
         ctx.notes, ctx.gather = notes, anchor.grad_fn
         ctx.save_for_backward(value, hidden, inner, inner_hidden, *parameters)
-        return _expanded(inner, *parameters[2:4]) + _expanded(inner_hidden, *parameters[6:])
+        return F.linear(inner, *parameters[2:4]) + F.linear(inner_hidden, *parameters[6:])
 
     @staticmethod
     def backward(ctx: Any, of_gates: Tensor) -> tuple[Tensor | None, ...]:

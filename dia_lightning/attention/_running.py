@@ -20,6 +20,7 @@ blocks, a stream that skips the first block cannot be told from another one that
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,16 @@ class Handover:
     placement: tuple[torch.device, torch.dtype] | None
     samples: int | None
     in_graph: bool = False
+
+
+class Rider:
+    """What rides on an activation as an attribute. It stays behind when the tensor is copied or saved."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return OrderedDict, ()  # loads with weights_only=True
 
 
 class Scope:

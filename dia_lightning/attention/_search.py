@@ -1,7 +1,7 @@
 """Where a block finds what the block before has handed on."""
 
 import sys
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from dia_lightning.attention._links import Chain, Link
-from dia_lightning.attention._running import Handover, is_recomputed, scope_of
+from dia_lightning.attention._running import Handover, Rider, is_recomputed, scope_of
 
 #: How many operations back to search for a handover.
 MAX_OPERATIONS = 2000
@@ -53,8 +53,8 @@ def note(tensor: Tensor, handover: Handover) -> None:
         handover.in_graph = True
 
 
-class _Notes:
-    """What is noted on a tensor. It stays behind when the tensor is copied or saved, and counts until it is written."""
+class _Notes(Rider):
+    """What is noted on a tensor; it counts until that is written."""
 
     def __init__(self) -> None:
         # what the block that returned the tensor has left, one per chain, and the version of the tensor
@@ -79,12 +79,6 @@ class _Notes:
             if handover.link.chain is link.chain and at == version:
                 return handover
         return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return OrderedDict, ()  # loads with weights_only=True
 
 
 def _version(tensor: Tensor) -> int:
