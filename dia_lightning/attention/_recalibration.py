@@ -23,8 +23,9 @@ from dia_lightning.attention._batch_norm import TENSORS, NormCall, can_run, mome
 from dia_lightning.attention._eager import is_eager, is_recorded
 from dia_lightning.attention._unit import beside, mean_over_positions
 
-#: From how many entries of the features on the functions are faster than the plain formulation, measured on a CPU.
-SMALL = 2**18
+#: From how many entries of the features on the functions are faster than the plain formulation: on a CPU, and on any
+#: other device, where a launch takes as long as a pass over millions of entries. Measured, see docs/performance.md.
+SMALL_ON_CPU, SMALL = 2**18, 2**24
 
 
 class Squeezed(NamedTuple):
@@ -47,7 +48,7 @@ class Squeezed(NamedTuple):
 
 def squeezed(features: Tensor) -> Squeezed | None:
     """Return features and their mean; ``None`` where the plain formulation is better."""
-    if type(features) is not Tensor or not features.requires_grad or features.numel() < SMALL:
+    if type(features) is not Tensor or not features.requires_grad or _is_small(features):
         return None
     mean, of_output, of_map = _Squeeze.apply(features)
     return Squeezed(features, mean, of_output, of_map)
@@ -60,11 +61,15 @@ def normalized(site: nn.Module, x: Any) -> Squeezed | None:
         site: the layer, which is unseen.
         x: what it is given.
     """
-    if not can_run(site, x) or x.numel() < SMALL:
+    if not can_run(site, x) or _is_small(x):
         return None
     features, norm = run(site, x)
     mean, of_output, of_map = _Squeeze.apply(features)
     return Squeezed(features, mean, of_output, of_map, norm)
+
+
+def _is_small(features: Tensor) -> bool:
+    return features.numel() < (SMALL_ON_CPU if features.is_cpu else SMALL)
 
 
 def recalibrated(squeezed: Squeezed, attention_map: Tensor) -> Tensor:

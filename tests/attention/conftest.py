@@ -37,4 +37,4 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _as_large_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small features take the way of large ones."""
-    monkeypatch.setattr(recalibration, "SMALL", 0)
+    monkeypatch.setattr(recalibration, "SMALL_ON_CPU", 0)

@@ -61,12 +61,12 @@ def features(kind: str = "batch norm") -> Tensor:
 
 @contextmanager
 def plain_formulation() -> Iterator[None]:
-    threshold = recalibration.SMALL
-    recalibration.SMALL = 2**62
+    threshold = recalibration.SMALL_ON_CPU
+    recalibration.SMALL_ON_CPU = 2**62
     try:
         yield
     finally:
-        recalibration.SMALL = threshold
+        recalibration.SMALL_ON_CPU = threshold
 
 
 def go_back(output: Tensor) -> None:

@@ -39,7 +39,7 @@ def train(model: nn.Module, samples: slice) -> list[dict[str, torch.Tensor]]:
 def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    recalibration.SMALL = 0  # as conftest.py does in the process of the tests
+    recalibration.SMALL_ON_CPU = 0  # as conftest.py does in the process of the tests
     try:
         for name, options in NETWORKS.items():
             model = DistributedDataParallel(network(**options))

@@ -76,7 +76,7 @@ def distributed(way: str) -> nn.Module:
 def run_rank(rank: int, folder: str, way: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    recalibration.SMALL = 0  # as conftest.py does in the process of the tests
+    recalibration.SMALL_ON_CPU = 0  # as conftest.py does in the process of the tests
     try:
         model = distributed(way)
         results: dict[str, Any] = {"losses": losses(model, rank)}
