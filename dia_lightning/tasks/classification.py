@@ -19,9 +19,8 @@ from dia_lightning.tasks.base import DIATask
 class ClassificationTask(DIATask):
     """Trains a classifier, with or without attention.
 
-    Logged: ``train/loss``, ``train/acc``; ``val/`` and ``test/`` followed by ``loss``, ``acc`` (micro top-1, the
-        share of
-    images classified right), ``acc_macro`` (mean over classes) and, above five classes, ``acc5`` (micro top-5).
+    Logged: ``train/loss``, ``train/acc``; ``val/`` and ``test/`` followed by ``loss``, ``acc`` (micro top-1, the share
+    of images classified right), ``acc_macro`` (mean over classes) and, above five classes, ``acc5`` (micro top-5).
 
     Training batches are ``(images [B, C, H, W], labels)`` with labels ``[B]`` or, after mixup, class probabilities
     ``[B, K]``. Batches of validation and test may carry the position of each image in its data set as a third item,
@@ -107,7 +106,7 @@ class ClassificationTask(DIATask):
         if init_from is not None:
             rank_zero_info(load_weights(self.backbone, init_from))
         self.compile_parts(parts)
-        self.train_metrics = MetricCollection({"acc": self._accuracy("micro")}, prefix="train/")
+        self.train_metrics = MetricCollection({"acc": self._accuracy("micro")}, prefix="train/", compute_groups=False)
         self.val_metrics = self._accuracies("val/")
         self.val_loss = MeanMetric()
         self.test_metrics = self._accuracies("test/")
@@ -132,7 +131,9 @@ class ClassificationTask(DIATask):
         }
         if self.num_classes > 5:
             metrics["acc5"] = self._accuracy("micro", top_k=5)
-        return MetricCollection(metrics, prefix=prefix)
+        # Groups are found by states that are equal after the first batch. Those of different metrics are when all of it
+        # is right, and one would take over the other's values.
+        return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
     def evaluation_loss(self, batch: Any) -> Tensor:
         """Return the cross-entropy of a batch, summed over its images, without label smoothing."""

@@ -48,6 +48,18 @@ def test_top_five_counts_a_label_among_the_five_highest(tmp_path: Path) -> None:
     assert result["val/acc5"] == pytest.approx(0.5)
 
 
+def test_metrics_do_not_depend_on_what_the_first_batch_holds(tmp_path: Path) -> None:
+    # All of the first batch is right, so that all metrics count the same there; of the second none is right, class 1
+    # twice among the first five. Class 0: 4 of 4, class 1: 0 of 2, class 6: 0 of 1.
+    falling = torch.arange(7.0, 0.0, -1.0).expand(3, 7)[:, :, None, None]
+    first = (scores([0, 0, 0, 0], 7), torch.tensor([0, 0, 0, 0]))
+    second = (falling, torch.tensor([1, 1, 6]))
+    (result,) = small_trainer(tmp_path).test(ClassificationTask(Scores(), 7), Given([first, second]), verbose=False)
+    assert result["test/acc"] == pytest.approx(4 / 7)
+    assert result["test/acc5"] == pytest.approx(6 / 7)
+    assert result["test/acc_macro"] == pytest.approx(1 / 3)
+
+
 def test_images_that_fill_up_a_distributed_batch_are_not_counted(tmp_path: Path) -> None:
     real = (scores([0, 1, 2], 3), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
     padding = (scores([0, 1], 3), torch.tensor([2, 2]), torch.tensor([-1, -1]))
