@@ -2,14 +2,22 @@
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
+from dia_lightning.tasks._class_weights import (
+    ClassWeights,
+    balanced_weights,
+    check_class_weights,
+    training_labels,
+    without_arrays,
+)
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._weights import load_weights
@@ -43,6 +51,9 @@ class ClassificationTask(DIATask):
         identity: start with maps of exactly 1, for pretrained networks.
         branch_norm: whether pre-activation branches get a norm before the attention module.
         label_smoothing: in [0, 1).
+        class_weights: K positive numbers, what an image of each class counts in the training loss (``weight`` of
+            :func:`torch.nn.functional.cross_entropy`), or ``"balanced"`` for N / (K * images of the class), counted in
+            the training data at hand. Losses of validation and test have no weights, so that they can be compared.
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
         compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks by itself,
             which takes less time to compile, because equal blocks are compiled once.
@@ -78,10 +89,12 @@ class ClassificationTask(DIATask):
         identity: bool = False,
         branch_norm: bool | None = None,
         label_smoothing: float = 0.0,
+        class_weights: ClassWeights | None = None,
         init_from: str | None = None,
         compile: Compile = False,
         **optimization: Any,
     ) -> None:
+        class_weights = without_arrays(class_weights)
         arguments = dict(locals())
         super().__init__(**optimization)
         if num_classes is None or num_classes < 2:
@@ -94,7 +107,10 @@ class ClassificationTask(DIATask):
             raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
         if backbone_args and "num_classes" in backbone_args:
             raise ValueError("backbone_args must not have num_classes: it is an argument of the task.")
+        check_class_weights(class_weights, num_classes)
         self.remember(arguments)
+        self._class_weights = class_weights
+        self._loss_weight: Tensor | None = None  # made when training starts
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         check_is_no_mark("backbone", backbone)
@@ -142,11 +158,31 @@ class ClassificationTask(DIATask):
 
     # ---- steps
 
+    def on_train_start(self) -> None:
+        """Count the classes of the training data if weights depend on them."""
+        super().on_train_start()
+        self._weigh_classes()
+
+    def _weigh_classes(self) -> None:
+        weights = self._class_weights
+        if weights == "balanced":
+            if getattr(getattr(self.trainer, "datamodule", None), "sampling", None) == "balanced":
+                rank_zero_warn(
+                    "class_weights='balanced' and sampling='balanced' of the data both make up for rare classes, which "
+                    "then count too much. Leave one of them out."
+                )
+            names = self.class_names or [str(label) for label in range(self.num_classes)]
+            weights = balanced_weights(training_labels(self.trainer), self.num_classes, names)
+        if weights is not None:
+            self._loss_weight = torch.tensor(weights, device=self.device).to(self.dtype)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         images, labels = batch[:2]
+        if self._class_weights is not None and self._loss_weight is None:
+            self._weigh_classes()  # a subclass has an on_train_start of its own
         logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, labels, weight=self._loss_weight, label_smoothing=self.label_smoothing)
         self.check_loss(loss, batch_idx)
         hard = labels if labels.ndim == 1 else labels.argmax(1)
         self.train_metrics.update(logits, hard)

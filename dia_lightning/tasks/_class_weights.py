@@ -1,0 +1,123 @@
+"""Weights of the classes in the training loss: given, or from how often each class comes up in training."""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Subset, SubsetRandomSampler, TensorDataset
+
+ClassWeights: TypeAlias = list[float] | Literal["balanced"]
+
+
+def without_arrays(weights: Any) -> Any:
+    """Return weights as the command line gives them, where scikit-learn gives an array."""
+    return weights.tolist() if isinstance(weights, Tensor | np.ndarray) else weights
+
+
+def check_class_weights(weights: Any, count: int) -> None:
+    """Check what a user gives.
+
+    Raises:
+        ValueError: if it is neither ``None``, ``"balanced"`` nor a list of ``count`` positive numbers.
+    """
+    if weights is None or weights == "balanced":
+        return
+    if not isinstance(weights, list | tuple) or not all(_is_positive(value) for value in weights):
+        raise ValueError(f"class_weights must be 'balanced' or a list of positive numbers, got {weights!r}.")
+    if len(weights) != count:
+        raise ValueError(f"class_weights must have {count} numbers, one per class, got {len(weights)}.")
+
+
+def balanced_weights(labels: Tensor, count: int, names: Sequence[str]) -> list[float]:
+    """Return N / (K * count_k) for each of the K classes, as scikit-learn's ``compute_class_weight``.
+
+    Args:
+        labels: of all training images, ``[N]``, or class probabilities ``[N, K]``.
+        count: the number of classes K.
+        names: of the classes, for messages.
+
+    Raises:
+        ValueError: if labels do not fit the classes.
+    """
+    if labels.ndim == 1 and not labels.is_floating_point():
+        check_range(labels, count)
+        images = torch.bincount(labels.long(), minlength=count).double()
+    elif labels.ndim == 2 and labels.shape[1] == count:
+        images = labels.double().sum(0)
+    else:
+        raise ValueError(
+            f"class_weights='balanced' needs a class index per training image, but the labels are "
+            f"{list(labels.shape)} of {labels.dtype}. Give class_weights as a list of {count} numbers."
+        )
+    return told((images.sum() / (count * images)).tolist(), names, "no training image has")
+
+
+def told(weights: list[float], names: Sequence[str], lack: str) -> list[float]:
+    """Say which weights were computed, and give 1 to classes that have none."""
+    missing = [name for name, weight in zip(names, weights, strict=True) if not _is_positive(weight)]
+    if missing:
+        rank_zero_warn(
+            f"class_weights='balanced': {lack} {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''} "
+            f"({len(missing)} of {len(names)} classes), whose weight is 1. Look at the data, or at limit and val_split."
+        )
+    found = [weight if _is_positive(weight) else 1.0 for weight in weights]
+    rank_zero_info(f"class_weights='balanced': {', '.join(f'{weight:.4g}' for weight in found[:100])}")
+    return found
+
+
+def check_range(labels: Tensor, count: int) -> None:
+    """Refuse class indices that are none of 0..count - 1."""
+    wrong = labels[(labels < 0) | (labels >= count)]
+    if len(wrong) > 0:
+        raise ValueError(f"Labels must be class indices from 0 to {count - 1} (num_classes={count}), got {wrong[0]}.")
+
+
+def training_labels(trainer: Trainer) -> Tensor:
+    """Return the labels of all samples that an epoch trains on, without loading an image.
+
+    Raises:
+        ValueError: if the data set does not tell them.
+    """
+    loader = trainer.train_dataloader
+    labels = None
+    if isinstance(loader, DataLoader) and loader.batch_size is not None:  # else a sample may be a whole batch
+        labels = _labels_of(loader.dataset)
+        if labels is not None and isinstance(loader.sampler, SubsetRandomSampler):
+            labels = labels[list(loader.sampler.indices)]
+    if labels is None:
+        kind = type(getattr(loader, "dataset", loader)).__name__
+        raise ValueError(
+            f"class_weights='balanced' needs the label of every training image, which {kind} does not tell. Give it "
+            "an attribute `targets`, one class index per image, or give class_weights as a list of numbers."
+        )
+    return labels
+
+
+def _labels_of(data: Any) -> Tensor | None:
+    if isinstance(data, Subset):
+        inner = _labels_of(data.dataset)
+        return None if inner is None else inner[list(data.indices)]
+    if isinstance(data, ConcatDataset):
+        parts = [_labels_of(part) for part in data.datasets]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+    if isinstance(data, TensorDataset):
+        return data.tensors[1] if len(data.tensors) > 1 else None
+    if isinstance(data, list):
+        return torch.as_tensor(np.asarray([sample[1] for sample in data]))
+    for name in ("targets", "labels"):  # as torchvision calls them
+        labels: Any = getattr(data, name, None)
+        if hasattr(labels, "__len__") and len(labels) == len(data):
+            transform = getattr(data, "target_transform", None)
+            return torch.as_tensor(np.asarray(labels if transform is None else [transform(label) for label in labels]))
+    return None
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
