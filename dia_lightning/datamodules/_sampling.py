@@ -135,6 +135,41 @@ class PaddedSampler(DistributedSampler[Any]):
             yield index if index < self._length else -1
 
 
+class BalancedSampler(DistributedSampler[Any]):
+    """Draw training samples so that an epoch of the usual length has every class equally often, up to one sample.
+
+    Within an epoch the samples of a class come equally often too, up to one: those of rare classes several times, of
+    frequent ones only some, chosen anew for every epoch. Draws depend on the seed and the epoch alone. It is a
+    ``DistributedSampler`` that Lightning leaves in place; the ranks share one draw, each has a part of its own.
+
+    Args:
+        dataset: the training samples.
+        num_replicas: number of processes.
+        rank: of this process.
+        seed: of the draws.
+    """
+
+    def __init__(self, dataset: Samples, *, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
+        labels = dataset.labels
+        self._groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.RandomState([self.seed, self.epoch])
+        self.epoch += 1  # for loops that do not set it; Lightning does
+        counts = np.full(len(self._groups), self.total_size // len(self._groups))
+        counts[random.permutation(len(counts))[: self.total_size - counts.sum()]] += 1
+        drawn = [_repeated(group, count, random) for group, count in zip(self._groups, counts, strict=True)]
+        mixed = random.permutation(np.concatenate(drawn))
+        return iter(mixed[self.rank :: self.num_replicas].tolist())
+
+
+def _repeated(group: Positions, count: int, random: np.random.RandomState) -> Positions:
+    """Return ``count`` positions: the whole group in random order as often as it fits, then a part of it."""
+    rounds = [random.permutation(group) for _ in range(-(-count // len(group)))]
+    return np.concatenate([*rounds, group[:0]])[:count]
+
+
 class MixingCollate:
     """Stack a training batch and mix it: mixup, cutmix, or one of both by chance.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from dia_lightning._hyperparameters import primitive
 from dia_lightning.datamodules._download import Archive, obtain
@@ -140,6 +140,10 @@ class DIADataModule(LightningDataModule, ABC):
         """Return what makes a batch of samples; ``None`` stacks them."""
         return None
 
+    def training_sampler(self, dataset: Samples) -> DistributedSampler[Any] | None:
+        """Return what draws the training samples of this process; ``None`` shuffles them."""
+        return None
+
     def archives(self) -> Sequence[Archive]:
         """Return what has to be fetched; empty if nothing can be."""
         return ()
@@ -238,11 +242,12 @@ class DIADataModule(LightningDataModule, ABC):
         if not train and self.eval_batch_size is not None:
             size = self.eval_batch_size
         workers = self._worker_count()
+        sampler = self.training_sampler(dataset) if train else self._padded_sampler(dataset)
         return DataLoader(
             dataset,
             batch_size=size,
-            shuffle=train,
-            sampler=None if train else self._padded_sampler(dataset),
+            shuffle=train and sampler is None,
+            sampler=sampler,
             num_workers=workers,
             collate_fn=self.collate_function(role),
             pin_memory=runs_on_cuda(self.trainer) if self.pin_memory is None else self.pin_memory,

@@ -1,5 +1,6 @@
 """Data modules of labelled images."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -7,13 +8,22 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 from torchvision.transforms import v2
 
+from dia_lightning.datamodules._loading import replicas
 from dia_lightning.datamodules._options import check_choice, check_positive_or_zero
-from dia_lightning.datamodules._sampling import ClassificationSamples, MixingCollate, Positions, Role
+from dia_lightning.datamodules._sampling import (
+    BalancedSampler,
+    ClassificationSamples,
+    MixingCollate,
+    Positions,
+    Role,
+    Samples,
+)
 from dia_lightning.datamodules._transforms import Augment, build_transform
 from dia_lightning.datamodules.base import DIADataModule
 from dia_lightning.datamodules.sources import Source
 
 PixelRange = Literal["standardized", "symmetric"]
+Sampling = Literal["shuffle", "balanced"]
 
 
 class ClassificationDataModule(DIADataModule):
@@ -33,6 +43,9 @@ class ClassificationDataModule(DIADataModule):
             diffusion.
         mixup: alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
         cutmix: alpha of cutmix, 0 or more; 0 turns it off.
+        sampling: ``"shuffle"``: every training image once per epoch. ``"balanced"``: every class equally often in an
+            epoch of the same length; images of rare classes come several times, each time augmented anew. Which images
+            an epoch has depends on the seed of ``seed_everything`` alone (0 without).
         **common: as :class:`DIADataModule` takes them.
 
     Raises:
@@ -51,6 +64,7 @@ class ClassificationDataModule(DIADataModule):
         pixel_range: PixelRange = "standardized",
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        sampling: Sampling = "shuffle",
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -58,10 +72,12 @@ class ClassificationDataModule(DIADataModule):
         check_positive_or_zero("cutmix", cutmix)
         check_choice("augment", augment, get_args(Augment))
         check_choice("pixel_range", pixel_range, get_args(PixelRange))
+        check_choice("sampling", sampling, get_args(Sampling))
         self.augment = augment
         self.pixel_range = pixel_range
         self.mixup = mixup
         self.cutmix = cutmix
+        self.sampling = sampling
 
     @abstractmethod
     def basic_augmentation(self) -> Sequence[v2.Transform]:
@@ -109,6 +125,17 @@ class ClassificationDataModule(DIADataModule):
             std=std,
         )
         return ClassificationSamples(source, positions, transform=transform, role=role)
+
+    def training_sampler(self, dataset: Samples) -> BalancedSampler | None:
+        """Draw every class equally often if asked to."""
+        if self.sampling == "shuffle":
+            return None
+        count, rank = replicas(self.trainer)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # as Lightning's own samplers
+        sampler = BalancedSampler(dataset, num_replicas=count, rank=rank, seed=seed)
+        if self.trainer is not None:  # workers draw before Lightning tells the epoch of a resumed training
+            sampler.set_epoch(self.trainer.current_epoch)
+        return sampler
 
     def collate_function(self, role: Role) -> MixingCollate | None:
         """Mix training batches if asked to."""

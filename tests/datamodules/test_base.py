@@ -34,6 +34,7 @@ COMMON = {
     "augment": "basic",
     "mixup": 0.0,
     "cutmix": 0.0,
+    "sampling": "shuffle",
     "drop_last": True,
     "limit": None,
     "download": True,

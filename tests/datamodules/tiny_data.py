@@ -38,7 +38,9 @@ def samples_of(loader: DataLoader[Any]) -> list[Any]:
 def pretend_ranks(data: LightningDataModule, ranks: int, rank: int) -> None:
     """Make a data module believe that it is one of several processes of a run."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer: Any = SimpleNamespace(world_size=ranks, global_rank=rank, num_devices=ranks, strategy=strategy)
+    trainer: Any = SimpleNamespace(
+        world_size=ranks, global_rank=rank, num_devices=ranks, strategy=strategy, current_epoch=0
+    )
     data.trainer = trainer
 
 
