@@ -105,6 +105,8 @@ class DIADataModule(LightningDataModule, ABC):
         check_whole("split_seed", split_seed, least=0)
         check_val_split(val_split)
         self.root = Path(root if root is not None else _default_root()).expanduser()
+        # not read from hparams: they hold what a subclass was given, which may hand on something else
+        self.batch_size = int(batch_size)  # the batch size finder writes here
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
@@ -238,9 +240,7 @@ class DIADataModule(LightningDataModule, ABC):
 
     def _loader_of(self, dataset: Samples, *, role: Role = "eval") -> DataLoader[Any]:
         train = role == "train"
-        size = self.hparams["batch_size"]  # read here, because the batch size finder changes it
-        if not train and self.eval_batch_size is not None:
-            size = self.eval_batch_size
+        size = self.batch_size if train or self.eval_batch_size is None else self.eval_batch_size
         workers = self._worker_count()
         sampler = self.training_sampler(dataset) if train else self._padded_sampler(dataset)
         return DataLoader(
@@ -269,7 +269,7 @@ class DIADataModule(LightningDataModule, ABC):
         return automatic_workers(self.trainer)
 
     def _check_train_size(self) -> None:
-        samples, batch_size = len(self._dataset("train")), self.hparams["batch_size"]
+        samples, batch_size = len(self._dataset("train")), self.batch_size
         per_process = -(-samples // replicas(self.trainer)[0])
         if self.drop_last and per_process < batch_size:
             raise ValueError(

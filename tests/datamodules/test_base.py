@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors import data_connector
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_setattr
 from PIL import Image
 
 from dia_lightning.datamodules import (
@@ -275,10 +276,25 @@ def test_evaluation_has_its_own_batch_size() -> None:
 
 
 def test_batch_size_finder_reaches_the_loaders() -> None:
-    data = _tiny()
+    data, model = _tiny(), LightningModule()
+    model.trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    model.trainer._data_connector.attach_datamodule(model, data)
     data.setup("fit")
-    data.hparams["batch_size"] = 8
+    lightning_setattr(model, "batch_size", 8)  # as the finder does
+    assert lightning_getattr(model, "batch_size") == 8
     assert data.train_dataloader().batch_size == data.val_dataloader().batch_size == 8
+
+
+class _PerDevice(DigitsDataModule):
+    def __init__(self, *, batch_size: int = 64, devices: int = 2, **common: Any) -> None:
+        super().__init__(batch_size=batch_size // devices, **common)
+
+
+def test_the_loaders_have_the_batch_size_that_a_subclass_hands_on() -> None:
+    data = _PerDevice(batch_size=32, num_workers=0)
+    data.setup("fit")
+    assert data.train_dataloader().batch_size == data.val_dataloader().batch_size == 16
+    assert data.hparams["batch_size"] == 32  # what builds the subclass again
 
 
 def test_workers_stay_alive_and_are_not_waited_for_for_ever() -> None:
