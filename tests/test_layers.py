@@ -13,11 +13,14 @@ BELOW = {
     "attention": set(),
     "models": {"attention", "_torchvision_guard"},
     "analysis": {"attention", "models"},
-    "datamodules": {"_coco_tools", "_hyperparameters", "_torchvision_guard"},
+    "datamodules": {"_coco_tools", "_hyperparameters", "_text", "_torchvision_guard"},
     "loggers": set(),
     "callbacks": {"_coco_tools", "analysis", "tasks", "datamodules", "models", "attention"},
     "tasks": {"_coco_tools", "_hyperparameters", "models", "attention"},
-    "cli": {"analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "_torchvision_guard"},
+    "cli": {
+        *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),
+        *("_text", "_torchvision_guard"),
+    },
 }
 # ... and which of the other packages it must do without.
 UPPER = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "matplotlib", "jsonargparse", "timm", "diffusers"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dia_lightning._text import read_text
 from dia_lightning.cli import _strict_yaml
 
 KEYS = ("name", "base", "options", "seeds", "control", "metrics", "arms")
@@ -137,7 +138,7 @@ def read_experiment(path: str) -> Experiment:
 def _load(path: Path, hint: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. {hint}")
-    return _strict_yaml.load(path.read_text(encoding="utf-8"))
+    return _strict_yaml.load(read_text(path))
 
 
 def _digest(content: Any) -> str:

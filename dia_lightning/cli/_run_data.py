@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from dia_lightning import datamodules
+from dia_lightning._text import read_text
 from dia_lightning.cli import _strict_yaml
 from dia_lightning.datamodules import ClassificationDataModule, DetectionDataModule, DIADataModule
 from dia_lightning.tasks import DetectionTask, DIATask
@@ -71,8 +72,8 @@ def _section(path: Path) -> dict[str, Any]:
             f"{path} is not there, so the data of the run are unknown. Give a config with a section data: -c CONFIG."
         )
     try:
-        content = _strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _strict_yaml.load(read_text(path), str(path))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}.") from error
     section = content.get("data") if isinstance(content, dict) else None
     if not isinstance(section, dict):

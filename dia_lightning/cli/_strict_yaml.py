@@ -1,10 +1,14 @@
-"""YAML as everywhere else in the command line, minus two silent faults: duplicate keys and not-a-number."""
+"""YAML as everywhere else in the command line, minus three silent faults: duplicate keys, not-a-number and ``None``."""
 
 import math
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Path, get_loader, set_loader  # type: ignore[attr-defined]
+
+from dia_lightning._text import read_text
 
 MODE = "strict-yaml"
 
@@ -14,7 +18,9 @@ class StrictYAMLError(yaml.YAMLError):
 
 
 def load(text: str, path: str = "") -> Any:
-    """Read YAML; refuse a key that is given twice and a value that is not a number.
+    """Read YAML; refuse a key that is given twice and a value that is not a number, and take ``None`` for ``null``.
+
+    Programs in Python write ``None``, for example the agent of a W&B sweep; the text is ``"None"``, in quotes.
 
     Args:
         text: a whole document or the value of one option.
@@ -31,7 +37,10 @@ def load(text: str, path: str = "") -> Any:
         {'lr': 0.1}
     """
     place = f"{path}: " if path else ""
-    _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), place)
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    _refuse_duplicates(document, place)
+    for start, end in sorted(_nones(document), reverse=True):
+        text = f"{text[:start]}null{text[end:]}"
     value = get_loader("yaml")(text)
     _refuse_nan(value, f"{place}value")
     return value
@@ -40,7 +49,24 @@ def load(text: str, path: str = "") -> Any:
 def install() -> str:
     """Make the loader known to jsonargparse; return the name to give as ``parser_mode``."""
     set_loader(MODE, load, exceptions=(yaml.YAMLError,))
+    Path.read_text = _read_text  # type: ignore[method-assign,assignment]  # it reads files as the locale has them
     return MODE
+
+
+_read_other = Path.read_text
+
+
+def _read_text(path: Path) -> str:
+    return read_text(os.fspath(path)) if os.path.isfile(path) else _read_other(path)
+
+
+def _nones(node: yaml.Node | None) -> Iterator[tuple[int, int]]:
+    """Yield where the values ``None`` begin and end in the text: those without quotes that are no keys."""
+    if isinstance(node, yaml.ScalarNode) and node.value == "None" and node.style is None:
+        yield node.start_mark.index, node.end_mark.index
+    elif isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            yield from _nones(item[1] if isinstance(node, yaml.MappingNode) else item)
 
 
 def _refuse_duplicates(node: yaml.Node | None, place: str) -> None:

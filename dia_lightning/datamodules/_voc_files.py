@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
+from dia_lightning._text import read_text
 from dia_lightning.datamodules._images import image_size
 from dia_lightning.datamodules._objects import Objects
 
@@ -42,7 +43,7 @@ def read_voc(folder: Path, names: Path, classes: Sequence[str]) -> tuple[list[st
     """
     if not names.is_file():
         raise FileNotFoundError(f"{names} is not a file: expected the names of the images of the split, one per line.")
-    stems = [line.split()[0] for line in names.read_text().splitlines() if line.strip()]
+    stems = [line.split()[0] for line in read_text(names).splitlines() if line.strip()]
     if not stems:
         raise ValueError(f"{names} is empty, expected the names of the images of the split, one per line.")
     paths = [_existing(folder / "JPEGImages", stem, ".jpg", names) for stem in stems]
