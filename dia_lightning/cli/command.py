@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import dia_lightning.callbacks  # noqa: F401  its classes can then be given by their short names
 from dia_lightning.cli import _checkpoints, _strict_yaml
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
+from dia_lightning.cli._later_test import CheckLaterTest
 from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.datamodules import DIADataModule
@@ -157,7 +158,10 @@ class DIACLI(LightningCLI):
             raise cause from None
 
     def before_fit(self) -> None:
-        """Go on in the W&B run of the checkpoint, unless the user named one."""
+        """See to the test after it, and go on in the W&B run of the checkpoint, unless the user named one."""
+        if self.config.fit.test_after_fit:
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.insert(0, CheckLaterTest())
         ckpt_path = self.config.fit.ckpt_path
         run_id = None if ckpt_path is None else wandb_id(ckpt_path)
         for logger in self.trainer.loggers:

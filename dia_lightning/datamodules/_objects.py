@@ -106,6 +106,11 @@ class AnnotatedFiles(FileSource):
             "area": torch.from_numpy(np.where(np.isnan(objects.area), area, objects.area).astype(np.float32)),
         }
 
+    @property
+    def object_counts(self) -> npt.NDArray[np.int64]:
+        """Return how many objects each image has ``[N]``."""
+        return np.diff(self._starts)
+
     def image_id(self, position: int) -> int:
         """Return the id of an image in the user's annotation file."""
         return position + 1 if self._image_ids is None else self._image_ids[position]

@@ -233,6 +233,20 @@ class DIADataModule(LightningDataModule, ABC):
             positions = positions[stratified_split(source.labels[positions], count, self.split_seed)[1]]
         return self._loader_of(self.make_samples(source, positions, role="eval"))
 
+    def check_test_data(self) -> None:
+        """Open the test data and read a sample, so that what they lack shows before a training and not after it.
+
+        Raises:
+            ValueError: if there is no sample, or no label to compare with.
+            FileNotFoundError: if there are no such data.
+            SampleError: if the first sample cannot be read.
+        """
+        self.setup("test")
+        samples = self._dataset("test")
+        if len(samples) == 0:
+            raise ValueError(f"The test data of {type(self).__name__} in {self.root} have no sample.")
+        samples[0]
+
     # How it is done
 
     def _loader(self, name: _Loaded) -> DataLoader[Any]:

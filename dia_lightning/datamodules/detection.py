@@ -78,6 +78,16 @@ class DetectionDataModule(DIADataModule):
         """Make lists, because images have sizes of their own."""
         return lists if role == "train" else lists_and_index
 
+    def check_test_data(self) -> None:
+        """Check them as all data modules do, and that there is an object to find."""
+        super().check_test_data()
+        source, positions = self._chosen("test")
+        if isinstance(source, AnnotatedFiles) and not source.object_counts[positions].any():
+            raise ValueError(
+                f"The {len(positions)} test images of {type(self).__name__} in {self.root} have no object, so there is "
+                "nothing to score detections by. Give annotations with objects, or do not test."
+            )
+
     def _annotated_files(
         self,
         split: Split,

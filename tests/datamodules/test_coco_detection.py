@@ -270,6 +270,23 @@ def test_validation_part_is_tested_on_where_there_is_no_test_file(tmp_path: Path
     assert data.image_id(0) == 200
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.pop("annotations"), "has no list 'annotations'"),
+        (lambda content: content["annotations"].clear(), "The 3 test images of CocoDetectionDataModule in .* have no"),
+        (lambda content: content["images"][0].update(file_name="gone.png"), "1 of 3 images of .* are not there"),
+    ],
+)
+def test_test_data_that_nothing_can_be_measured_on_are_refused_early(tmp_path: Path, change: Any, message: str) -> None:
+    write_coco(tmp_path)
+    coco_data(tmp_path).check_test_data()
+    with edit_json(tmp_path / "instances_test.json") as content:
+        change(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        coco_data(tmp_path).check_test_data()
+
+
 def test_split_beside_a_validation_file_is_refused() -> None:
     with pytest.raises(ValueError, match=r"val_split must be 0 beside val_annotations=.*val2017\.json, got 0\.1"):
         CocoDetectionDataModule(val_split=0.1)
