@@ -1,22 +1,15 @@
 """The program ``dia-lightning``, also ``python -m dia_lightning``."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from dia_lightning import __version__
+from dia_lightning.cli._commands import COMMANDS, LIGHT_COMMANDS
 from dia_lightning.cli._errors import fail, is_for_the_user, message_of
-
-#: Commands that do without Lightning, and the module of each.
-LIGHT_COMMANDS = {
-    "models": "networks",
-    "sites": "sites",
-    "check": "check",
-    "export": "export",
-    "sample": "sample",
-    "analyze": "analyze",
-    "reproduce": "reproduce",
-}
+from dia_lightning.cli._nearest import nearest
 
 USAGE = """\
 usage: dia-lightning COMMAND [options]
@@ -60,6 +53,8 @@ def main(args: Sequence[str] | None = None) -> None:
     elif not arguments:
         sys.stderr.write(USAGE)
         raise SystemExit(2)
+    elif not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        fail(f"Unknown command '{arguments[0]}'{nearest(arguments[0], COMMANDS)}")
     else:
         _run(arguments)
 
@@ -69,16 +64,31 @@ def _run(arguments: list[str]) -> None:
     try:
         import dia_lightning._torchvision_guard  # noqa: F401
 
-        if arguments[0] in LIGHT_COMMANDS:
-            import_module(f"dia_lightning.cli.{LIGHT_COMMANDS[arguments[0]]}").run(arguments[1:])
-        else:
-            import_module("dia_lightning.cli.command").run(arguments)
+        with _working_folder_importable():
+            if arguments[0] in LIGHT_COMMANDS:
+                import_module(f"dia_lightning.cli.{LIGHT_COMMANDS[arguments[0]]}").run(arguments[1:])
+            else:
+                import_module("dia_lightning.cli.command").run(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
         if not is_for_the_user(error):
             raise
         fail(message_of(error), getattr(error, "exit_code", 2))
+
+
+@contextmanager
+def _working_folder_importable() -> Iterator[None]:
+    """Find classes of the user's own in the working folder however the program is started, as ``python -m`` does."""
+    folder = os.getcwd()
+    is_off_limits = getattr(sys.flags, "safe_path", False)  # python -P, from 3.11 on
+    added = [] if is_off_limits or folder in sys.path or "" in sys.path else [folder]
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
 
 
 if __name__ == "__main__":

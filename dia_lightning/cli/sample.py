@@ -16,6 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning.cli import _checkpoint_argument
 from dia_lightning.cli._errors import UserError
+from dia_lightning.cli._nearest import nearest
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.tasks import DiffusionTask
@@ -109,8 +110,6 @@ def _guidance_to_no_class(task: "DiffusionTask", guidance: float) -> float:
 
 
 def _label(text: str, num_classes: int, names: list[str]) -> int:
-    from dia_lightning.cli._messages import nearest  # imports Lightning
-
     if text in names:  # also where it looks like the number of another class: what users see elsewhere are names
         return names.index(text)
     try:

@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 
 Fails = Callable[..., str]
+OWN = """\
+from lightning.pytorch import LightningDataModule, LightningModule
+from dia_lightning.datamodules import ClassificationDataModule
+
+class Data(LightningDataModule): ...
+class Half(ClassificationDataModule): ...
+class Task(LightningModule): ...
+"""
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,22 @@ Fails = Callable[..., str]
         (["--model.backbone_args.depth", "12"], "depth"),
         (["--model.backbone_args.deph", "11"], "cifar_resnet does not take 'deph', it takes: depth"),
         (["--model.optimizer", "adma"], "'adma' is neither of 'sgd', 'adamw', nor the path of a class"),
+        (["--model.optimizer", "adamw", "--model.optimizer.lr", "1"], "--model.optimizer.lr: what is given by a short"),
+        (
+            ["--model.optimizer", "AdamW", "--model.optimizer.lr", "fast"],
+            "--model.optimizer.lr: 'fast' does not fit. Expected float.",
+        ),
+        (["--model.optimizer", "AdamW", "--model.optimizer.wd", "1"], "--model.optimizer.wd: AdamW has no such option"),
+        (["--model.schedule", "StepLR"], "--model.schedule.step_size missing: StepLR cannot be built without."),
+        (["--model.optimizer", "own.Data"], "--model.optimizer: own.Data is a LightningDataModule, but no Optimizer."),
+        (
+            ["--model", "own.Task"],
+            "--model: own.Task is a LightningModule, but no DIATask. Derive it from dia_light",
+        ),
+        (["--data", "own.Data"], "--data: own.Data is a LightningDataModule, but no DIADataModule, from which a task"),
+        (["--data", "own.Half"], "--data: own.Half cannot be built, because it does not define basic_augmentation, c"),
+        (["--data", "own.Dat"], "--data: own has no class 'Dat'. Did you mean 'Data'"),
+        (["--data", "broken.Data"], "--data: cannot import broken.Data: name 'undefined' is not defined."),
         (["--model.attention", "dia-lstn"], "Unknown attention 'dia-lstn'. Did you mean 'dia-lstm'"),
         (["--model.init_from", "nowhere.pt"], "There is no file 'nowhere.pt'"),
         (
@@ -58,7 +82,9 @@ Fails = Callable[..., str]
         (["--trainer.accelerator", "gpuu"], "invalid accelerator name"),
     ],
 )
-def test_option(fails: Fails, options: list[str], expected: str) -> None:
+def test_option(fails: Fails, workplace: Path, options: list[str], expected: str) -> None:
+    Path("own.py").write_text(OWN)
+    Path("broken.py").write_text("undefined")
     assert expected in fails("fit", "-c", "tiny.yaml", *options)
 
 
@@ -98,6 +124,10 @@ def test_duplicate_key_names_the_file(fails: Fails) -> None:
     ("args", "expected"),
     [
         (["fitt"], "Unknown command 'fitt'. Did you mean 'fit'?"),
+        (["analize", "best"], "Unknown command 'analize'. Did you mean 'analyze'?"),
+        (["run"], "Unknown command 'run'. Known: analyze, check, export, fit, models, predict, reproduce, sample, s"),
+        (["fit", "--data.batch_size", "3"], "--data missing: give a config"),
+        (["fit", "--data", "DigitsDataModule", "--model.backbone", "x"], "--model missing: give a config"),
         (["model"], "Unknown command 'model'. Did you mean 'models'?"),
         (["fit"], "--data, --model missing: give a config"),
         (["fit", "-c", "tinny.yaml"], "There is no file tinny.yaml. Did you mean tiny.yaml?"),

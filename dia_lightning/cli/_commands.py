@@ -1,0 +1,15 @@
+"""The commands of the program."""
+
+#: Those that do without Lightning, and the module of each.
+LIGHT_COMMANDS = {
+    "models": "networks",
+    "sites": "sites",
+    "check": "check",
+    "export": "export",
+    "sample": "sample",
+    "analyze": "analyze",
+    "reproduce": "reproduce",
+}
+#: Those of Lightning's command line.
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = (*TRAINER_COMMANDS, *LIGHT_COMMANDS)
