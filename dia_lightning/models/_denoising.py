@@ -68,12 +68,13 @@ class Denoising:
         *,
         after_step: Callable[[], object],
         trace: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
         """Return the images ``[B, C, H, W]`` of some indices in [0, 1], or their trace ``[B, K, C, H, W]``."""
         # one generator per image, on the CPU: the same image in every batch and on every device
-        generators = [seeded_generator(self.seed, index) for index in indices]
+        generators = [seeded_generator(self.seed, index) for index in indices] if generator is None else generator
         parameter = next(self.network.parameters())
-        images = torch.stack([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
+        images = _noise((len(indices), *shape), generators)
         scheduler = self._new_scheduler()  # of DPM-Solver++ one per batch, since it remembers steps
         images = images.to(parameter.device) * scheduler.init_noise_sigma
         random = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -104,6 +105,13 @@ class Denoising:
         both = predict(self.network, images.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([labels, without]))
         conditional, unconditional = both.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
+
+
+def _noise(shape: tuple[int, ...], generators: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """Return noise of a shape, from one generator for all or one per image, as pipelines of diffusers draw it."""
+    if isinstance(generators, torch.Generator):
+        return torch.randn(shape, generator=generators, device=generators.device, dtype=torch.float32)
+    return torch.stack([_noise(shape[1:], generator) for generator in generators])
 
 
 def class_labels(count: int, classes: int | Sequence[int] | None, *, first: int, no_class: int | None) -> Tensor | None:

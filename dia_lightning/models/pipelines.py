@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from dia_lightning.attention import attach
 from dia_lightning.models import _denoising
 from dia_lightning.models.denoisers import DIFFUSERS_MISSING, keep_labels
@@ -193,6 +195,7 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         seed: int = 0,
         output_type: str = "pil",
         return_dict: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Any:
         """Make images.
 
@@ -208,6 +211,8 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
                 same in batches of any size and on any device, up to rounding.
             output_type: ``"pil"``, ``"np"`` (``[B, H, W, C]`` in [0, 1]) or ``"pt"`` (``[B, C, H, W]`` in [0, 1]).
             return_dict: whether to return an ``ImagePipelineOutput``, or a tuple that holds the images.
+            generator: source of the noise in place of ``seed``, as pipelines of diffusers take it: one for all images,
+                or a list of one per image.
 
         Returns:
             The images, as ``.images`` or as the first item.
@@ -220,6 +225,7 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         chosen = self._numbers(class_labels)
         count = (len(chosen) if isinstance(chosen, list) else 1) if batch_size is None else batch_size
         _denoising.check_least("batch_size", count, 1)
+        generators = _checked(generator, count)
         if guidance_scale != 1 and self.no_class is not None and not self.supports_guidance:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a network that was also trained without the class."
@@ -234,7 +240,7 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         labels = _denoising.class_labels(count, chosen, first=0, no_class=self.no_class)
         labels = None if labels is None else labels.to(self.unet.device)
         with self.progress_bar(total=denoising.steps) as bar, _denoising.evaluating(self.unet):
-            images = denoising.run(range(count), labels, shape, after_step=bar.update)
+            images = denoising.run(range(count), labels, shape, after_step=bar.update, generator=generators)
         found: Any = images
         if output_type != "pt":
             found = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -303,6 +309,21 @@ def _check_names(names: Mapping[int, str], config: Mapping[str, Any]) -> None:
         )
     if len(set(names.values())) < len(names):
         raise ValueError(f"id2label must give every class a name of its own, got {dict(names)}.")
+
+
+def _checked(generator: Any, count: int) -> torch.Generator | list[torch.Generator] | None:
+    """Return one generator for all images, or a list of one for each."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    several = list(generator) if isinstance(generator, list | tuple) else []
+    if not several or not all(isinstance(each, torch.Generator) for each in several):
+        raise ValueError(
+            f"generator must be a torch.Generator or a list of one per image, got {generator!r:.100}. A number goes "
+            "into seed."
+        )
+    if len(several) != count:
+        raise ValueError(f"generator must be one for all or one for each of the {count} images, got {len(several)}.")
+    return several
 
 
 def _check_output_type(output_type: str, *, channels: int) -> None:

@@ -220,6 +220,28 @@ def test_other_samplers_end_at_the_image_of_a_perfect_network(kind: Any) -> None
     )
 
 
+@pytest.mark.parametrize("is_list", [True, False])
+def test_generators_give_the_images_of_pipelines_of_diffusers(is_list: bool) -> None:
+    torch.manual_seed(0)
+    network = get_denoiser("unet", image_shape=(1, 8, 8), **UNET)
+    pipeline = quiet(DIAPipeline(network, DDIMScheduler()))
+    stock = {DDIMPipeline: DDIMScheduler(), DDPMPipeline: DDPMScheduler(variance_type="fixed_small")}
+    for kind, scheduler in stock.items():  # the second draws noise in every step
+
+        def seeded() -> Any:
+            return generators(2, seed=3) if is_list else torch.Generator().manual_seed(3)
+
+        pipeline.scheduler = scheduler
+        options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
+        expected = quiet(kind(network, scheduler))(2, generator=seeded(), **options).images
+        found = made(pipeline, 2, num_inference_steps=4, generator=seeded())
+        torch.testing.assert_close(found, expected)
+        one = seeded()
+        first, second = (made(pipeline, 2, num_inference_steps=4, generator=one) for _ in range(2))
+        assert torch.equal(first, found)
+        assert not torch.allclose(second, first, atol=0.01)  # it goes on, as it does in diffusers
+
+
 # ---- pipelines of diffusers itself
 
 
@@ -337,6 +359,8 @@ def test_loading_also_tells_what_diffusers_noticed(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"guidance_scale": float("nan")}, "guidance must be a finite number, got nan"),
+        ({"generator": 3}, "generator must be a torch.Generator or a list of one per image, got 3. A number goes into"),
+        ({"generator": [torch.Generator()]}, "one for each of the 2 images, got 1"),
         ({"output_type": "latent"}, "output_type must be one of pil, np, pt, got 'latent'"),
     ],
 )
