@@ -79,6 +79,21 @@ def class_names(trainer: Trainer, pl_module: LightningModule, count: int) -> lis
     return [str(number) for number in range(count)]
 
 
+def has_several_labels(pl_module: LightningModule) -> bool:
+    """Tell whether an image of a task may have any number of labels."""
+    return getattr(pl_module, "task", None) == "multilabel"
+
+
+def check_has_one_class(pl_module: LightningModule, callback: str, instead: str) -> None:
+    """Refuse a task whose images have several labels.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if has_several_labels(pl_module):
+        raise ValueError(f"{callback} is for images of one class each, not for task='multilabel'. {instead}")
+
+
 def short_label(text: str, length: int) -> str:
     """Return ``text`` as one line of at most ``length`` characters that matplotlib draws as it stands.
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from torchmetrics import Metric
 
-from dia_lightning.callbacks._class_names import class_names, short_label
+from dia_lightning.callbacks._class_names import check_has_one_class, class_names, short_label
 from dia_lightning.callbacks._pictures import log_picture
 
 CELL_TEXT_UP_TO = 20  # classes
@@ -40,6 +40,7 @@ class ConfusionMatrix(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the task counts confusions."""
+        check_has_one_class(pl_module, "ConfusionMatrix", "Leave it out.")
         if not isinstance(getattr(pl_module, "confusion", None), Metric):
             raise ValueError(
                 f"{type(pl_module).__name__} has no metric named 'confusion'. Set self.confusion to a torchmetrics "

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from dia_lightning.callbacks._class_names import class_names
+from dia_lightning.callbacks._class_names import check_has_one_class, class_names
 from dia_lightning.callbacks._draw_grid import Prediction, draw_grid
 from dia_lightning.callbacks._pictures import log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
@@ -45,6 +45,11 @@ class PredictionGrid(SampleGrid[Prediction]):
     def __init__(self, *, num_images: int = 16, every_n_epochs: int = 1) -> None:
         super().__init__(num_images=num_images, every_n_epochs=every_n_epochs)
         self._mistakes: list[Prediction] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a true class to show."""
+        instead = "Leave it out; PredictionWriter writes a CSV file."
+        check_has_one_class(pl_module, type(self).__name__, instead)
 
     def _collect(self, trainer: Trainer, batch: Any, outputs: Any, missing: int) -> None:
         """Keep some images of the batch and, in test, its most confident mistakes."""

@@ -41,6 +41,7 @@ class PredictionTable(PredictionGrid):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn if nobody would get the table."""
+        super().setup(trainer, pl_module, stage)
         if stage == "test" and not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
             rank_zero_warn(
                 "PredictionTable needs Weights & Biases and there is no such logger. Add -c configs/logger/wandb.yaml, "

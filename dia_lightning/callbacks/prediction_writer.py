@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 
-from dia_lightning.callbacks._class_names import class_names
+from dia_lightning.callbacks._class_names import class_names, has_several_labels
 from dia_lightning.callbacks._result_writer import TEXT, ResultWriter, in_order, sample_name, written_whole
 from dia_lightning.callbacks._step_outputs import read_step_outputs
 
@@ -20,7 +20,8 @@ class PredictionWriter(ResultWriter):
     Columns: ``sample`` (the datamodule's ``sample_name``, else ``test/<index>``), ``true`` (class name, test only),
     ``label`` (predicted class name), ``confidence``, and one column ``p(<class>)`` per class. Rows are sorted by the
     sample's index. Padding samples (index -1) are left out, and a sample that several ranks have seen is written once;
-    samples of one rank with the same index are all written, with a warning.
+    samples of one rank with the same index are all written, with a warning. For a task with several labels per image
+    ``true`` and ``label`` (probability above 0.5) name them joined by ``;``, and there is no ``confidence``.
 
     Each rank writes its rows batch by batch to a part file beside the final one; rank zero merges the parts when all
     ranks are done. An interrupted run leaves its parts. No file is ever overwritten: as with checkpoints, the
@@ -65,22 +66,33 @@ class PredictionWriter(ResultWriter):
         rows, indices, probabilities = read_step_outputs(outputs)
         writer = csv.writer(part)
         classes = probabilities.shape[1]
+        several = has_several_labels(pl_module)
         with_all = classes <= PROBABILITIES_UP_TO if self.probabilities is None else self.probabilities
         if self._names is None:
             self._names = class_names(trainer, pl_module, classes)
             columns = [f"p({name})" for name in self._names] if with_all else []
             true = [] if labels is None else ["true"]
-            writer.writerow(["index", "sample", *true, "label", "confidence", *columns])
-        predicted = probabilities.argmax(dim=1).tolist()
+            writer.writerow(["index", "sample", *true, "label", *([] if several else ["confidence"]), *columns])
+        best = probabilities.argmax(dim=1).tolist()
         for row, index, label, values in zip(
-            rows.tolist(), indices.tolist(), predicted, probabilities.tolist(), strict=True
+            rows.tolist(), indices.tolist(), best, probabilities.tolist(), strict=True
         ):
-            true = [] if labels is None else [self._names[labels[row]]]
-            numbers = [f"{value:.6g}" for value in [values[label], *(values if with_all else [])]]
-            writer.writerow([index, sample_name(trainer, index), *true, self._names[label], *numbers])
+            true = [] if labels is None else [_named(labels[row], self._names)]
+            predicted = [value > 0.5 for value in values] if several else label
+            numbers = [
+                f"{value:.6g}" for value in [*([] if several else [values[label]]), *(values if with_all else [])]
+            ]
+            writer.writerow([index, sample_name(trainer, index), *true, _named(predicted, self._names), *numbers])
 
     def _merge(self, parts: list[Path], target: Path) -> None:
         _merge(parts, target)
+
+
+def _named(label: float | list[float], names: list[str]) -> str:
+    """Return the name of a class index, or of all labels of which an image has."""
+    if isinstance(label, list):
+        return ";".join(name for name, has in zip(names, label, strict=True) if has)
+    return names[int(label)]
 
 
 def _rows(part: Path) -> Iterator[list[str]]:

@@ -20,8 +20,13 @@ def without_arrays(weights: Any) -> Any:
     return weights.tolist() if isinstance(weights, Tensor | np.ndarray) else weights
 
 
-def check_class_weights(weights: Any, count: int) -> None:
+def check_class_weights(weights: Any, count: int, meaning: str) -> None:
     """Check what a user gives.
+
+    Args:
+        weights: as given.
+        count: how many there must be.
+        meaning: what they are for, for the message.
 
     Raises:
         ValueError: if it is neither ``None``, ``"balanced"`` nor a list of ``count`` positive numbers.
@@ -31,7 +36,7 @@ def check_class_weights(weights: Any, count: int) -> None:
     if not isinstance(weights, list | tuple) or not all(_is_positive(value) for value in weights):
         raise ValueError(f"class_weights must be 'balanced' or a list of positive numbers, got {weights!r}.")
     if len(weights) != count:
-        raise ValueError(f"class_weights must have {count} numbers, one per class, got {len(weights)}.")
+        raise ValueError(f"class_weights must have {count} number(s), {meaning}; got {len(weights)}.")
 
 
 def balanced_weights(labels: Tensor, count: int, names: Sequence[str]) -> list[float]:
@@ -94,7 +99,7 @@ def training_labels(trainer: Trainer) -> Tensor:
         kind = type(getattr(loader, "dataset", loader)).__name__
         raise ValueError(
             f"class_weights='balanced' needs the label of every training image, which {kind} does not tell. Give it "
-            "an attribute `targets`, one class index per image, or give class_weights as a list of numbers."
+            "an attribute `targets`, one label per image, or give class_weights as a list of numbers."
         )
     return labels
 

@@ -3,22 +3,20 @@
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
 from dia_lightning.tasks._class_weights import (
     ClassWeights,
-    balanced_weights,
     check_class_weights,
     training_labels,
     without_arrays,
 )
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
+from dia_lightning.tasks._label_kinds import ImageTask, label_kind
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
@@ -27,17 +25,26 @@ from dia_lightning.tasks.base import DIATask
 class ClassificationTask(DIATask):
     """Trains a classifier, with or without attention.
 
-    Logged: ``train/loss``, ``train/acc``; ``val/`` and ``test/`` followed by ``loss``, ``acc`` (micro top-1, the share
-    of images classified right), ``acc_macro`` (mean over classes) and, above five classes, ``acc5`` (micro top-5).
+    Logged: ``train/loss``, ``train/acc``; ``val/`` and ``test/`` followed by ``loss``, ``acc`` (the share of images
+    that are right: micro top-1; of several labels, all must be) and
 
-    Training batches are ``(images [B, C, H, W], labels)`` with labels ``[B]`` or, after mixup, class probabilities
-    ``[B, K]``. Batches of validation and test may carry the position of each image in its data set as a third item,
-    where -1 marks an image that only fills up the batch of a distributed run and is not counted.
+    - multiclass: ``acc_macro`` (mean over classes) and, above five classes, ``acc5`` (micro top-5);
+    - multilabel: ``map`` (average precision, mean over labels) and ``f1`` (mean over labels);
+    - binary: ``auroc``, ``ap`` (average precision) and ``f1``, of class 1.
+
+    Training batches are ``(images [B, C, H, W], labels)``. Labels are class indices ``[B]`` (multiclass), 0 and 1
+    ``[B, K]`` (multilabel) or 0 and 1 ``[B]`` (binary); in training also probabilities, as after mixup: ``[B, K]``, of
+    a binary task ``[B]`` or ``[B, 2]``. Batches of validation and test may carry the position of each image in its
+    data set as a third item, where -1 marks an image that only fills up the batch of a distributed run and is not
+    counted.
 
     Args:
-        backbone: name of a network (see ``dia-lightning models``), or a network that returns logits ``[B,
-            num_classes]``.
-        num_classes: number of classes K.
+        backbone: name of a network (see ``dia-lightning models``), or a network that returns logits ``[B, K]``, for a
+            binary task ``[B, 1]``.
+        num_classes: number of classes or labels K; of a binary task 2, or left out.
+        task: what labels say, by torchmetrics' names: ``"multiclass"``, one class per image (cross-entropy);
+            ``"multilabel"``, any number of labels per image, or ``"binary"``, one of two classes with a single logit
+            (both: binary cross-entropy).
         image_shape: (C, H, W) of the images, which tells where a backbone of your own takes attention. Data modules of
             this package provide it.
         backbone_args: further arguments of a named backbone, for example ``{"depth": 29}``.
@@ -53,7 +60,9 @@ class ClassificationTask(DIATask):
         label_smoothing: in [0, 1).
         class_weights: K positive numbers, what an image of each class counts in the training loss (``weight`` of
             :func:`torch.nn.functional.cross_entropy`), or ``"balanced"`` for N / (K * images of the class), counted in
-            the training data at hand. Losses of validation and test have no weights, so that they can be compared.
+            the training data at hand. Of a multilabel task what the positives of each label count, of a binary one a
+            single number for those of class 1 (``pos_weight``); balanced: negatives / positives. Losses of validation
+            and test have no weights, so that they can be compared.
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
         compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks by itself,
             which takes less time to compile, because equal blocks are compiled once.
@@ -77,6 +86,7 @@ class ClassificationTask(DIATask):
         backbone: Backbone,
         num_classes: int | None = None,
         *,
+        task: ImageTask = "multiclass",
         image_shape: list[int] | None = None,
         backbone_args: dict[str, Any] | None = None,
         attention: Attention | None = None,
@@ -97,24 +107,22 @@ class ClassificationTask(DIATask):
         class_weights = without_arrays(class_weights)
         arguments = dict(locals())
         super().__init__(**optimization)
-        if num_classes is None or num_classes < 2:
-            raise ValueError(
-                f"num_classes must be 2 or more, got {num_classes}. Data modules of this package provide it."
-            )
+        self.task = task
+        self._kind = label_kind(task, num_classes)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
         if backbone_args and not isinstance(backbone, str):
             raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
         if backbone_args and "num_classes" in backbone_args:
             raise ValueError("backbone_args must not have num_classes: it is an argument of the task.")
-        check_class_weights(class_weights, num_classes)
+        check_class_weights(class_weights, self._kind.outputs, self._kind.weights_for)
         self.remember(arguments)
         self._class_weights = class_weights
         self._loss_weight: Tensor | None = None  # made when training starts
-        self.num_classes = num_classes
+        self.num_classes = self._kind.num_classes
         self.label_smoothing = label_smoothing
         check_is_no_mark("backbone", backbone)
-        args = {"num_classes": num_classes, **(backbone_args or {})}
+        args = {"num_classes": self._kind.outputs, **(backbone_args or {})}
         self.backbone = get_model(backbone, **args) if isinstance(backbone, str) else backbone
         example = images_like(self.backbone, image_shape)
         parts = parts_to_compile(compile, self.backbone, self.backbone, example)
@@ -122,39 +130,29 @@ class ClassificationTask(DIATask):
         if init_from is not None:
             rank_zero_info(load_weights(self.backbone, init_from))
         self.compile_parts(parts)
-        self.train_metrics = MetricCollection({"acc": self._accuracy("micro")}, prefix="train/", compute_groups=False)
-        self.val_metrics = self._accuracies("val/")
+        self.train_metrics = MetricCollection({"acc": self._kind.accuracy()}, prefix="train/", compute_groups=False)
+        self.val_metrics = self._metrics("val/")
         self.val_loss = MeanMetric()
-        self.test_metrics = self._accuracies("test/")
+        self.test_metrics = self._metrics("test/")
         self.test_loss = MeanMetric()
-        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.confusion = self._kind.confusion()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``[B, num_classes]`` of images ``[B, C, H, W]``."""
+        """Return the logits ``[B, num_classes]``, or ``[B, 1]`` of a binary task, of images ``[B, C, H, W]``."""
         logits: Tensor = self.backbone(images)
         return logits
 
-    # ---- metrics
-
-    def _accuracy(self, average: Literal["micro", "macro"], top_k: int = 1) -> Metric:
-        # Validation of arguments would wait for the device at every batch.
-        return MulticlassAccuracy(self.num_classes, average=average, top_k=top_k, validate_args=False)
-
-    def _accuracies(self, prefix: str) -> MetricCollection:
-        metrics: dict[str, Metric | MetricCollection] = {
-            "acc": self._accuracy("micro"),
-            "acc_macro": self._accuracy("macro"),
-        }
-        if self.num_classes > 5:
-            metrics["acc5"] = self._accuracy("micro", top_k=5)
+    def _metrics(self, prefix: str) -> MetricCollection:
+        metrics: dict[str, Metric | MetricCollection] = {"acc": self._kind.accuracy(), **self._kind.further_metrics()}
         # Groups are found by states that are equal after the first batch. Those of different metrics are when all of it
         # is right, and one would take over the other's values.
         return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
     def evaluation_loss(self, batch: Any) -> Tensor:
-        """Return the cross-entropy of a batch, summed over its images, without label smoothing."""
+        """Return the loss of a batch, summed over its images, without label smoothing and weights."""
         images, labels = batch[:2]
-        return F.cross_entropy(self(images).float(), labels, reduction="sum")
+        logits = self._kind.logits(self(images)).float()
+        return self._kind.losses(logits, self._kind.read(labels, training=False)).sum()
 
     # ---- steps
 
@@ -172,7 +170,7 @@ class ClassificationTask(DIATask):
                     "then count too much. Leave one of them out."
                 )
             names = self.class_names or [str(label) for label in range(self.num_classes)]
-            weights = balanced_weights(training_labels(self.trainer), self.num_classes, names)
+            weights = self._kind.balanced(training_labels(self.trainer), names)
         if weights is not None:
             self._loss_weight = torch.tensor(weights, device=self.device).to(self.dtype)
 
@@ -181,11 +179,11 @@ class ClassificationTask(DIATask):
         images, labels = batch[:2]
         if self._class_weights is not None and self._loss_weight is None:
             self._weigh_classes()  # a subclass has an on_train_start of its own
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels, weight=self._loss_weight, label_smoothing=self.label_smoothing)
+        logits = self._kind.logits(self(images))
+        labels = self._kind.read(labels, training=True)  # after the network began, because it waits for the device
+        loss = self._kind.training_loss(logits, labels, weight=self._loss_weight, smoothing=self.label_smoothing)
         self.check_loss(loss, batch_idx)
-        hard = labels if labels.ndim == 1 else labels.argmax(1)
-        self.train_metrics.update(logits, hard)
+        self.train_metrics.update(self._kind.scores(logits), self._kind.hard(labels))
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
@@ -199,12 +197,16 @@ class ClassificationTask(DIATask):
 
     def on_test_epoch_start(self) -> None:
         """Start a new confusion matrix."""
-        self.confusion.reset()
+        if self.confusion is not None:
+            self.confusion.reset()
         super().on_test_epoch_start()
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
-        outputs = self._evaluate(batch, self.test_loss, [self.test_metrics, self.confusion])
+        metrics: list[Metric | MetricCollection] = [self.test_metrics]
+        outputs = self._evaluate(
+            batch, self.test_loss, metrics if self.confusion is None else [*metrics, self.confusion]
+        )
         self.log("test/loss", self.test_loss)
         self.log_dict(self.test_metrics)
         return outputs
@@ -214,17 +216,19 @@ class ClassificationTask(DIATask):
         images, *rest = (batch,) if isinstance(batch, Tensor) else batch
         # Loaders of other packages give labels as the second item.
         index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
-        return {"index": self.sample_index(images, index), "probabilities": self(images).float().softmax(1)}
+        logits = self._kind.logits(self(images)).float()
+        return {"index": self.sample_index(images, index), "probabilities": self._kind.probabilities(logits)}
 
     def _evaluate(
         self, batch: tuple[Tensor, ...], loss: MeanMetric, metrics: list[Metric | MetricCollection]
     ) -> dict[str, Tensor]:
         images, labels, *rest = batch
         index = self.sample_index(images, rest)
-        logits = self(images).float()
+        logits = self._kind.logits(self(images)).float()
         counts = index >= 0
         if counts.any():  # metrics refuse an empty batch
-            loss.update(F.cross_entropy(logits[counts], labels[counts], reduction="none"))
+            counted = self._kind.read(labels[counts], training=False)
+            loss.update(self._kind.losses(logits[counts], counted))
             for metric in metrics:
-                metric.update(logits[counts], labels[counts])
-        return {"index": index, "probabilities": logits.softmax(1)}
+                metric.update(self._kind.scores(logits[counts]), self._kind.hard(counted))
+        return {"index": index, "probabilities": self._kind.probabilities(logits)}

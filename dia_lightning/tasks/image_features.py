@@ -65,6 +65,8 @@ class ClassifierFeatures(ImageFeatures):
         task = load_task(checkpoint)
         if not isinstance(task, ClassificationTask):
             raise ValueError(f"{checkpoint} must hold a ClassificationTask, but holds a {type(task).__name__}.")
+        if task.task != "multiclass":
+            raise ValueError(f"{checkpoint} must hold a classifier with task='multiclass', but has {task.task!r}.")
         if task.image_shape is None or task.normalization is None:
             raise ValueError(
                 f"{checkpoint} does not know the size and normalisation of its images. Train it with a data module of "

@@ -157,7 +157,7 @@ def test_labels_that_nobody_knows_are_refused(tmp_path: Path, data: Any, message
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0, 2.0], "class_weights must have 3 numbers, one per class, got 2"),
+        ([1.0, 2.0], r"class_weights must have 3 number\(s\), one per class; got 2"),
         ([1.0, 2.0, 0.0], r"must be 'balanced' or a list of positive numbers, got \[1.0, 2.0, 0.0\]"),
         ([1.0, 2.0, float("nan")], "list of positive numbers"),
         ("balance", "got 'balance'"),

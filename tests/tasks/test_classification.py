@@ -38,6 +38,7 @@ def test_headline_accuracy_is_micro_and_macro_is_named_as_such(tmp_path: Path) -
     assert result["test/acc"] == pytest.approx(5 / 6)
     assert result["test/acc_macro"] == pytest.approx(0.5)
     assert "test/acc5" not in result
+    assert task.confusion is not None
     assert task.confusion.compute().tolist() == [[5, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
