@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -56,7 +57,8 @@ def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict
     """Return a function ``(channels, spatial_dims=2) -> unit``; the second goes to units that take it.
 
     Args:
-        attention: a registered name, or a callable that takes ``channels`` first.
+        attention: a registered name, the path of a class that has been imported, or a callable that takes ``channels``
+            first.
         arguments: further keyword arguments of the unit.
 
     Raises:
@@ -69,11 +71,7 @@ def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict
         )
     if not (isinstance(attention, str) or callable(attention)):
         raise ValueError(f"Unknown attention {attention!r}: give a name or a callable channels -> nn.Module.")
-    builder = _BUILDERS.get(attention) if isinstance(attention, str) else attention
-    if builder is None:
-        near = difflib.get_close_matches(str(attention).lower(), _BUILDERS, n=3, cutoff=0.3)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"Unknown attention {attention!r}. {hint}Registered: {', '.join(list_attention())}.")
+    builder = _named(attention) if isinstance(attention, str) else attention
     try:
         inspect.signature(builder).bind(1, **arguments)
     except TypeError as error:
@@ -82,3 +80,31 @@ def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict
     if "spatial_dims" in inspect.signature(builder).parameters:
         return lambda channels, spatial_dims=2: builder(channels, **{"spatial_dims": spatial_dims, **arguments})
     return lambda channels, spatial_dims=2: builder(channels, **arguments)
+
+
+def _named(name: str) -> Callable[..., nn.Module]:
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    if "." in name:
+        return _imported_class(name)
+    near = difflib.get_close_matches(name.lower(), _BUILDERS, n=3, cutoff=0.3)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"Unknown attention {name!r}. {hint}Registered: {', '.join(list_attention())}.")
+
+
+def _imported_class(path: str) -> type[nn.Module]:
+    """Return a unit that has been imported already: the path may come from a checkpoint, which must not run code."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    if found is None:
+        raise ValueError(
+            f"Attention {path!r} is not imported, and a path alone imports nothing, because it may come from a "
+            f"checkpoint. Import {module} first; the command line does so for what a config or an option names."
+        )
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"Attention {path!r} is no nn.Module class. Register it under this name: register_attention.")
+    try:
+        inspect.signature(found.forward).bind(None, None, None)
+    except TypeError:
+        raise ValueError(f"Attention {path!r}: its forward must take (features, state).") from None
+    return found

@@ -4,11 +4,16 @@ import argparse
 import sys
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dia_lightning.cli import _checkpoints
 from dia_lightning.cli._errors import PROGRAM, UserError
+from dia_lightning.cli._own_classes import load_task_of_run
+
+if TYPE_CHECKING:  # imports Lightning
+    from dia_lightning.tasks import DIATask
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, out: str, without: str | None = None) -> None:
@@ -78,6 +83,16 @@ def device_of(options: argparse.Namespace) -> str:
 def run_folder_of(checkpoint: Path) -> Path:
     """Return the folder of the run that wrote a checkpoint."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def task_of(checkpoint: Path) -> "DIATask":
+    """Return the task of a checkpoint; its class and attention may be the user's own, if the config of its run says so.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+        UserError: if a class cannot be imported.
+    """
+    return load_task_of_run(checkpoint, run_folder_of(checkpoint) / "config.yaml")
 
 
 def new_folder(options: argparse.Namespace, checkpoint: Path, name: str) -> Path:

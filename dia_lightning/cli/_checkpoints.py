@@ -111,6 +111,25 @@ def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) ->
             )
 
 
+def check_attention_is_named(given: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str) -> None:
+    """Ask for the attention of a checkpoint where it is a class of the user's own, which is not imported for that.
+
+    Args:
+        given: hyper-parameters that the user gave, by name.
+        checkpoint: what :func:`read` gave.
+        path: the checkpoint, for the message.
+
+    Raises:
+        ValueError: if it was not given.
+    """
+    attention = checkpoint.get("hyper_parameters", {}).get("attention")
+    if isinstance(attention, str) and "." in attention and given.get("attention") != attention:
+        raise ValueError(
+            f"The attention of the checkpoint is {attention}, and a class is not imported because a checkpoint says "
+            f"so. If it is yours, {_own_config(path, f'give it: --model.attention {attention}')}."
+        )
+
+
 def misfit(message: str, path: str | None) -> str:
     """Return one sentence for torch's list of all weights that do not fit a network.
 

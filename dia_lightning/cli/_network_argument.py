@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dia_lightning.attention import attach
 from dia_lightning.cli import _checkpoint_argument
+from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.models import get_model
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
@@ -35,9 +36,7 @@ def task_of(options: argparse.Namespace) -> "DIATask | None":
     name: str = options.network
     if name not in ("last", "best") and Path(name).suffix != ".ckpt":
         return None
-    from dia_lightning.tasks import load_task
-
-    return load_task(_checkpoint_argument.resolved(name, options.runs))
+    return _checkpoint_argument.task_of(_checkpoint_argument.resolved(name, options.runs))
 
 
 def network_of(task: "DIATask") -> nn.Module:
@@ -66,6 +65,7 @@ def network_and_images(
     shape = [3, *[224 if "/" in name else 32] * 2]
     task = task_of(options) if task is None else task
     if task is None:
+        import_attention(options.attention, "--attention")
         network = attach(get_model(name), options.attention, share=options.share)
     else:
         from dia_lightning.tasks import ClassificationTask

@@ -1,14 +1,13 @@
 """The data of a finished run, from the config that it wrote."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dia_lightning import datamodules
-from dia_lightning._text import read_text
-from dia_lightning.cli import _strict_yaml
+from dia_lightning.cli._errors import UserError
+from dia_lightning.cli._own_classes import own_class, section_of
 from dia_lightning.datamodules import ClassificationDataModule, DetectionDataModule, DIADataModule
 from dia_lightning.tasks import DetectionTask, DIATask
 from dia_lightning.tasks.base import brief
@@ -17,7 +16,7 @@ from dia_lightning.tasks.base import brief
 def data_module_of(config: str | Path, task: DIATask, root: str | None) -> DIADataModule:
     """Build the data module of a config, and fetch its data if they are not there.
 
-    Only classes of this package are built: a config that came with a checkpoint must not choose which code runs here.
+    A class of the user's own is imported, because the config names it; what the checkpoint says imports nothing.
 
     Args:
         config: file with a section ``data``.
@@ -29,14 +28,7 @@ def data_module_of(config: str | Path, task: DIATask, root: str | None) -> DIADa
         ValueError: if it says nothing that fits about the data, or the task was trained on others.
     """
     section = _section(Path(config))
-    name = str(section.get("class_path", ""))
-    kind = getattr(datamodules, name.rpartition(".")[2], None)
-    known = _known(DetectionDataModule if isinstance(task, DetectionTask) else ClassificationDataModule)
-    if kind not in known or name not in (kind.__name__, *_paths(kind)):
-        raise ValueError(
-            f"{config}: the data module {name!r} is none of {', '.join(item.__name__ for item in known)}. Give a "
-            f"config with one of them, which {type(task).__name__} takes: -c CONFIG."
-        )
+    kind = _kind(str(section.get("class_path", "")), config, task)
     given = {**(section.get("init_args") or {}), **({} if root is None else {"root": root})}
     try:
         data: DIADataModule = kind(**given)
@@ -45,6 +37,28 @@ def data_module_of(config: str | Path, task: DIATask, root: str | None) -> DIADa
     data.prepare_data()
     _check_fits(task, data)
     return data
+
+
+def _kind(name: str, config: str | Path, task: DIATask) -> type[DIADataModule]:
+    """Return the class of a name, or of a path, that suits the task."""
+    bases = (ClassificationDataModule, DetectionDataModule)
+    fits, other = reversed(bases) if isinstance(task, DetectionTask) else bases
+    known = _known(fits)
+    named = {key: item for item in known for key in (item.__name__, *_paths(item))}
+    if name in named:
+        return named[name]
+    reason = ""
+    if "." in name:
+        try:
+            kind = own_class(name, str(config))
+            if inspect.isclass(kind) and issubclass(kind, DIADataModule) and not issubclass(kind, other):
+                return kind
+        except UserError as error:
+            reason = f" ({str(error).rstrip('.')})"
+    raise ValueError(
+        f"{config}: the data module {name!r} is none of {', '.join(item.__name__ for item in known)}{reason}. Give a "
+        f"config with one of them, which {type(task).__name__} takes: -c CONFIG."
+    )
 
 
 def _known(base: type[DIADataModule]) -> list[type[DIADataModule]]:
@@ -66,17 +80,13 @@ def _check_fits(task: DIATask, data: DIADataModule) -> None:
             )
 
 
-def _section(path: Path) -> dict[str, Any]:
+def _section(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there, so the data of the run are unknown. Give a config with a section data: -c CONFIG."
         )
-    try:
-        content = _strict_yaml.load(read_text(path), str(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}.") from error
-    section = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(section, dict):
+    section = section_of(path, "data")
+    if section is None:
         raise ValueError(f"{path} has no section 'data'. Give a config that has: -c CONFIG.")
     return section
 

@@ -109,9 +109,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _from_checkpoint(path: Path, options: argparse.Namespace) -> "tuple[DIATask, DIADataModule, Path]":
     from dia_lightning.cli._run_data import data_module_of
-    from dia_lightning.tasks import load_task
 
-    task = load_task(path)
+    task = _checkpoint_argument.task_of(path)
     config = Path(*options.config) if options.config else _checkpoint_argument.run_folder_of(path) / "config.yaml"
     return task, data_module_of(config, task, options.root), config
 

@@ -19,9 +19,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dia_lightning.callbacks  # noqa: F401  its classes can then be given by their short names
 from dia_lightning.cli import _checkpoints, _strict_yaml
+from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._later_test import CheckLaterTest
 from dia_lightning.cli._messages import DIAArgumentParser
+from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger, default_project
@@ -43,6 +45,9 @@ class DIACLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self._trained_classes: list[str] | None = None
         self._command = args[0] if args else ""
+        args, config = with_config_of_run(args)
+        if config is not None:
+            _say(f"config {config}")
         super().__init__(
             DIATask,
             DIADataModule,
@@ -93,6 +98,8 @@ class DIACLI(LightningCLI):
                     f"--model.{name} {self._given[name]}: the {meaning} comes from the data. "
                     "Leave it out of the command and the config."
                 )
+        # of what was given only: a path that a checkpoint has imports nothing
+        import_attention(self._given.get("attention"), "--model.attention")
 
     def _parse_ckpt_path(self) -> None:
         """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
@@ -111,6 +118,8 @@ class DIACLI(LightningCLI):
 
     def _take_hyper_parameters(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
         found = _checkpoints.hyper_parameters(checkpoint, config.model.class_path)
+        if found:
+            _checkpoints.check_attention_is_named(self._given, checkpoint, config.ckpt_path)
         _checkpoints.check_fits(self._given, found, config.ckpt_path)
         init_args = config.model.init_args
         taken = {

@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(path: Path, device: str) -> "DiffusionTask":
-    from dia_lightning.tasks import DiffusionTask, load_task
+    from dia_lightning.tasks import DiffusionTask
 
-    task = load_task(path)
+    task = _checkpoint_argument.task_of(path)
     if not isinstance(task, DiffusionTask):
         raise ValueError(
             f"Images are made by a DiffusionTask, but {path} holds a {type(task).__name__}. Give another checkpoint, "

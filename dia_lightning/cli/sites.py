@@ -16,6 +16,7 @@ from dia_lightning.attention._attached_stages import attached_stages
 from dia_lightning.attention._site_listing import listing
 from dia_lightning.attention._sites import Branch
 from dia_lightning.cli import _network_argument
+from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.models import build_on_meta, get_model
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
@@ -38,6 +39,7 @@ def run(args: Sequence[str]) -> None:
     asked = (options.attention, options.share, options.reduction, options.branches)
     if plain is network or any(value is not None for value in asked):
         attention: str = options.attention or "dia-lstm"
+        import_attention(attention, "--attention")
         share: Literal["stage", "block"] = options.share or "stage"
         found = find_sites(plain, example, branches=options.branches)
         network = plain

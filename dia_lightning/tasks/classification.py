@@ -48,7 +48,8 @@ class ClassificationTask(DIATask):
         image_shape: (C, H, W) of the images, which tells where a backbone of your own takes attention. Data modules of
             this package provide it.
         backbone_args: further arguments of a named backbone, for example ``{"depth": 29}``.
-        attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
+        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
+            ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
         plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.

@@ -58,7 +58,8 @@ class DetectionTask(DIATask):
         trainable_layers: how many layers of the backbone are trained, counted from the end, the stem being one;
             attention in frozen layers is trained. ``None`` trains all.
         frozen_norm: keep the statistics and weights of the backbone's batch norms as they are.
-        attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
+        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
+            ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
         plug: which blocks of the backbone get attention; this and the next five as

@@ -54,7 +54,8 @@ class DiffusionTask(DIATask):
         label_dropout: share of the labels in [0, 1) that a conditional network is not told in training; guidance needs
             some.
         gradient_checkpointing: compute activations again in the backward pass, which saves memory and takes time.
-        attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain network.
+        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
+            ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
         plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
