@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from dia_lightning.attention._attached_block import is_attached, take_apart
+from dia_lightning.attention._description import describe, forget, remember
 from dia_lightning.attention._find import refuse_unfit
 from dia_lightning.attention._masks import plugged
 from dia_lightning.attention._own_attention import SharedModule
@@ -106,6 +107,7 @@ def attach(
         >>> [name for name, _ in model.named_modules() if name.endswith(".dia")]
         ['layer1.0.dia', 'layer2.0.dia', 'layer3.0.dia']
     """
+    arguments = {name: value for name, value in locals().items() if name not in ("model", "attention_args")}
     refuse_unfit(model)
     if share not in ("stage", "block"):
         raise ValueError(f"share must be 'stage' or 'block', got {share!r}.")
@@ -148,6 +150,7 @@ def attach(
     except BaseException:
         _take_all_apart(model)
         raise
+    remember(model, describe({**arguments, **attention_args}, attach.__kwdefaults__ or {}))
     if existing == "share":
         _LOG.info("existing='share' saves %s parameters of attention modules.", f"{parameters_saved(model):,}")
     return model
@@ -180,6 +183,7 @@ def detach(model: Model) -> Model:
 
 def _take_all_apart(model: nn.Module) -> None:
     put_back(model)
+    forget(model)
     for module in list(model.modules()):
         take_apart(module)
 

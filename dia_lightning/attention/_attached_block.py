@@ -8,6 +8,7 @@ import torch.fx
 from torch import nn
 
 from dia_lightning.attention._attached_site import AttachedSite, site_in
+from dia_lightning.attention._description import saving
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Chain, Link, Slot
 from dia_lightning.attention._roles import Role, remove_role
@@ -129,9 +130,10 @@ class ChainOwner(Role):
 
     rank = 0
     equals_plain = True
-    decorated: ClassVar = dict.fromkeys(
-        ("forward", "training_step", "validation_step", "test_step", "predict_step"), _in_scope
-    )
+    decorated: ClassVar = {
+        **dict.fromkeys(("forward", "training_step", "validation_step", "test_step", "predict_step"), _in_scope),
+        "save_pretrained": saving,
+    }
     attributes: ClassVar = {nn.TransformerEncoder: {"use_nested_tensor": _always(False)}}  # as those kernels need
     dia_chains: Sequence[Chain] = ()  # a slice of a sequence has none
 

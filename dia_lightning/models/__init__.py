@@ -5,6 +5,7 @@ from dia_lightning.models._cost import Cost, network_cost
 from dia_lightning.models._dianet_checkpoint import load_dianet_checkpoint
 from dia_lightning.models._export import Exported, export_network
 from dia_lightning.models._meta import build_on_meta
+from dia_lightning.models._pretrained import from_pretrained, push_to_hub, save_pretrained
 from dia_lightning.models._registry import get_model, list_models, register_model
 from dia_lightning.models.cifar_preresnet import cifar_preresnet, preresnet164
 from dia_lightning.models.cifar_resnet import cifar_resnet, resnet164
@@ -21,13 +22,16 @@ __all__ = [
     "cifar_resnext",
     "cifar_wrn",
     "export_network",
+    "from_pretrained",
     "get_model",
     "list_models",
     "load_dianet_checkpoint",
     "network_cost",
     "preresnet164",
+    "push_to_hub",
     "register_model",
     "resnet164",
     "resnext101_8x32",
+    "save_pretrained",
     "wrn52_4",
 ]

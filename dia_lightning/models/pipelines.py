@@ -4,14 +4,19 @@ diffusers writes the path of this module into the folders of its pipelines, and 
 """
 
 import inspect
+import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dia_lightning.attention import attach
+from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention._description import arguments_of, descriptions
+from dia_lightning.attention._roles import plain_class
 from dia_lightning.models import _denoising
 from dia_lightning.models.denoisers import DIFFUSERS_MISSING, keep_labels
 
@@ -36,15 +41,15 @@ _OUTPUT_TYPES = ("pil", "np", "pt")
 class _Attached(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is typed in part only
     """What networks of diffusers with attention have in common: a config that holds the arguments of ``attach``."""
 
-    def __init__(self, *, dia: Mapping[str, Any] | None = None, **network: Any) -> None:
-        super().__init__(**network)
+    def __init__(self, *, dia: Mapping[str, Any] | None = None, dia_loads_with: str = "", **network: Any) -> None:
+        super().__init__(**network)  # `dia_loads_with` speaks to who loads with a class that leaves attention out
         if dia is None:
             raise ValueError(
                 f"{type(self).__name__} needs the arguments of attach, as dia={{'attention': 'dia-lstm'}}; a network "
                 "without has none in its config. Load it with the class of diffusers and call attach(network, ...)."
             )
-        attach(self, **dia)
-        self.register_to_config(dia=dict(dia))
+        attach(self, **arguments_of(dia, {}, f"{type(self).__name__}.from_pretrained(folder, dia={{'NAME': ...}})"))
+        self.register_to_config(dia=descriptions(self)[""])
 
     def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
         super()._fix_state_dict_keys_on_load(state_dict)
@@ -128,6 +133,10 @@ class DIADiTTransformer2DModel(_Attached, DiTTransformer2DModel):  # type: ignor
         keep_labels(self)
 
 
+#: Classes of diffusers, and those that load them with the attention that their config tells of.
+_ATTACHED = {UNet2DModel: DIAUNet2DModel, DiTTransformer2DModel: DIADiTTransformer2DModel}
+
+
 class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Makes images with a trained denoiser, with or without attention, conditional or not.
 
@@ -176,15 +185,43 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         # JSON makes texts of the numbers
         names = {int(label): name for label, name in (id2label or {}).items()}
         _check_names(names, unet.config)
+        if unet.config.get("dia") and not is_attached(unet):
+            raise ValueError(
+                f"This {type(unet).__name__} was loaded without the attention that its config tells of "
+                f"(dia={unet.config.dia}). Load it with dia_lightning.models.from_pretrained, and give it: unet=..."
+            )
         if isinstance(scheduler, DDPMScheduler):
             scheduler = DDIMScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
+        kind = _ATTACHED.get(plain_class(unet))
+        if kind is not None and is_attached(unet):  # the class of diffusers would leave the attention out
+            self.register_to_config(unet=(kind.__module__, kind.__name__))
         if id2label is not None:  # other pipelines warn of entries that they do not know
             self.register_to_config(id2label=names, supports_guidance=supports_guidance)
         #: Numbers of the classes by name.
         self.labels = {name: label for label, name in names.items()}
         self.no_class = len(names) or None
         self.supports_guidance = supports_guidance
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Load a pipeline, as diffusers does, with attention also where a pipeline of diffusers has saved it.
+
+        Args:
+            path: the folder, or a repository of the Hugging Face Hub.
+            **options: as ``DiffusionPipeline.from_pretrained`` takes them, for example ``torch_dtype``.
+
+        Raises:
+            ValueError: if the weights of the network are not those of its config.
+        """
+        config = Path(path, "unet", "config.json")
+        if "unet" not in options and config.is_file():
+            found = json.loads(config.read_text(encoding="utf-8"))
+            kinds = {plain.__name__: attached for plain, attached in _ATTACHED.items()}
+            if "dia" in found and found.get("_class_name") in kinds:
+                chosen = {name: options[name] for name in ("torch_dtype", "variant") if name in options}
+                options["unet"] = kinds[found["_class_name"]].from_pretrained(config.parent, **chosen)
+        return super().from_pretrained(path, **options)
 
     def __call__(
         self,

@@ -1,0 +1,168 @@
+"""What is attached to a network, in words that a config can hold, and the way back.
+
+Whoever saves a network of diffusers or transformers by its own ``save_pretrained`` gets these words into its config.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Marks what was an object and cannot be written down.
+OBJECT = "object:"
+#: Under which names a config holds what is attached, and how that is loaded.
+DESCRIPTION, LOADS_WITH = "dia", "dia_loads_with"
+_LARGEST_EXAMPLE = 2**28  # entries; a file may ask for anything
+
+
+def describe(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``attach`` that are not its defaults, made of what JSON holds.
+
+    Args:
+        arguments: by name; ``attention`` is always kept.
+        defaults: what need not be written.
+    """
+    kept = {
+        name: value
+        for name, value in arguments.items()
+        if name not in defaults or not (value is defaults[name] or (isinstance(value, str) and value == defaults[name]))
+    }
+    return {name: _example_words(value) if name == "example" else _words(value) for name, value in kept.items()}
+
+
+def remember(network: nn.Module, description: dict[str, Any]) -> None:
+    """Keep a description with the network that it is about."""
+    vars(network)["dia_attached"] = description
+
+
+def forget(network: nn.Module) -> None:
+    """Forget what was remembered of a network and its parts."""
+    for module in network.modules():
+        vars(module).pop("dia_attached", None)
+
+
+def descriptions(network: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what is attached to a network and its parts, by the path of the part; nothing for a plain one."""
+    return {path: vars(part)["dia_attached"] for path, part in network.named_modules() if "dia_attached" in vars(part)}
+
+
+def arguments_of(description: Any, given: Mapping[str, Any], hint: str) -> dict[str, Any]:
+    """Return the arguments of ``attach`` that a description stands for.
+
+    Args:
+        description: as :func:`describe` makes it, from a file that nobody vouches for.
+        given: objects for what could not be written down, by name; they win.
+        hint: how to give NAME, for the message.
+
+    Raises:
+        ValueError: if the description is none, or an object is missing.
+    """
+    if not isinstance(description, Mapping) or "attention" not in description or "model" in description:
+        raise ValueError(f"The config must say which attention is attached, got {description!r:.200}.")
+    arguments = {**description, **given}
+    for name, value in arguments.items():
+        if name not in given and OBJECT in repr(value):
+            raise ValueError(
+                f"{name} was an object when this network was saved ({value!r:.200}), which no file can hold. Give it "
+                f"again: {hint.replace('NAME', name)}."
+            )
+    if "example" in description and "example" not in given:
+        arguments["example"] = _example(description["example"])
+    return arguments
+
+
+def saving(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the ``save_pretrained`` of diffusers or transformers write into the config what is attached."""
+
+    @functools.wraps(method)
+    def save_pretrained(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # looked up now: classes may change after ours was made of them
+        kinds = [kind for kind in type(network).__mro__ if "dia_recipe" not in vars(kind)]
+        save = next(vars(kind)[method.__name__] for kind in kinds if method.__name__ in vars(kind))
+        with _in_config(network):
+            return save(network, *args, **kwargs)
+
+    return save_pretrained
+
+
+@contextmanager
+def _in_config(network: Any) -> Iterator[None]:
+    config = getattr(network, "config", None)
+    is_of_diffusers = hasattr(network, "register_to_config")
+    if not (is_of_diffusers or hasattr(config, "to_json_string")):
+        yield  # a class that saves itself in another way knows how it is made
+        return
+    name = type(network).__name__
+    if "dia_attached" not in vars(network):
+        warnings.warn(
+            f"Attention was attached to a module around this {name} or a part of it, so that its config cannot say how "
+            "to load it. Attach to the network itself: attach(module.network, ...).",
+            stacklevel=4,
+        )
+        yield
+        return
+    entries = {
+        DESCRIPTION: vars(network)["dia_attached"],
+        LOADS_WITH: f"from dia_lightning.models import from_pretrained; from_pretrained({name}, folder) loads the "
+        f"attention too, which {name}.from_pretrained leaves out",
+    }
+    if is_of_diffusers:
+        before = network.config
+        network.register_to_config(**entries)
+    else:
+        vars(config).update(entries)
+    try:
+        yield
+    finally:
+        if is_of_diffusers:
+            network._internal_dict = before
+        else:
+            for entry in entries:
+                vars(config).pop(entry, None)
+
+
+def _words(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, list | tuple):
+        return [_words(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _words(item) for key, item in value.items()}
+    return f"{OBJECT}{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def _example_words(value: Any) -> Any:
+    """Return the shapes and types of an example; its contents do not count."""
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, tuple):
+        return {"tuple": [_example_words(item) for item in value]}
+    if isinstance(value, list):
+        return [_example_words(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"dict": {str(name): _example_words(item) for name, item in value.items()}}
+    return _words(value)
+
+
+def _example(words: Any) -> Any:
+    if isinstance(words, list):
+        return [_example(item) for item in words]
+    if not isinstance(words, dict):
+        return words
+    if isinstance(words.get("tuple"), list):
+        return tuple(_example(item) for item in words["tuple"])
+    if isinstance(words.get("dict"), dict):
+        return {name: _example(item) for name, item in words["dict"].items()}
+    shape, dtype = words.get("tensor"), getattr(torch, str(words.get("dtype")), None)
+    sizes_fit = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not sizes_fit or not isinstance(dtype, torch.dtype) or math.prod(shape or ()) > _LARGEST_EXAMPLE:
+        raise ValueError(f"The config has an example that is none: {words!r:.200}. Give one: example=...")
+    return torch.zeros(shape, dtype=dtype)  # type: ignore[arg-type]

@@ -1,0 +1,218 @@
+"""Folders with weights and a config, here and on the Hugging Face Hub. Nothing in them is run."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+#: Names of weights in folders of this package and transformers, and of diffusers.
+_WEIGHTS = (WEIGHTS, "diffusion_pytorch_model.safetensors")
+#: In a card that may be written again.
+_OURS = "<!-- Written by dia-lightning. Take this line out to keep your own text. -->"
+
+
+def fetch(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> Path:
+    """Return a folder here, or that of a repository of the Hub after a download.
+
+    Raises:
+        ValueError: if it is neither.
+        ImportError: if huggingface_hub is needed and not installed.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name = os.fspath(source)
+    is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    if folder.exists() or not is_name:
+        raise ValueError(f"{name!r} is neither a folder nor the name of a repository, such as 'user/network'.")
+    patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json"]
+    try:
+        found = _require("huggingface_hub").snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=patterns,
+        )
+    except ImportError:
+        raise
+    except Exception as error:  # no network, no such repository, no access, ...
+        raise ValueError(
+            f"{name!r} is no folder, and the Hugging Face Hub does not give it ({type(error).__name__}: "
+            f"{in_one_line(error)})."
+        ) from error
+    return Path(found)
+
+
+def upload(
+    save: Callable[[Path], None],
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    commit_message: str,
+) -> str:
+    """Write a folder with ``save``, commit it to a repository of the Hub, and return the URL of the commit.
+
+    Raises:
+        ValueError: if the Hub does not take it.
+        ImportError: if huggingface_hub is not installed.
+    """
+    api = _require("huggingface_hub").HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))  # what cannot be saved makes no repository
+        try:
+            made = api.create_repo(repo_id, private=private, exist_ok=True)
+            name = getattr(made, "repo_id", repo_id)  # with the name of the user, if that was left out
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
+        except Exception as error:  # no network, no access, no such name, ...
+            raise ValueError(
+                f"The Hugging Face Hub does not take {repo_id!r} ({type(error).__name__}: {in_one_line(error)}). Log "
+                "in with `hf auth login`, or give a token that may write."
+            ) from error
+
+
+def write_folder(folder: str | os.PathLike[str], module: nn.Module, config: Mapping[str, Any], card: str) -> Path:
+    """Write weights, config and model card; each file is whole, and a card of the user's own stays.
+
+    Raises:
+        ValueError: if the folder is a file, or the weights cannot be written.
+        ImportError: if safetensors is not installed.
+    """
+    safetensors = _require("safetensors.torch")
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file. Give a folder.")
+    if any(hasattr(tensor, "full_tensor") for tensor in module.state_dict().values()):
+        raise ValueError("The weights are sharded over processes. Save what a checkpoint of the run loads as.")
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    # a weight that two layers share is written once
+    _write(path / WEIGHTS, lambda file: safetensors.save_model(module, str(file), metadata={"format": "pt"}))
+    _write(path / CONFIG, lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+    own = path / CARD
+    if not own.exists() or _OURS in own.read_text(encoding="utf-8", errors="replace"):
+        _write(own, lambda file: file.write_text(card.replace("\n# ", f"\n{_OURS}\n\n# ", 1), encoding="utf-8"))
+    return path
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # other processes may write the same
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    except RuntimeError as error:  # of safetensors
+        raise ValueError(f"{path} cannot be written: {in_one_line(error)}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config of a folder.
+
+    Raises:
+        ValueError: if there is none, or it is no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} has no {CONFIG}. Give a folder that save_pretrained wrote.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: it is no JSON ({in_one_line(error)}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(config).__name__}.")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a folder, from one safetensors file or from several with an index.
+
+    Raises:
+        ValueError: if there are none, or a file is missing or damaged.
+        ImportError: if safetensors is not installed.
+    """
+    names = _weight_files(folder)
+    safe_open = _require("safetensors").safe_open
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  # it is no dict
+                written_once = {key: same for key, same in (file.metadata() or {}).items() if same in weights}
+            weights.update({key: weights[same] for key, same in written_once.items() if key not in weights})
+        except Exception as error:  # safetensors has no class of its own for all of them
+            raise ValueError(
+                f"{str(folder / name)!r} is missing or damaged ({type(error).__name__}: {in_one_line(error)})."
+            ) from error
+    return weights
+
+
+def _weight_files(folder: Path) -> list[str]:
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return [name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{str(index)!r} is damaged: it has no weight_map.") from error
+            outside = [file for file in names if Path(file).name != file or not file.endswith(".safetensors")]
+            if outside:
+                raise ValueError(f"{str(index)!r} names {outside[0]!r}, which is no safetensors file beside it.")
+            return names
+    raise ValueError(
+        f"{str(folder)!r} has no {' or '.join(_WEIGHTS)}. Other formats, which may hold code, are not read."
+    )
+
+
+def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load weights into a network that has these and no others.
+
+    Raises:
+        ValueError: if they are those of another network.
+    """
+    try:
+        result = network.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{source!r} holds another network: {in_one_line(error)}") from error
+    own = network.state_dict()
+    missing = set(result.missing_keys)
+    written = {tensor.data_ptr() for name, tensor in own.items() if name not in missing and tensor.numel()}
+    missing = {name for name in missing if own[name].data_ptr() not in written}  # but for one that two layers share
+    if missing or result.unexpected_keys:
+        some = ", ".join(sorted([*missing, *result.unexpected_keys])[:3])
+        raise ValueError(
+            f"{source!r} holds another network: {len(missing)} weights are missing and {len(result.unexpected_keys)} "
+            f"are too many (such as {some}). Build the network as it was when it was saved."
+        )
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error says, cut where it is long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _require(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise ImportError(f"Sharing networks needs {name}: pip install 'dia-lightning[hub]'.") from error
