@@ -207,7 +207,7 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], source: str
 def in_one_line(error: BaseException) -> str:
     """Return what an error says, cut where it is long."""
     text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 def _require(package: str) -> Any:

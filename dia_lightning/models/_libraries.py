@@ -105,6 +105,22 @@ def _torchvision_models() -> Any:
 LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
 
 
+def without_weights(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments that build the same network with fresh weights, so that nothing is read or downloaded."""
+    weights = args.get("weights")
+    loading = ("weights", "weights_backbone", "pretrained", "checkpoint_path")
+    kept = {argument: value for argument, value in args.items() if argument not in loading}
+    prefix, _, rest = name.partition("/")
+    if prefix == "torchvision" and isinstance(weights, str) and LIBRARIES[prefix].has(rest):
+        if rest.startswith("vit_"):  # torchvision lets weights choose what follows, too
+            known = _torchvision_models().get_model_weights(rest).__members__
+            chosen = known.get(weights.rpartition(".")[2], known["DEFAULT"])
+            kept.setdefault("image_size", chosen.meta["min_size"][0])
+        if rest in _AUXILIARY_HEADS:
+            kept.setdefault("transform_input", True)
+    return kept
+
+
 def replace_head(model: nn.Module, num_classes: int) -> None:
     """Replace the classifier, which is the last linear layer or convolution, by a fresh one of the same input."""
     path, head = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]

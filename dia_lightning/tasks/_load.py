@@ -33,13 +33,23 @@ def load_task(path: str | Path) -> DIATask:
         raise ValueError(
             f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({type(error).__name__})."
         ) from error
-    known = {task.__name__: task for task in _subclasses(DIATask)}
-    if name not in known:
-        raise ValueError(f"{str(path)!r} was written by {name}, which is not imported. Import it before loading.")
+    kind = task_named(name, str(path))
     # to look at a network, minutes of compiling and a compiler are not needed
     options: dict[str, Any] = {"compile": False} if checkpoint.get("hyper_parameters", {}).get("compile") else {}
-    task = known[name].load_from_checkpoint(path, map_location="cpu", weights_only=True, **options)
+    task = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **options)
     return task.eval()
+
+
+def task_named(name: str, source: str) -> type[DIATask]:
+    """Return the class of a task that wrote a file.
+
+    Raises:
+        ValueError: if it is not imported.
+    """
+    known = {task.__name__: task for task in _subclasses(DIATask)}
+    if name not in known:
+        raise ValueError(f"{source!r} was written by {name}, which is not imported. Import it before loading.")
+    return known[name]
 
 
 def _subclasses(base: type[DIATask]) -> list[type[DIATask]]:
