@@ -2,7 +2,8 @@
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,15 @@ class Exported:
     difference: float
     snippet: str
 
+    @property
+    def agreement(self) -> str:
+        """How well network and file agree, in words."""
+        return f"largest difference to the network's own output {self.difference:.1e}"
 
-def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Exported:
+
+def export_network(
+    network: nn.Module, images: Tensor, path: str | Path, *, metadata: Mapping[str, str] | None = None
+) -> Exported:
     """Write a network to a file, load the file, and compare outputs.
 
     Args:
@@ -53,6 +61,8 @@ def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Expo
         images: example input ``[B, C, H, W]``; the batch size of the file is free.
         path: where to; the ending chooses the format: ``.onnx``, ``.pt2`` (torch.export) or ``.safetensors`` (weights
             only).
+        metadata: what the file says about itself: ``metadata_props`` of ONNX, ``extra_files`` of torch.export (given as
+            ``extra_files`` to ``torch.export.load``), ``metadata`` of safetensors.
 
     Returns:
         What was written, and how well it agrees.
@@ -72,7 +82,7 @@ def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Expo
         True
     """
     path = Path(path)
-    writers: dict[str, Callable[[nn.Module, Tensor, Path], Tensor]] = {
+    writers: dict[str, Callable[[nn.Module, Tensor, Path, dict[str, str]], Tensor]] = {
         ".onnx": _write_onnx,
         ".pt2": _write_program,
         ".safetensors": _write_weights,
@@ -83,52 +93,64 @@ def export_network(network: nn.Module, images: Tensor, path: str | Path) -> Expo
             "diffusion tasks."
         )
     require_images(images)
-    modes = {module: module.training for module in network.modules()}  # a frozen norm has its own
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        network.eval()
-        with torch.no_grad():
-            expected = network(images)
-            if not isinstance(expected, Tensor):
-                raise ValueError(f"The network must return one tensor, got {type(expected).__name__}. Wrap it.")
-            found = writers[path.suffix](network, images, path)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation(network), torch.no_grad():
+        expected = network(images)
+        if not isinstance(expected, Tensor):
+            raise ValueError(f"The network must return one tensor, got {type(expected).__name__}. Wrap it.")
+        found = writers[path.suffix](network, images, path, dict(metadata or {}))
     difference = (expected - found).abs().max().item()
     return Exported(path, difference, _SNIPPETS[path.suffix].format(path=str(path), shape=["B", *images.shape[1:]]))
 
 
-def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> Tensor:
-    _require("onnx", "onnxscript", "onnxruntime", extra="export")
+@contextmanager
+def in_evaluation(network: nn.Module) -> Iterator[None]:
+    """Let a network be in evaluation mode within the context."""
+    modes = {module: module.training for module in network.modules()}  # a frozen norm has its own
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _write_onnx(network: nn.Module, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
+    require_packages("onnx", "onnxscript", "onnxruntime", extra="export")
     import onnxruntime
 
     program: Any = torch.onnx.export(network, (_two(images),), dynamo=True, dynamic_shapes=_free_batch(), verbose=False)
+    program.model.metadata_props.update(metadata)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
     return torch.from_numpy(output).to(images.device)
 
 
-def _write_program(network: nn.Module, images: Tensor, path: Path) -> Tensor:
+def _write_program(network: nn.Module, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
     program = torch.export.export(network, (_two(images),), dynamic_shapes=_free_batch())
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files=dict(metadata))
     output: Tensor = torch.export.load(path).module()(images)
     return output
 
 
-def _write_weights(network: nn.Module, images: Tensor, path: Path) -> Tensor:
-    _require("safetensors", extra="export")
+def _write_weights(network: nn.Module, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
+    output: Tensor = written_weights(network, path, metadata)(images)
+    return output
+
+
+def written_weights(network: nn.Module, path: Path, metadata: dict[str, str]) -> nn.Module:
+    """Write the weights to a file of safetensors, and return a copy of the network with what is in the file."""
+    require_packages("safetensors", extra="export")
     from safetensors.torch import load_model, save_model
 
-    save_model(network, str(path))  # a weight that two layers share is written once
+    save_model(network, str(path), metadata=metadata)  # a weight that two layers share is written once
     loaded = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.zero_()  # so that a weight that is not in the file shows
     load_model(loaded, path)
-    output: Tensor = loaded(images)
-    return output
+    return loaded
 
 
 def _two(images: Tensor) -> Tensor:
@@ -140,7 +162,12 @@ def _free_batch() -> tuple[dict[int, Any]]:
     return ({0: torch.export.Dim("batch", min=1, max=65536)},)
 
 
-def _require(*packages: str, extra: str) -> None:
+def require_packages(*packages: str, extra: str) -> None:
+    """Refuse to go on without packages.
+
+    Raises:
+        ImportError: if one is missing.
+    """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"This format needs {', '.join(missing)}: pip install 'dia-lightning[{extra}]'.")

@@ -1,0 +1,255 @@
+"""Detectors as files that run elsewhere."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.onnx.operators import shape_as_tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from dia_lightning.models._export import in_evaluation, require_packages, written_weights
+
+Detection: TypeAlias = dict[str, Tensor]
+
+#: Objects of the network and of the file are the same one if they have one label and differ by no more than this.
+PIXELS, SCORE = 0.1, 1e-3
+
+_OPSET = 17  # the first that torch exports RoiAlign to as torchvision computes it is 16
+
+_SNIPPETS = {
+    ".onnx": (
+        "import onnxruntime\n"
+        "session = onnxruntime.InferenceSession({path!r})\n"
+        "{names} = session.run(None, {{'image': image}})  # numpy, float32 [3, height, width] in [0, 1]"
+    ),
+    ".safetensors": (
+        "from safetensors.torch import load_model\n"
+        "detector = ...  # built as for training: get_detector(...), then attach(detector.backbone.body, ...)\n"
+        "load_model(detector, {path!r})\n"
+        "(found,) = detector.eval()([image])  # float32 [3, height, width] in [0, 1]"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ExportedDetector:
+    """A file that a detector was written to.
+
+    Args:
+        path: the file.
+        images: how many were compared.
+        objects: how many the network finds in these images.
+        matched: for how many of them the file has one of the same label, with corners within 0.1 pixels and a score
+            within 0.001.
+        extra: how many of the file the network does not find. Objects of almost equal scores or overlaps can be lost or
+            won by rounding.
+        differences: largest difference over the matched objects, by output: ``boxes`` in pixels, ``scores``, ...
+        snippet: Python code that loads the file without this package's training code.
+    """
+
+    path: Path
+    images: int
+    objects: int
+    matched: int
+    extra: int
+    differences: dict[str, float]
+    snippet: str
+
+    @property
+    def agreement(self) -> str:
+        """How well network and file agree, in words."""
+        if self.objects + self.extra == 0:
+            return (
+                f"neither network nor file finds an object in {self.images} images, which says little. Compare on "
+                "images with objects."
+            )
+        units = {"boxes": " pixels"}
+        listed = ", ".join(
+            f"{name} {value:.1e}{units.get(name, '')}" for name, value in self.differences.items() if name != "labels"
+        )
+        extra = f", and {self.extra} that the network does not find" if self.extra else ""
+        return (
+            f"{self.matched} of the network's {self.objects} objects in {self.images} images are in the file{extra}; "
+            f"largest difference: {listed}"
+        )
+
+
+def export_detector(
+    detector: nn.Module,
+    images: Sequence[Tensor],
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> ExportedDetector:
+    """Write a detector to a file, load the file, and compare the objects that both find.
+
+    The ONNX file takes one image ``image [3, height, width]`` in [0, 1] of any size, and resizes and normalises it
+    itself as the detector does. It returns ``boxes [N, 4]`` in pixels of that image, ``labels [N]`` in 1..K, ``scores
+    [N]`` and of Mask R-CNN ``masks [N, 1, height, width]``. torch.export cannot follow the number of boxes, so the
+    exporter by tracing is used, and ``.pt2`` is refused.
+
+    Args:
+        detector: with torchvision's interface, with or without attention. It is exported in evaluation mode; its own
+            modes stay.
+        images: to trace with, the first, and to compare on, all; best real ones, in which there are objects.
+        path: where to; the ending chooses the format: ``.onnx`` or ``.safetensors`` (weights only).
+        metadata: what the file says about itself, as for :func:`export_network`.
+
+    Returns:
+        What was written, and how well it agrees.
+
+    Raises:
+        ValueError: if the ending is unknown, there are no images ``[3, H, W]``, or the detector cannot be traced.
+        ImportError: if a package that the format needs is missing.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dia_lightning.models.detectors import get_detector
+        >>> detector = get_detector("fcos", "cifar_resnet", num_classes=3, backbone_args={"depth": 11}, min_size=64)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     exported = export_detector(detector, [torch.rand(3, 64, 96)], f"{folder}/detector.safetensors")
+        >>> exported.matched == exported.objects
+        True
+    """
+    path = Path(path)
+    writers = {".onnx": _write_onnx, ".safetensors": _write_weights}
+    if path.suffix not in writers:
+        raise ValueError(
+            f"The ending of {str(path)!r} must be one of {', '.join(writers)} for a detector, as in 'detector.onnx': "
+            "torch.export cannot follow the number of its boxes."
+        )
+    if not images or any(image.ndim != 3 or image.numel() == 0 for image in images):
+        shapes = [list(image.shape) for image in images]
+        raise ValueError(f"images must be a list of tensors [3, H, W], at least one, got shapes {shapes}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with in_evaluation(detector), torch.no_grad():
+        found: Detection = detector([images[0]])[0]
+        names = sorted(found, key=["boxes", "labels", "scores", *found].index)
+        one = _OneImage(detector, names).eval()
+        run = writers[path.suffix](one, images[0], path, dict(metadata or {}))
+        pairs = [(one(image), run(image)) for image in images]
+    snippet = _SNIPPETS[path.suffix].format(path=str(path), names=", ".join(names))
+    return _compared(path, names, pairs, snippet)
+
+
+class _OneImage(nn.Module):
+    """A detector for one image that puts out tensors in a fixed order."""
+
+    def __init__(self, detector: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.detector = detector
+        self.names = names
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.detector([image])[0]
+        is_object = found["labels"] > 0  # RetinaNet and FCOS have scores for the background too
+        return tuple(found[name][is_object] for name in self.names)
+
+
+_Run: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _write_onnx(one: _OneImage, image: Tensor, path: Path, metadata: dict[str, str]) -> _Run:
+    require_packages("onnx", "onnxruntime", extra="export")
+    import onnx
+    import onnxruntime
+
+    sizes = {"image": {1: "height", 2: "width"}, **{name: {0: "objects"} for name in one.names}}
+    if "masks" in one.names:
+        sizes["masks"].update({2: "height", 3: "width"})
+    try:
+        with warnings.catch_warnings(), _exact_sizes(one.detector):
+            warnings.simplefilter("ignore")  # for whoever writes networks; what counts is the comparison
+            torch.onnx.export(
+                one,
+                (image,),
+                str(path),
+                dynamo=False,
+                opset_version=_OPSET,
+                input_names=["image"],
+                output_names=list(one.names),
+                dynamic_axes=sizes,
+            )
+    except Exception as error:  # exporters fail in many ways
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{type(one.detector).__name__} cannot be written to ONNX ({reason}). Write its weights, "
+            f"'{path.with_suffix('.safetensors')}', and run it with torch."
+        ) from error
+    model: Any = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.cpu().numpy()})))
+
+
+@contextmanager
+def _exact_sizes(detector: nn.Module) -> Iterator[None]:
+    """Let a detector resize images as it does, also where it is traced.
+
+    torchvision computes the new size in float32 there, which is a pixel off for one size in six.
+    """
+    transform: Any = getattr(detector, "transform", None)
+    if not isinstance(transform, GeneralizedRCNNTransform) or transform.fixed_size is not None:
+        yield
+        return
+
+    def resize(image: Tensor, target: None = None) -> tuple[Tensor, None]:
+        sides = shape_as_tensor(image)[-2:].double()
+        # vectors, because the exporter takes the double precision of single numbers away
+        limits = torch.tensor([transform.min_size[-1], transform.max_size], dtype=torch.float64)
+        scale = (limits / torch.cat([sides.amin(0, True), sides.amax(0, True)])).amin(0, True)
+        size: Any = (sides * scale).floor().long()
+        return interpolate(image[None], size=(size[0], size[1]), mode="bilinear", align_corners=False)[0], target
+
+    transform.resize = resize
+    try:
+        yield
+    finally:
+        del transform.resize
+
+
+def _write_weights(one: _OneImage, image: Tensor, path: Path, metadata: dict[str, str]) -> _Run:
+    return _OneImage(written_weights(one.detector, path, metadata), one.names).eval()
+
+
+def _compared(
+    path: Path, names: Sequence[str], pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]], snippet: str
+) -> ExportedDetector:
+    differences = dict.fromkeys(names, 0.0)
+    objects = matched = in_file = 0
+    for expected, found in pairs:
+        one, other = (dict(zip(names, [value.cpu() for value in values], strict=True)) for values in (expected, found))
+        rows, columns = matches(one, other)
+        objects, matched, in_file = objects + len(one["labels"]), matched + len(rows), in_file + len(other["labels"])
+        for name in names if rows else ():
+            difference = (one[name][rows].double() - other[name][columns].double()).abs().max().item()
+            differences[name] = max(differences[name], difference)
+    return ExportedDetector(path, len(pairs), objects, matched, in_file - matched, differences, snippet)
+
+
+def matches(one: Detection, other: Detection) -> tuple[list[int], list[int]]:
+    """Return the numbers of the objects that two detections of an image have in common.
+
+    Args:
+        one: ``boxes [N, 4]``, ``labels [N]`` and ``scores [N]``.
+        other: the same of M objects.
+    """
+    distance = torch.cdist(one["boxes"].detach().double(), other["boxes"].double(), p=torch.inf)  # [N, M]
+    scores = (one["scores"][:, None] - other["scores"]).abs()
+    is_same = (one["labels"][:, None] == other["labels"]) & (scores <= SCORE) & (distance <= PIXELS)
+    distance[~is_same] = torch.inf
+    rows, columns = [], []
+    for row, near in enumerate(distance):
+        column = int(near.argmin()) if len(near) else 0
+        if len(near) and near[column].isfinite():
+            rows.append(row)
+            columns.append(column)
+            distance[:, column] = torch.inf  # each belongs to one
+    return rows, columns
