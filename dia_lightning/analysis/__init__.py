@@ -9,6 +9,7 @@ from dia_lightning.analysis.correlation import (
     mean_correlation,
     mean_interval,
 )
+from dia_lightning.analysis.folding import FoldedSite, FoldReport, fold_constant_maps
 from dia_lightning.analysis.gates import StageGates, gate_statistics
 from dia_lightning.analysis.gradients import (
     GradientFlow,
@@ -22,6 +23,8 @@ from dia_lightning.analysis.recommendation import Recommendation, recommend
 from dia_lightning.analysis.recorder import MapRecorder, RecordedStage
 
 __all__ = [
+    "FoldReport",
+    "FoldedSite",
     "GradientFlow",
     "MapRecorder",
     "Protocol",
@@ -37,6 +40,7 @@ __all__ = [
     "draw_importance",
     "draw_relative_change",
     "draw_stage_gradients",
+    "fold_constant_maps",
     "gate_statistics",
     "gradient_flow",
     "map_correlation",

@@ -28,7 +28,8 @@ def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int
                 for norm in filter(None, (slot.branch_norm, slot.unit_norm)):
                     added[slot.stage] += _count(block.get_submodule(norm))
             if link.before is None:
-                added[link.slots[0].stage] += _count(block.get_submodule(link.unit))
+                stage = next(slot.stage for other in link.chain.links for slot in other.slots)
+                added[stage] += _count(block.get_submodule(link.unit))
     slots.sort(key=lambda item: item[0].layer)
     numbers = sorted({slot.stage for slot, _ in slots})
     stages = [[site for slot, site in slots if slot.stage == number] for number in numbers]

@@ -1,0 +1,215 @@
+"""Maps that hardly depend on the image, multiplied into the weights of the layers that they belong to."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention._folding import attached_chains, finding_obstacles, fold, slots_of
+from dia_lightning.attention._links import Slot
+from dia_lightning.attention._watch import watched_layers, watching
+from dia_lightning.models._export import in_evaluation
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """A site with attention, and what became of it.
+
+    Args:
+        path: of the site in the network.
+        stage: number of its stage, from 0 on.
+        variation: how much its map varies; NaN if the site has not run, or its unit gives no map.
+        kept: why the attention is still there; empty if it was folded.
+    """
+
+    path: str
+    stage: int
+    variation: float
+    kept: str
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the map is a part of the weights now."""
+        return not self.kept
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What :func:`fold_constant_maps` did.
+
+    Args:
+        sites: all sites that had attention, in the order in which they run in their stages.
+        difference: largest difference between the outputs of the network before and after, over all batches.
+        mean_difference: the mean of the absolute differences.
+        magnitude: mean of the absolute outputs before, to compare these with.
+    """
+
+    sites: list[FoldedSite]
+    difference: float
+    mean_difference: float
+    magnitude: float
+
+    @property
+    def folded(self) -> list[FoldedSite]:
+        """The sites whose attention is gone."""
+        return [site for site in self.sites if site.is_folded]
+
+
+def fold_constant_maps(
+    network: nn.Module,
+    batches: Iterable[Any],
+    tolerance: float,
+    *,
+    run: Callable[[Any], Any] | None = None,
+) -> FoldReport:
+    """Replace attention maps that hardly depend on the image by their mean, in place, for deployment.
+
+    The variation of a site is the largest standard deviation, over images (and positions, if the map has them), that
+    an entry of its map has per channel, divided by the mean of the map over channels. Where that is not above the
+    tolerance, the mean map is multiplied into weight and bias of the norm, convolution or linear layer at the site, and
+    the site has no attention any more. In front of a norm that :func:`~dia_lightning.attention.attach` has added, that
+    norm goes into the layer too, which gets a bias for it. A network without any attention left is the plain one.
+
+    A unit without memory can be folded at any site. One with memory, such as DIA-LSTM, hands a state from block to
+    block: it is folded at the last sites of a chain only, up to the first that varies, because no later map needs the
+    state of those. Other sites keep their attention: those whose layer does not take a factor per channel, which is
+    tried, such as a norm with an activation in it, and those of the network's own modules.
+
+    Args:
+        network: with attention, not compiled. Maps are those of evaluation mode; modes stay.
+        batches: representative data, which are gone through twice: a list or a loader, and no iterator. Two images at
+            least.
+        tolerance: in [0, 1); 0 folds maps that are exactly the same for all images.
+        run: runs the network on a batch; by default the network is given the batch, or its first item. Tensors in what
+            it returns are compared before and after.
+
+    Returns:
+        What became of each site, and how much the outputs have changed.
+
+    Raises:
+        ValueError: if the tolerance is outside [0, 1), ``batches`` is an iterator or has less than two images, no
+            attention is attached, or the network is compiled.
+
+    Source:
+        After arXiv 2304.06345 (Huang, Zhong et al., ECCV 2024), which observes that channel attention approaches
+        constant vectors in training, and there trains a vector in the place of the module's input, so that its map is
+        constant by construction. Folding maps of an ordinary unit after training, how their variation is measured, and
+        what is done about memory is this package's own, and an approximation unless the variation is 0.
+
+    Example:
+        >>> from dia_lightning.attention import attach
+        >>> from dia_lightning.models import get_model
+        >>> network = attach(get_model("cifar_resnet", depth=20, block="basic"), "se", identity=True)
+        >>> report = fold_constant_maps(network, [torch.randn(8, 3, 32, 32)], tolerance=0.01)
+        >>> len(report.folded), report.difference < 1e-5
+        (9, True)
+    """
+    _check(network, batches, tolerance)
+    run = run or (lambda batch: network(batch[0] if isinstance(batch, tuple | list) else batch))
+    watched = [(layer, slot) for layer, slot in watched_layers(network, False, None) if isinstance(slot, Slot)]
+    moments = [_Moments() for _ in watched]
+
+    def see(number: int, attention_map: Tensor, state: Any) -> None:
+        moments[number].add(attention_map, state)
+
+    with in_evaluation(network), torch.no_grad():
+        with watching(watched, see), finding_obstacles(network) as obstacles:
+            before = [_outputs(run, batch) for batch in batches]
+        if max((each.images for each in moments), default=0) < 2:
+            raise ValueError(
+                "batches must have two images at least, to see how much maps vary between images. Give some hundred."
+            )
+        of_slot = {slot: each for (_, slot), each in zip(watched, moments, strict=True)}
+        _keep_varying(of_slot, obstacles, tolerance)
+        _keep_remembered(network, of_slot, obstacles)
+        fold(network, {slot: of_slot[slot].map(slot.channels) for slot in of_slot if not obstacles[slot]})
+        after = [_outputs(run, batch) for batch in batches]
+    sites = [FoldedSite(layer.path, layer.stage, of_slot[slot].variation, obstacles[slot]) for layer, slot in watched]
+    return FoldReport(sites, *_differences(before, after))
+
+
+class _Moments:
+    """Sums over the maps of a site, per channel."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.has_memory = False
+        self._count = 0
+        self._first = self._sums = self._squares = torch.zeros(1, dtype=torch.float64)  # [C]
+
+    def add(self, attention_map: Tensor, state: Any) -> None:
+        """Add the map ``[B, C or 1, ...]`` of a batch."""
+        self.images += len(attention_map)
+        self.has_memory = self.has_memory or any(isinstance(leaf, Tensor) for leaf in tree_leaves(state))
+        values = attention_map.detach().double().cpu().transpose(0, 1).flatten(1)  # [C, B x positions]
+        if self._count == 0:
+            self._first = values[:, 0]
+        values = values - self._first[:, None]  # exactly 0 if the map is always the same
+        self._count += values.shape[1]
+        self._sums = self._sums + values.sum(1)
+        self._squares = self._squares + values.square().sum(1)
+
+    @property
+    def variation(self) -> float:
+        """Largest deviation of a channel, over the mean of the map; NaN if there was none."""
+        if self._count == 0:
+            return math.nan
+        deviation = (self._squares / self._count - (self._sums / self._count).square()).clamp_min(0).sqrt().max()
+        level = (self._first + self._sums / self._count).abs().mean()
+        return 0.0 if deviation == 0 else float(deviation / level)
+
+    def map(self, channels: int) -> Tensor:
+        """Return the mean map ``[C]``."""
+        return (self._first + self._sums / self._count).expand(channels)
+
+
+def _check(network: nn.Module, batches: Iterable[Any], tolerance: float) -> None:
+    if not 0 <= tolerance < 1:  # NaN neither
+        raise ValueError(
+            f"tolerance must be in [0, 1), the deviation of a map over its mean, for example 0.01; got {tolerance}."
+        )
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, which is empty after one pass, and two are needed. Give a list or "
+            "a loader."
+        )
+    if not is_attached(network):
+        raise ValueError("No attention is attached to this network, so there is nothing to fold.")
+    if any(module._compiled_call_impl is not None for module in network.modules()):
+        raise ValueError("The network is compiled and would keep running its attention. Fold before compile().")
+
+
+def _keep_varying(moments: dict[Slot, _Moments], obstacles: dict[Slot, str], tolerance: float) -> None:
+    for slot, each in moments.items():
+        if not obstacles[slot] and not each.variation <= tolerance:
+            obstacles[slot] = f"its map varies by more than {tolerance:g}"
+
+
+def _keep_remembered(network: nn.Module, moments: dict[Slot, _Moments], obstacles: dict[Slot, str]) -> None:
+    for chain in attached_chains(network):
+        slots = slots_of(chain)
+        if not any(moments[slot].has_memory for slot in slots):
+            continue
+        kept = [number for number, slot in enumerate(slots) if obstacles[slot]]
+        for slot in slots[: max(kept, default=0)]:
+            obstacles[slot] = obstacles[slot] or "later sites need the state that is made here"
+
+
+def _outputs(run: Callable[[Any], Any], batch: Any) -> list[Tensor]:
+    leaves = tree_leaves(run(batch))
+    return [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _differences(before: list[list[Tensor]], after: list[list[Tensor]]) -> tuple[float, float, float]:
+    """Return the largest and the mean difference, and the mean of what was before."""
+    pairs = [pair for one, other in zip(before, after, strict=True) for pair in zip(one, other, strict=True)]
+    count = max(1, sum(one.numel() for one, _ in pairs))
+    differences = [(one.double() - other.double()).abs() for one, other in pairs if one.numel()]
+    largest = max((float(difference.max()) for difference in differences), default=0.0)
+    total = sum(float(difference.sum()) for difference in differences)
+    return largest, total / count, sum(float(one.double().abs().sum()) for one, _ in pairs) / count

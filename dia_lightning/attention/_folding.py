@@ -1,0 +1,214 @@
+"""Attention whose map is always the same, multiplied into the weights of the layer in its place."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from dia_lightning.attention._attached_block import AttachedBlock, ChainOwner
+from dia_lightning.attention._attached_site import AttachedSite
+from dia_lightning.attention._links import Chain, Link, Slot
+from dia_lightning.attention._roles import plain_class, remove_role
+
+#: An obstacle to folding, by slot; none where the map can be multiplied into the layer.
+Obstacles = dict[Slot, str]
+
+
+def attached_chains(network: nn.Module) -> list[Chain]:
+    """Return the chains of a network with attention."""
+    return list(dict.fromkeys(link.chain for _, link in _links(network)))
+
+
+def slots_of(chain: Chain) -> list[Slot]:
+    """Return the slots of a chain in the order in which they run."""
+    return sorted((slot for link in chain.links for slot in link.slots), key=lambda slot: slot.layer)
+
+
+@contextmanager
+def finding_obstacles(network: nn.Module) -> Iterator[Obstacles]:
+    """Find out, in the forwards within the context, at which slots a map cannot be multiplied into the layer.
+
+    A layer takes a map if its output follows a factor per channel that its weights are multiplied by, or those of the
+    last layer in it. That is tried in the first forward: so an activation behind a norm in one module is found, and any
+    kind of layer can do.
+    """
+    found: Obstacles = {}
+    used = _uses(network)
+    handles = []
+    for block, link in _links(network):
+        for slot in link.slots:
+            found[slot] = _known_obstacle(block, slot, used)
+            if not found[slot]:
+                found[slot] = "it has not run"
+                hook = _trial(slot, found)
+                handles.append(block.get_submodule(slot.path).register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _known_obstacle(block: nn.Module, slot: Slot, used: Counter[int]) -> str:
+    site = block.get_submodule(slot.path)
+    name = plain_class(site).__name__
+    target = _target(site, slot.channels)
+    if slot.is_whole:
+        return "its unit is a module of the network that gives no map"
+    if slot.before:
+        return f"the input of the {name} is multiplied and not its output"
+    weights = _weights(target)
+    if not _is_per_channel(weights, slot.channels):
+        return f"{name} has no weights per channel"
+    if used[id(site)] > 1 or used[id(target)] > 1 or any(used[id(weight)] > 1 for weight in weights):
+        return f"the weights of the {name} are used elsewhere too"
+    if slot.branch_norm is None:
+        return ""
+    norm = block.get_submodule(slot.branch_norm)
+    is_affine = isinstance(target, nn.Linear | _ConvNd) and not getattr(target, "transposed", False)
+    if not is_affine or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        return f"the norm behind the {name} does not go into its weights"
+    return ""
+
+
+def _trial(slot: Slot, found: Obstacles) -> Callable[..., None]:
+    """Return a hook that multiplies the weights of a layer, runs it again, and sets them back."""
+
+    @torch.no_grad()
+    def hook(site: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if found[slot] != "it has not run":
+            return
+        features: Tensor = output[0] if isinstance(output, tuple) else output
+        random = torch.Generator().manual_seed(slot.layer)
+        factor = torch.rand(slot.channels, generator=random) + 0.5  # of both signs, so that activations show
+        factor *= torch.randint(0, 2, factor.shape, generator=random) * 2 - 1
+        factor = factor.to(features)
+        weights = _weights(_target(site, slot.channels))
+        kept = [weight.clone() for weight in weights]
+        for weight in weights:
+            weight.mul_(_over(factor, weight))
+        again = site.forward(*args, **kwargs)  # past the attention
+        for weight, values in zip(weights, kept, strict=True):
+            weight.copy_(values)
+        again = again[0] if isinstance(again, tuple) else again
+        wanted = features.movedim(slot.channel_axis, -1) * factor
+        difference = (again.movedim(slot.channel_axis, -1) - wanted).abs().max()
+        follows = bool(difference <= torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max())
+        found[slot] = "" if follows else f"{plain_class(site).__name__} does not follow a factor in its weights"
+
+    return hook
+
+
+def fold(network: nn.Module, maps: Mapping[Slot, Tensor]) -> None:
+    """Multiply layers by constant maps, and take the attention out of their slots, in place.
+
+    Args:
+        network: with attention.
+        maps: of slots without obstacles ``[C]``. What a unit with memory hands on is lost behind its slots.
+    """
+    with torch.no_grad():
+        for block, link in _links(network):
+            for slot in link.slots:
+                if slot in maps:
+                    _multiply(block, slot, maps[slot])
+    for block, link in _links(network):
+        _take_out(block, [slot for slot in link.slots if slot in maps])
+        link.slots = tuple(slot for slot in link.slots if slot not in maps)
+    for chain in attached_chains(network):
+        _shorten(network, chain)
+    for module in list(network.modules()):
+        if isinstance(module, ChainOwner):
+            module.dia_chains = tuple(chain for chain in module.dia_chains if chain.links)
+            if not module.dia_chains:
+                del module.dia_chains
+                remove_role(module, ChainOwner)
+
+
+def _multiply(block: nn.Module, slot: Slot, attention_map: Tensor) -> None:
+    target: Any = _target(block.get_submodule(slot.path), slot.channels)
+    factor = attention_map.double()
+    if slot.branch_norm is not None:
+        norm: Any = block.get_submodule(slot.branch_norm)
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight.double()
+        shift = -norm.running_mean.double() * scale
+        shift = (shift if norm.bias is None else shift + norm.bias.double()) * factor
+        factor = factor * scale
+        bias = shift if target.bias is None else target.bias.double() * factor + shift
+        target.bias = nn.Parameter(bias.to(target.weight), target.weight.requires_grad)
+        weights = [target.weight]
+    else:
+        weights = _weights(target)
+    for weight in weights:
+        weight.copy_(weight.double() * _over(factor.to(weight.device), weight))
+
+
+def _take_out(block: nn.Module, slots: Sequence[Slot]) -> None:
+    kept = [slot for slot in block.dia_slots() if slot not in slots]  # type: ignore[operator]
+    sites = [block.get_submodule(slot.path) for slot in kept]
+    for slot in slots:
+        site = block.get_submodule(slot.path)
+        if isinstance(site, AttachedSite) and all(site is not other for other in sites):
+            remove_role(site, AttachedSite)
+        for name in (slot.branch_norm, slot.unit_norm):
+            if name is not None:
+                del block._modules[name]
+
+
+def _shorten(network: nn.Module, chain: Chain) -> None:
+    """Let the chain end with the last block that has a slot. Before that, blocks without any hand the state on."""
+    ends = [number for number, link in enumerate(chain.links, start=1) if link.slots]
+    behind = chain.links[max(ends, default=0) :]
+    del chain.links[max(ends, default=0) :]
+    if chain.links:
+        chain.links[-1].last = True
+    for block, link in _links(network):
+        if link not in behind:
+            continue
+        if link.before is None:
+            del block._modules[link.unit]
+        links = tuple(other for other in block.dia_links if other is not link)
+        vars(block)["dia_links"] = links
+        if not links:
+            remove_role(block, AttachedBlock)
+            del block.dia_links
+
+
+def _links(network: nn.Module) -> list[tuple[AttachedBlock, Link]]:
+    blocks = [module for module in network.modules() if isinstance(module, AttachedBlock)]
+    return [(block, link) for block in blocks for link in block.dia_links]
+
+
+def _target(site: nn.Module, channels: int) -> nn.Module:
+    """Return the layer that seems to compute the last step of a site: itself, or the last with weights inside of it."""
+    layers = [site, *reversed([module for module in site.modules() if module is not site])]
+    return next((layer for layer in layers if _is_per_channel(_weights(layer), channels)), site)
+
+
+def _is_per_channel(weights: Sequence[Tensor], channels: int) -> bool:
+    return len(weights) > 0 and all(weight.ndim > 0 and len(weight) == channels for weight in weights)
+
+
+def _weights(layer: nn.Module) -> list[Tensor]:
+    """Return what a layer itself multiplies and adds; norms that are frozen hold it in buffers."""
+    held = {**layer._buffers, **layer._parameters}
+    names = [*layer._parameters, *(name for name in ("weight", "bias") if name in layer._buffers)]
+    return [tensor for name in names if (tensor := held[name]) is not None]
+
+
+def _over(factor: Tensor, weight: Tensor) -> Tensor:
+    """Return a factor per channel in a shape that broadcasts against a weight, whose first axis are the channels."""
+    return factor.reshape(-1, *[1] * (weight.ndim - 1)).to(torch.promote_types(factor.dtype, weight.dtype))
+
+
+def _uses(network: nn.Module) -> Counter[int]:
+    """Return how many places of a network have a module, or a parameter or buffer."""
+    uses = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
+    for module in network.modules():
+        uses.update(id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
+    return uses
