@@ -1,6 +1,7 @@
 """Shared attention: the attention modules, and how they get into a network."""
 
 from dia_lightning.attention._attach import attach, detach
+from dia_lightning.attention._attention_parameters import attention_parameters
 from dia_lightning.attention._check import check
 from dia_lightning.attention._find import find_sites
 from dia_lightning.attention._masks import EAN_MASKS
@@ -36,6 +37,7 @@ __all__ = [
     "StyleRecalibration",
     "attach",
     "attention_layers",
+    "attention_parameters",
     "check",
     "detach",
     "find_sites",
