@@ -6,22 +6,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
-from dia_lightning._hyperparameters import check_is_no_mark, primitive
+from dia_lightning._hyperparameters import primitive
 from dia_lightning.models._hub import fetch, upload
 from dia_lightning.tasks._compilation import compile_in_place
-from dia_lightning.tasks._optimizers import (
-    check_optimizer,
-    check_schedule,
-    make_optimizer,
-    make_schedule,
-    make_step_warmup,
-)
+from dia_lightning.tasks._freezing import Freeze
+from dia_lightning.tasks._optimization import OptimizedModule
+from dia_lightning.tasks._optimizers import Options
 
 Task = TypeVar("Task", bound="DIATask")
 
@@ -35,23 +29,36 @@ class NonFiniteLossError(RuntimeError):
     exit_code = 3
 
 
-class DIATask(LightningModule):
+class DIATask(OptimizedModule):
     """Base class of the tasks: optimizer and schedule, hyperparameters that reload, class names in the checkpoint.
 
     Args:
         optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores ``lr``,
-            ``momentum``, ``nesterov`` and ``weight_decay``.
-        lr: learning rate, positive.
+            ``momentum``, ``nesterov`` and ``weight_decay``, but for a rate that a learning-rate finder has found.
+        lr: full learning rate, positive, that schedule, warm-up and factors act on. A finder (``LearningRateFinder``,
+            ``Tuner.lr_find``) writes here. A resumed run keeps that of its checkpoint.
         momentum: of SGD, in [0, 1).
         nesterov: whether SGD uses Nesterov momentum.
         weight_decay: applied to all parameters, those of the attention included.
+        norm_weight_decay: whether norms and biases have weight decay too.
+        attention_lr: factor of the rate of the attention, 0 or more; its parameters are a group of their own then.
+        layer_decay: factor in (0, 1] of the rate from each layer to the one before; the head has the full rate. A layer
+            is a block of the backbone, or what stands outside of blocks with the norms after it. The attention has
+            the full rate, times ``attention_lr``.
+        freeze: what is not trained: patterns of names of parameters or modules, such as ``["backbone.layer1"]``, or
+            ``"all-but-attention-and-head"``. Batch norms whose weights are frozen keep their statistics too. Nothing
+            unfreezes it again, and what is frozen by other means stays so.
         schedule: ``"step"``, ``"cosine"``, ``"constant"``, or a callable ``optimizer -> LRScheduler``; stepped per
-            epoch.
+            epoch. ``"cosine"`` ends with the training: if ``trainer.max_steps`` ends it, the cosine is stepped, and
+            ``warmup_epochs`` rise, per optimizer step. It does not know of ``trainer.max_time``.
+        schedule_interval: ``"epoch"``, or ``"step"``, an optimizer step, which milestones count then too.
+        schedule_frequency: a callable's schedule is stepped once in so many intervals.
+        schedule_monitor: metric that ``ReduceLROnPlateau`` watches, for example ``"val/loss"``.
         milestones: epochs at which ``"step"`` multiplies the rate by ``gamma``.
         gamma: factor in (0, 1].
-        warmup_epochs: epochs of linear rise before the schedule.
-        warmup_steps: optimizer steps of linear rise at the start, usual in detection and diffusion; the schedule of
-            epochs goes on meanwhile.
+        warmup_epochs: epochs of linear rise before the schedule; that of a callable goes on meanwhile.
+        warmup_steps: optimizer steps of linear rise at the start, usual in detection and diffusion; the schedule goes
+            on meanwhile.
 
     Raises:
         ValueError: if a number is out of its range or a name is unknown.
@@ -65,7 +72,14 @@ class DIATask(LightningModule):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 1e-4,
+        norm_weight_decay: bool = True,
+        attention_lr: float = 1.0,
+        layer_decay: float = 1.0,
+        freeze: Freeze = None,
         schedule: Literal["step", "cosine", "constant"] | LRSchedulerCallable = "constant",
+        schedule_interval: Literal["epoch", "step"] = "epoch",
+        schedule_frequency: int = 1,
+        schedule_monitor: str | None = None,
         milestones: Sequence[int] = (),
         gamma: float = 0.1,
         warmup_epochs: int = 0,
@@ -74,23 +88,8 @@ class DIATask(LightningModule):
         arguments = dict(locals())
         super().__init__()
         self.remember(arguments)
-        check_is_no_mark("optimizer", optimizer)
-        check_is_no_mark("schedule", schedule)
-        self.lr = float(lr)  # the learning-rate finder writes here
-        self._optimizer = optimizer
-        self._optimizer_args: dict[str, Any] = {
-            "momentum": float(momentum),
-            "nesterov": nesterov,
-            "weight_decay": float(weight_decay),
-        }
-        if isinstance(optimizer, str):
-            check_optimizer(optimizer, lr=lr, **self._optimizer_args)
-        check_schedule(schedule, milestones, gamma, warmup_epochs, warmup_steps)
-        self._schedule = schedule
-        self._milestones = [int(epoch) for epoch in milestones]
-        self._gamma = float(gamma)
-        self._warmup_epochs = warmup_epochs
-        self._warmup_steps = warmup_steps
+        self._options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
+        self.lr = float(lr)
         self._data: dict[str, Any] = {}
         self._compiled: list[nn.Module] = []
         #: Optimizer steps behind the weights of a checkpoint that was loaded; ``None`` while it trains on.
@@ -138,6 +137,7 @@ class DIATask(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take class names and normalisation from the data module, to keep them in the checkpoint."""
+        super().setup(stage)
         compile_in_place(self._compiled)  # again in a spawned process, whose copy is not compiled
         datamodule = getattr(self.trainer, "datamodule", None)
         found = {name: getattr(datamodule, name, None) for name in ("class_names", "category_ids", "image_shape")}
@@ -148,11 +148,13 @@ class DIATask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to use the network without its data."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["dia_task"] = type(self).__name__
         checkpoint["dia_data"] = self._data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read it back, and compare it with the data at hand."""
+        super().on_load_checkpoint(checkpoint)
         self.trained_steps = checkpoint.get("global_step")
         stored = checkpoint.get("dia_data", {})
         for name, value in stored.items():
@@ -300,6 +302,11 @@ class DIATask(LightningModule):
         """Count images from the start."""
         self._seen = 0
 
+    def on_train_start(self) -> None:
+        """Forget how long the weights of a checkpoint were trained."""
+        super().on_train_start()
+        self.trained_steps = None
+
     # ---- losses
 
     def check_loss(self, loss: Tensor, batch_index: int, parts: Mapping[str, Tensor] | None = None) -> None:
@@ -341,49 +348,6 @@ class DIATask(LightningModule):
             f"{type(self).__name__} has no evaluation_loss, which an analysis needs. Define it: the loss of a batch, "
             "summed over its images."
         )
-
-    # ---- optimizers
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer and its schedule, for Lightning."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if isinstance(self._optimizer, str):
-            optimizer = make_optimizer(self._optimizer, trained, lr=self.lr, **self._optimizer_args)
-        else:
-            optimizer = self._optimizer(trained)
-        if isinstance(self._schedule, str):
-            max_epochs = self.trainer.max_epochs
-            schedule = make_schedule(
-                optimizer,
-                self._schedule,
-                milestones=self._milestones,
-                gamma=self._gamma,
-                warmup_epochs=self._warmup_epochs,
-                max_epochs=max_epochs if max_epochs != -1 else None,
-            )
-        else:
-            schedule = self._schedule(optimizer)
-        schedules = [{"scheduler": schedule, "interval": "epoch"}]
-        if self._warmup_steps > 0:
-            warmup = make_step_warmup(optimizer, self._warmup_steps)
-            schedules.append({"scheduler": warmup, "interval": "step"})
-        return [optimizer], schedules
-
-    def on_train_start(self) -> None:
-        """Say so if a resumed schedule ends at another epoch than the training."""
-        self.trained_steps = None
-        schedules = self.lr_schedulers()
-        schedule = schedules[0] if isinstance(schedules, list) else schedules
-        main = schedule._schedulers[-1] if isinstance(schedule, SequentialLR) else schedule
-        resumed = self.trainer.current_epoch > 0
-        if resumed and isinstance(main, CosineAnnealingLR) and isinstance(self._schedule, str):
-            end = main.T_max + self._warmup_epochs
-            if end != self.trainer.max_epochs:
-                rank_zero_warn(
-                    f"The cosine schedule of the checkpoint ends at epoch {end}, but trainer.max_epochs is "
-                    f"{self.trainer.max_epochs}: lr is near 0 around the schedule's end and rises again after it. To "
-                    "train longer, start a new schedule from the weights: --model.init_from instead of --ckpt_path."
-                )
 
 
 def brief(value: Sequence[Any]) -> str:

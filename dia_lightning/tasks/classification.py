@@ -67,9 +67,10 @@ class ClassificationTask(DIATask):
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
         compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks by itself,
             which takes less time to compile, because equal blocks are compiled once.
-        **optimization: optimizer and schedule, as :class:`DIATask` takes them: ``optimizer``, ``lr``, ``momentum``,
-            ``nesterov``, ``weight_decay``, ``schedule``, ``milestones``, ``gamma``, ``warmup_epochs``,
-            ``warmup_steps``.
+        **optimization: what is trained and how, as :class:`DIATask` takes it: ``optimizer``, ``lr``, ``momentum``,
+            ``nesterov``, ``weight_decay``, ``norm_weight_decay``, ``attention_lr``, ``layer_decay``, ``freeze``,
+            ``schedule``, ``schedule_interval``, ``schedule_frequency``, ``schedule_monitor``, ``milestones``,
+            ``gamma``, ``warmup_epochs``, ``warmup_steps``.
 
     Raises:
         ValueError: if a name is unknown, a number is out of its range, ``num_classes`` is missing, or
@@ -130,6 +131,7 @@ class ClassificationTask(DIATask):
         attach_if_any(self.backbone, arguments, example)
         if init_from is not None:
             rank_zero_info(load_weights(self.backbone, init_from))
+        self.freeze_parameters()
         self.compile_parts(parts)
         self.train_metrics = MetricCollection({"acc": self._kind.accuracy()}, prefix="train/", compute_groups=False)
         self.val_metrics = self._metrics("val/")

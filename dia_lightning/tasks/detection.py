@@ -77,9 +77,10 @@ class DetectionTask(DIATask):
             block of the backbone by itself, which takes less time to compile, because equal blocks are compiled once.
             The heads are never compiled: the number of their boxes changes from batch to batch.
         lr: learning rate, positive; the default suits SGD with 4 images per step.
-        **optimization: optimizer and schedule, as :class:`DIATask` takes them: ``optimizer``, ``momentum``,
-            ``nesterov``, ``weight_decay``, ``schedule``, ``milestones``, ``gamma``, ``warmup_epochs``,
-            ``warmup_steps``.
+        **optimization: what is trained and how, as :class:`DIATask` takes it: ``optimizer``, ``momentum``,
+            ``nesterov``, ``weight_decay``, ``norm_weight_decay``, ``attention_lr``, ``layer_decay``, ``freeze``,
+            ``schedule``, ``schedule_interval``, ``schedule_frequency``, ``schedule_monitor``, ``milestones``,
+            ``gamma``, ``warmup_epochs``, ``warmup_steps``.
 
     Raises:
         ValueError: if a name is unknown, a number is out of its range, ``num_classes`` is missing, or
@@ -135,19 +136,31 @@ class DetectionTask(DIATask):
             "frozen_norm": frozen_norm,
         }
         self.detector = _detector(detector, backbone, num_classes, options, detector_args or {})
-        pyramid: Any = self.detector.backbone
-        body = getattr(pyramid, "body", pyramid)
+        body = self.backbone
         example = images_like(body, None)
-        parts = parts_to_compile(compile, pyramid, body, example)
+        parts = parts_to_compile(compile, self.detector.backbone, body, example)  # type: ignore[arg-type]
         attach_if_any(body, arguments, example)
         if init_from is not None:
             rank_zero_info(load_detector_weights(self.detector, init_from))
+        self.freeze_parameters()
         self.compile_parts(parts)
         self.has_masks = isinstance(self.detector, MaskRCNN)
         self.val_map = MeanAveragePrecision(masks=self.has_masks)
         self.test_map = MeanAveragePrecision(masks=self.has_masks)
         # not by self.log of each batch: its mean over processes divides by a whole number of images, rounded down
         self._val_losses: dict[str, MeanMetric] = {}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network below the feature pyramid, or all of a backbone that has none."""
+        pyramid: Any = self.detector.backbone
+        body: nn.Module = getattr(pyramid, "body", pyramid)
+        return body
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all that is not the backbone."""
+        inside = set(self.backbone.parameters())
+        return [parameter for parameter in self.parameters() if parameter not in inside]
 
     @property
     def category_ids(self) -> list[int] | None:

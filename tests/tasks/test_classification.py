@@ -206,11 +206,6 @@ def test_a_wrong_option_is_refused_when_the_task_is_made(options: dict[str, Any]
         small_task(**options)
 
 
-def test_a_cosine_schedule_without_end_is_refused(tmp_path: Path, digits: DigitsDataModule) -> None:
-    with pytest.raises(ValueError, match=r"schedule='cosine' needs trainer\.max_epochs"):
-        small_trainer(tmp_path, max_epochs=-1, max_steps=2).fit(small_task(schedule="cosine"), digits)
-
-
 def test_optimizer_and_schedule_can_be_injected(tmp_path: Path, digits: DigitsDataModule) -> None:
     task = small_task(
         optimizer=lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),

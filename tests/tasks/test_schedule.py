@@ -10,14 +10,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LinearLR, MultiStepLR
 
 from dia_lightning.datamodules import DigitsDataModule
-from dia_lightning.tasks._optimizers import make_schedule
+from dia_lightning.tasks._schedule import Curve, NamedSchedule
 from tests.tasks.conftest import Rates, small_task, small_trainer
 
 
-def rates(epochs: int, name: str, warmup_epochs: int = 0, **options: object) -> list[float]:
+def rates(epochs: int, name: str, warmup_epochs: int = 0, milestones: list[int] | None = None) -> list[float]:
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    arguments = {"milestones": [], "gamma": 0.1, "max_epochs": epochs, "warmup_epochs": warmup_epochs, **options}
-    schedule = make_schedule(optimizer, name, **arguments)  # type: ignore[arg-type]
+    schedule = NamedSchedule(optimizer, Curve(name, "epoch", milestones or [], 0.1, warmup_epochs, epochs))
     seen = []
     for _ in range(epochs):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -28,7 +27,7 @@ def rates(epochs: int, name: str, warmup_epochs: int = 0, **options: object) -> 
 
 def test_step_lowers_the_rate_when_the_epoch_counted_from_zero_is_a_milestone() -> None:
     # As in the authors' script: `if epoch in schedule: lr *= gamma`, before the epoch.
-    assert rates(6, "step", milestones=[2, 4], gamma=0.1) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert rates(6, "step", milestones=[2, 4]) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_milestones_count_epochs_of_warm_up_too() -> None:

@@ -1,0 +1,106 @@
+"""Parameters that are not trained."""
+
+from collections.abc import Iterable, Sequence, Set
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+#: What ``freeze`` takes beside patterns.
+ALL_BUT = "all-but-attention-and-head"
+Freeze = list[str] | Literal["all-but-attention-and-head"] | None
+
+
+def check_freeze(freeze: Any) -> None:
+    """Check the kind of value when a task is made.
+
+    Raises:
+        ValueError: if it is neither a list of patterns nor the name.
+    """
+    is_list = isinstance(freeze, list | tuple) and all(isinstance(item, str) for item in freeze)
+    if freeze is not None and freeze != ALL_BUT and not is_list:
+        raise ValueError(
+            f"freeze must be a list of patterns such as ['backbone.layer1'], {ALL_BUT!r} or None, got {freeze!r}."
+        )
+
+
+def frozen_names(module: nn.Module, freeze: Sequence[str] | str | None, kept: Set[nn.Parameter]) -> set[str]:
+    """Return the names of parameters and buffers that are frozen.
+
+    Args:
+        module: whose parameters they are.
+        freeze: patterns of parameters or of modules, or the name for all but what is kept.
+        kept: parameters of attention and the head.
+
+    Raises:
+        ValueError: if a pattern matches no parameter.
+    """
+    names = dict(module.named_parameters())
+    if freeze is None:
+        return set()
+    if freeze == ALL_BUT:
+        return {name for name, parameter in names.items() if parameter not in kept}
+    found: set[str] = set()
+    for pattern in freeze:
+        chosen = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        if not chosen:
+            raise ValueError(
+                f"freeze has the pattern {pattern!r}, which matches no parameter. Their names are such as "
+                f"{', '.join(list(names)[:3])}."
+            )
+        found |= chosen
+    return found
+
+
+def freeze_parameters(module: nn.Module, names: Set[str]) -> list[str]:
+    """Freeze parameters by name, and return the paths of norms whose statistics have to stay as they are.
+
+    They are those all of whose own parameters are frozen, and those without any among frozen layers.
+    """
+    for name, parameter in module.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
+    return [
+        path
+        for path, part in module.named_modules()
+        if isinstance(part, _NormBase) and _is_frozen(module, path, part, names)
+    ]
+
+
+def _is_frozen(module: nn.Module, path: str, norm: nn.Module, names: Set[str]) -> bool:
+    own = {f"{path}.{name}" for name, _ in norm.named_parameters(recurse=False)}
+    if own or not path:
+        return bool(own) and own <= names
+    around = path.rpartition(".")[0]  # a norm without weights is frozen if all that is beside it is
+    prefix = f"{around}." if around else ""
+    beside = {f"{prefix}{name}" for name, _ in module.get_submodule(around).named_parameters()}
+    return bool(beside) and beside <= names
+
+
+def keep_trained(module: nn.Module, callbacks: Iterable[Callback], kept: Set[nn.Parameter]) -> None:
+    """Train attention and head, although a finetuning callback has frozen the whole network that they are a part of.
+
+    Args:
+        module: whose ``backbone`` Lightning's ``BackboneFinetuning`` freezes.
+        callbacks: of the trainer.
+        kept: parameters of attention and the head.
+    """
+    found = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+    if not found:
+        return
+    norms = [part for part in module.modules() if isinstance(part, _NormBase)]  # which it may train
+    in_norms = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
+    is_all_frozen = not any(each.requires_grad for each in module.parameters() if each not in in_norms)
+    if is_all_frozen or any(isinstance(callback, BackboneFinetuning) for callback in found):
+        train_parameters(module, kept)
+
+
+def train_parameters(module: nn.Module, parameters: Set[nn.Parameter]) -> None:
+    """Undo what a finetuning callback does to parameters, and to norms that have them."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    for part in module.modules():
+        if isinstance(part, _NormBase) and not parameters.isdisjoint(part.parameters(recurse=False)):
+            part.track_running_stats = True

@@ -1,0 +1,76 @@
+"""Layers of a network, as a decay of learning rates counts them, and its head."""
+
+from collections.abc import Iterator, Set
+from typing import Any
+
+from torch import nn
+
+from dia_lightning.attention._roles import plain_class
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def layers(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[list[nn.Parameter]]:
+    """Return the parameters of each layer, from the input to the output, as they are registered.
+
+    A layer is a block where blocks of one class follow one another, and else an item of a list, such as a
+    ``Sequential``, or a child of the network. Norms and loose parameters, such as a class token, belong to the layer
+    before them, and to the first layer if there is none.
+
+    Args:
+        network: any network.
+        left_out: parameters that belong to no layer.
+    """
+    found: list[list[nn.Parameter]] = [[]]
+    is_open = True  # until the first layer has a matrix
+    seen = set(left_out)
+    for parameters, is_loose in _parts(network, left_out):
+        own = [parameter for parameter in parameters if parameter not in seen]
+        seen.update(own)
+        has_matrix = not is_loose and any(parameter.ndim > 1 for parameter in own)
+        if has_matrix and not is_open:
+            found.append([])
+        is_open = is_open and not has_matrix
+        found[-1] += own
+    return found
+
+
+def head_of(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[nn.Parameter]:
+    """Return the parameters of the layer, or layers, that a network ends with.
+
+    Args:
+        network: one of timm, which knows its classifier; of others it is the last linear or convolutional layer.
+        left_out: parameters of attention, whose layers are no head.
+    """
+    get: Any = getattr(network, "get_classifier", None)
+    found = get() if callable(get) else None
+    modules = [module for module in (found if isinstance(found, tuple) else [found]) if isinstance(module, nn.Module)]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    if not parameters:
+        plain = [
+            list(module.parameters())
+            for module in network.modules()
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        ]
+        outside = [own for own in plain if own and left_out.isdisjoint(own)]
+        parameters = outside[-1] if outside else []
+    return parameters
+
+
+def _parts(module: nn.Module, left_out: Set[nn.Parameter]) -> Iterator[tuple[list[nn.Parameter], bool]]:
+    """Yield the parameters of layers and of what belongs to one, and whether they are loose ones."""
+    yield [parameter for parameter in module._parameters.values() if parameter is not None], True
+    for child in module.children():
+        if isinstance(child, _LISTS) or any(_is_of_blocks(inner, left_out) for inner in child.modules()):
+            yield from _parts(child, left_out)
+        else:
+            yield list(child.parameters()), False
+
+
+def _is_of_blocks(module: nn.Module, left_out: Set[nn.Parameter]) -> bool:
+    """Tell whether a module is a list of several blocks of one class, and not of single layers or other lists."""
+    if not isinstance(module, _LISTS):
+        return False
+    items = [child for child in module.children() if any(each not in left_out for each in child.parameters())]
+    is_block = [not isinstance(item, _LISTS) and len(list(item.children())) > 0 for item in items]
+    return len(items) > 1 and all(is_block) and len({plain_class(item) for item in items}) == 1

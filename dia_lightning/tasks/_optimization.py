@@ -1,0 +1,243 @@
+"""What of a task is trained, and at which rates."""
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.cli import LRSchedulerTypeUnion
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from typing_extensions import Self
+
+from dia_lightning.attention import attention_parameters
+from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.tasks._freezing import freeze_parameters, frozen_names, keep_trained, train_parameters
+from dia_lightning.tasks._layers import head_of
+from dia_lightning.tasks._optimizers import Options, make_optimizer
+from dia_lightning.tasks._parameter_groups import GROUPING, parameter_groups
+from dia_lightning.tasks._rates import GroupRates
+from dia_lightning.tasks._schedule import NamedSchedule
+from dia_lightning.tasks._schedule_options import (
+    lightning_config,
+    make_schedule,
+    make_warmup,
+    warn_of_long_warmup,
+    warn_of_other_end,
+)
+
+
+class OptimizedModule(LightningModule):
+    """A module with parameters that stay frozen, an optimizer of groups, a schedule and a warm-up.
+
+    Subclasses set ``_options`` and call :meth:`freeze_parameters` when their networks are made.
+    """
+
+    _options: Options
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = math.nan  # learning-rate finders write here
+        self._lr_in_use = math.nan
+        self._rates: GroupRates | None = None
+        self._frozen: set[str] = set()
+        self._still: list[str] = []  # norms whose statistics are frozen
+        self._trained: set[str] = set()
+        self._monitored: float | None = None  # what ReduceLROnPlateau has seen last
+        self._plateau_epoch = -1
+        self._has_validated = False
+
+    # ---- what is trained
+
+    def network_body(self) -> nn.Module:
+        """Return the network whose layers ``layer_decay`` counts, and after which the head comes."""
+        backbone = getattr(self, "backbone", None)
+        return backbone if isinstance(backbone, nn.Module) else self
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the head, which is trained where the rest is frozen."""
+        return head_of(self.network_body(), self._attention())
+
+    def _attention(self) -> set[nn.Parameter]:
+        return set(attention_parameters(self)) if is_attached(self) else set()
+
+    def freeze_parameters(self) -> None:
+        """Freeze what the option ``freeze`` names."""
+        if self._options.freeze is not None:
+            kept = self._attention().union(self.head_parameters())
+            self._frozen = frozen_names(self, self._options.freeze, kept)
+            self._still = freeze_parameters(self, self._frozen)
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but for frozen norms, which stay in evaluation mode."""
+        super().train(mode)
+        for path in self._still:
+            self.get_submodule(path).eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Train what a finetuning callback must not have frozen, and freeze what the task was told to."""
+        if stage == "fit":
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
+                keep_trained(self, callbacks, self._attention().union(self.head_parameters()))
+        self.freeze_parameters()
+
+    # ---- optimizer and schedule
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule, for Lightning."""
+        options = self._options
+        optimizer = self._new_optimizer()
+        full = float(optimizer.param_groups[0]["lr"])
+        schedule, interval = make_schedule(options, self.trainer, optimizer)
+        warmup, warmup_interval = make_warmup(options, optimizer)
+        self._rates = GroupRates(optimizer, schedule, warmup, full)
+        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        configs = [lightning_config(options, schedule, interval)]
+        if warmup is not None:
+            configs.append({"scheduler": warmup, "interval": warmup_interval})
+        return [optimizer], configs
+
+    def _new_optimizer(self) -> Optimizer:
+        options, attention = self._options, self._attention()
+        if options.attention_lr != 1 and not attention:
+            rank_zero_info("attention is None: the network is plain, and attention_lr is unused.")
+        groups = parameter_groups(
+            self,
+            self.network_body(),
+            attention,
+            attention_lr=float(options.attention_lr),
+            layer_decay=float(options.layer_decay),
+            norm_weight_decay=options.norm_weight_decay,
+        )
+        optimizer = make_optimizer(options, groups if "name" in groups[0] else groups[0]["params"])
+        if self.lr != options.lr:  # a finder was here before
+            found = self.lr / float(optimizer.param_groups[0]["lr"])
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * found
+        self._lr_in_use = self.lr
+        return optimizer
+
+    # ---- hooks
+
+    def on_fit_start(self) -> None:
+        """Use the rate that a finder has found, and train what a finetuning callback trained before it was resumed."""
+        if any(isinstance(callback, BaseFinetuning) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            groups = self.trainer.optimizers[0].param_groups
+            train_parameters(self, {parameter for group in groups for parameter in group["params"]})
+        self._take_found_rate()
+
+    def on_train_start(self) -> None:
+        """Say so if a resumed schedule is not the one that the options ask for."""
+        rates = self._rates
+        if rates is None or not any(rates.has(config.scheduler) for config in self.trainer.lr_scheduler_configs):
+            return  # a finder at work
+        is_resumed = self.trainer.global_step > 0
+        if isinstance(rates.schedule, NamedSchedule):
+            self.trainer.lr_scheduler_configs[0].interval = rates.schedule.curve.unit
+            if is_resumed:
+                warn_of_other_end(rates.schedule.curve, rates.schedule.planned)
+        if is_resumed and not math.isclose(rates.full, rates.planned):
+            rank_zero_warn(
+                f"lr is {rates.planned:.4g}, but the checkpoint goes on with its own, {rates.full:.4g}: resuming "
+                "restores the optimizer and the schedule as they were. For another rate, start anew from the weights: "
+                "init_from in place of ckpt_path."
+            )
+        warn_of_long_warmup(self.trainer, self._options)
+
+    def on_train_epoch_start(self) -> None:
+        """Keep what is frozen frozen, whatever callbacks have done, and say what is trained by no optimizer."""
+        self._take_found_rate()
+        if self._frozen:
+            freeze_parameters(self, self._frozen)
+            self.train(self.training)
+        known = {parameter for group in self.trainer.optimizers[0].param_groups for parameter in group["params"]}
+        new = {name: each for name, each in self.named_parameters() if each.requires_grad and name not in self._trained}
+        missing = [name for name, parameter in new.items() if parameter not in known]
+        self._trained.update(new)
+        if missing and self._rates is not None:
+            rank_zero_warn(
+                f"{len(missing)} parameters were unfrozen but are in no group of the optimizer, so that they stay as "
+                f"they are: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Add them with "
+                "optimizer.add_param_group."
+            )
+
+    def _take_found_rate(self) -> None:
+        if self._rates is not None and self.lr != self._lr_in_use:
+            self._lr_in_use = self.lr
+            self._rates.start_from(self.lr)
+
+    def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any) -> None:
+        """Step a schedule, without the factors of groups and warm-up."""
+        rates, options = self._rates, self._options
+        if rates is None:
+            super().lr_scheduler_step(scheduler, metric)
+        elif not rates.has(scheduler):
+            rates.step_finder(scheduler)
+        elif isinstance(scheduler, ReduceLROnPlateau):
+            if options.schedule_interval == "step" or self._plateau_epoch != self.current_epoch:
+                rates.step(scheduler, metric)
+        elif scheduler is rates.warmup or options.schedule_interval == "epoch" or self._is_due:
+            rates.step(scheduler)
+
+    @property
+    def _is_due(self) -> bool:
+        return self.trainer.global_step % self._options.schedule_frequency == 0
+
+    def on_validation_end(self) -> None:
+        """Note that metrics of the validation are there."""
+        self._has_validated = not self.trainer.sanity_checking
+
+    def on_train_epoch_end(self) -> None:
+        """Step ``ReduceLROnPlateau``, before checkpoints are written; Lightning would do so after it.
+
+        Raises:
+            ValueError: if what it watches is not logged.
+        """
+        rates, options = self._rates, self._options
+        plateau = None if rates is None else rates.schedule
+        is_due = (self.current_epoch + 1) % options.schedule_frequency == 0 and self.trainer.is_last_batch
+        in_use = any(config.scheduler is plateau for config in self.trainer.lr_scheduler_configs)
+        if not (isinstance(plateau, ReduceLROnPlateau) and options.schedule_interval == "epoch" and is_due and in_use):
+            return
+        monitor: str = plateau.monitor  # type: ignore[attr-defined]
+        value = self.trainer.callback_metrics.get(monitor, self._monitored)
+        if value is None:
+            if self.trainer.enable_validation and not self._has_validated:
+                return  # it may be a metric of the validation
+            known = ", ".join(sorted(self.trainer.callback_metrics)) or "none"
+            raise ValueError(f"ReduceLROnPlateau watches {monitor!r}, which is not logged. Logged are: {known}.")
+        self._monitored = float(value)
+        self._plateau_epoch = self.current_epoch
+        assert rates is not None
+        rates.step(plateau, self._monitored)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what ``ReduceLROnPlateau`` has seen last."""
+        if self._monitored is not None:
+            checkpoint["dia_monitored"] = self._monitored
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with other groups of parameters than those of the checkpoint.
+
+        Raises:
+            ValueError: if the options that make the groups differ.
+        """
+        self._monitored = checkpoint.get("dia_monitored")
+        trainer = self._trainer
+        if trainer is None or not trainer.training or "optimizer_states" not in checkpoint:
+            return
+        trained = checkpoint.get("hyper_parameters", {})
+        for name, default in GROUPING.items():
+            before, now = trained.get(name, default), self.hparams.get(name, default)
+            if before != now:
+                raise ValueError(
+                    f"The checkpoint was trained with {name}={before!r}, but the task has {now!r}: the state of the "
+                    "optimizer does not fit. Use the same, or start anew from the weights with init_from."
+                )

@@ -1,0 +1,96 @@
+"""Groups of parameters that an optimizer treats differently."""
+
+import math
+from collections.abc import Sequence, Set
+from typing import Any
+
+from torch import nn
+
+from dia_lightning.tasks._layers import layers
+
+#: Options of a task that its groups depend on, and what they are in checkpoints that have none.
+GROUPING = {"attention_lr": 1.0, "layer_decay": 1.0, "norm_weight_decay": True, "freeze": None}
+
+
+def check_grouping(attention_lr: float, layer_decay: float) -> None:
+    """Check the numbers when a task is made, long before they are used.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    if not (math.isfinite(attention_lr) and attention_lr >= 0):
+        raise ValueError(f"attention_lr must be 0 or a positive factor of lr, got {attention_lr}.")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}. 0.75 is usual; 1 is none.")
+
+
+def parameter_groups(
+    module: nn.Module,
+    network: nn.Module,
+    attention: Set[nn.Parameter],
+    *,
+    attention_lr: float,
+    layer_decay: float,
+    norm_weight_decay: bool,
+) -> list[dict[str, Any]]:
+    """Return the parameters of a module that are trained, in groups for an optimizer.
+
+    Each group has a ``name``, the factor of its rate ``lr_scale``, and ``weight_decay=0`` if it is without. Where all
+    parameters are treated alike, there is one group, without any of these.
+
+    Args:
+        module: whose parameters are trained.
+        network: the part of it whose layers have smaller rates; layers outside are the head.
+        attention: parameters of attention, which are a group of their own.
+        attention_lr: factor of their rate.
+        layer_decay: factor from each layer to the one before.
+        norm_weight_decay: whether norms and biases have weight decay.
+
+    Raises:
+        ValueError: if nothing would be trained.
+    """
+    parts: dict[nn.Parameter, tuple[str, float]] = {}
+    if layer_decay != 1:
+        inside = layers(network, attention)
+        counted = set(attention).union(*inside)
+        has_head = any(parameter not in counted for parameter in module.parameters())
+        parts |= _decayed(inside, layer_decay, steps_to_last=1 if has_head else 0)
+    if attention_lr != 1 or layer_decay != 1:
+        parts |= dict.fromkeys(attention, ("attention", attention_lr))
+    without_decay = set() if norm_weight_decay else _norms_and_biases(module)
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            part, scale = parts.get(parameter, ("main", 1.0))
+            options: dict[str, Any] = {"lr_scale": scale}
+            if parameter in without_decay:
+                part, options = f"{part}/no_decay", {**options, "weight_decay": 0.0}
+            groups.setdefault(part, {"params": [], "name": part, **options})["params"].append(parameter)
+    if not any(group["lr_scale"] > 0 for group in groups.values()):
+        raise ValueError(
+            "Every parameter is frozen or has a learning rate of 0, so that nothing would be trained. Freeze less "
+            "(freeze, trainable_layers, attention_lr, a finetuning callback)."
+        )
+    ordered = sorted(groups.values(), key=lambda group: group["name"].startswith("attention"))
+    return ordered if set(groups) != {"main"} else [{"params": groups["main"]["params"]}]
+
+
+def _decayed(
+    found: Sequence[Sequence[nn.Parameter]], decay: float, steps_to_last: int
+) -> dict[nn.Parameter, tuple[str, float]]:
+    top = len(found) - 1 + steps_to_last
+    return {
+        parameter: (f"layer_{number}", decay ** (top - number))
+        for number, layer in enumerate(found)
+        for parameter in layer
+    }
+
+
+def _norms_and_biases(module: nn.Module) -> set[nn.Parameter]:
+    """Return parameters that only shift or scale: biases, those of norms, and all of one axis."""
+    return {
+        parameter
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim < 2 or name == "bias" or "Norm" in type(part).__name__
+    }
