@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dia_lightning.callbacks  # noqa: F401  its classes can then be given by their short names
-from dia_lightning.cli import _checkpoints, _strict_yaml
+from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._later_test import CheckLaterTest
@@ -76,6 +76,13 @@ class DIACLI(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint (fit only)."
         )
+        parser.add_argument(
+            "--ensemble",
+            type=list[str] | str | None,
+            default=None,
+            help="Checkpoints of classifiers whose probabilities are averaged, in place of --ckpt_path: a.ckpt,b.ckpt "
+            "(validate, test and predict only).",
+        )
         parser.link_arguments("data", "model.init_args.num_classes", self._count_classes, apply_on="instantiate")
         # a task that does not take it goes without
         parser.link_arguments("data", "model.init_args.image_shape", _image_shape, apply_on="instantiate")
@@ -104,6 +111,9 @@ class DIACLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
         config = self.config[self.config.subcommand]
+        if config.get("ensemble") is not None:
+            self._find_members(config)
+            return
         if config.get("ckpt_path") is None:
             if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
                 _say("no --ckpt_path: using the network as it is built; for the trained one add --ckpt_path best")
@@ -115,6 +125,23 @@ class DIACLI(LightningCLI):
             checkpoint = _checkpoints.read(config.ckpt_path)
             self._trained_classes = _checkpoints.class_names(checkpoint)
             self._take_hyper_parameters(config, checkpoint)
+
+    def _find_members(self, config: Namespace) -> None:
+        """Find the checkpoints of an ensemble, and build the network of the first in place of what the config says."""
+        if self.config.subcommand == "fit":
+            raise UserError("--ensemble is for validate, test and predict. Train its members one by one.")
+        if config.get("ckpt_path") is not None:
+            raise UserError("--ensemble and --ckpt_path exclude each other. Give all members to --ensemble.")
+        config.ensemble = _ensemble.member_paths(config.ensemble, _run_roots(config.trainer))
+        for number, path in enumerate(config.ensemble):
+            _say(f"member{number} is {path}")
+        checkpoint = _checkpoints.read(config.ensemble[0])
+        self._trained_classes = _checkpoints.class_names(checkpoint)
+        init_args = config.model.init_args
+        taken = {**_checkpoints.hyper_parameters(checkpoint, config.model.class_path), "init_from": None}
+        for name, value in taken.items():
+            if name in init_args:
+                init_args[name] = value
 
     def _take_hyper_parameters(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
         found = _checkpoints.hyper_parameters(checkpoint, config.model.class_path)
@@ -156,6 +183,9 @@ class DIACLI(LightningCLI):
         """Build data, model and trainer; what these refuse is the user's to mend."""
         try:
             super().instantiate_classes()
+            members = self.config[self.config.subcommand].get("ensemble")
+            if members is not None:
+                self.model = _ensemble.ensemble_of(members)
         except (ValueError, MisconfigurationException) as error:
             cause: BaseException = error
             # jsonargparse packs what a class of ours raised into messages about types and links

@@ -7,12 +7,14 @@ from dia_lightning.tasks.base import DIATask, NonFiniteLossError
 from dia_lightning.tasks.classification import ClassificationTask
 from dia_lightning.tasks.detection import DetectionTask
 from dia_lightning.tasks.diffusion import DiffusionTask
+from dia_lightning.tasks.ensemble import EnsembleTask
 
 __all__ = [
     "ClassificationTask",
     "DIATask",
     "DetectionTask",
     "DiffusionTask",
+    "EnsembleTask",
     "NonFiniteLossError",
     "Sampler",
     "export_pipeline",

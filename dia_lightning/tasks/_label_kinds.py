@@ -1,5 +1,6 @@
 """What labels of images say: one class of many, any number of labels, or yes and no; and what follows from that."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -77,6 +78,14 @@ class LabelKind(ABC):
         """Return the probabilities ``[B, K]`` of the classes or labels."""
 
     @abstractmethod
+    def truth(self, labels: Tensor) -> Tensor:
+        """Return what the probabilities ``[B, K]`` of a perfect classifier would be."""
+
+    @abstractmethod
+    def average(self, logits: Tensor) -> Tensor:
+        """Return logits whose probabilities are the mean of those of M members ``[M, B, ...]``."""
+
+    @abstractmethod
     def accuracy(self) -> Metric:
         """Return what measures the share of images that are right."""
 
@@ -130,7 +139,13 @@ class Multiclass(LabelKind):
         return F.cross_entropy(logits, labels, reduction="none")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        return logits.softmax(1)
+        return logits.softmax(-1)
+
+    def truth(self, labels: Tensor) -> Tensor:
+        return F.one_hot(labels, self.num_classes).float()
+
+    def average(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
     def hard(self, labels: Tensor) -> Tensor:
         return labels if labels.ndim == 1 else labels.argmax(1)
@@ -180,6 +195,12 @@ class Multilabel(LabelKind):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
+    def truth(self, labels: Tensor) -> Tensor:
+        return labels.float()
+
+    def average(self, logits: Tensor) -> Tensor:
+        return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
+
     def scores(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
@@ -220,7 +241,10 @@ class Binary(Multilabel):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         positive = logits.sigmoid()
-        return torch.stack([1 - positive, positive], 1)
+        return torch.stack([1 - positive, positive], -1)
+
+    def truth(self, labels: Tensor) -> Tensor:
+        return torch.stack([1 - labels, labels], -1).float()
 
     def accuracy(self) -> Metric:
         return BinaryAccuracy(validate_args=False)

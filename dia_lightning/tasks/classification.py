@@ -1,6 +1,6 @@
 """Image classification."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -20,6 +20,8 @@ from dia_lightning.tasks._label_kinds import ImageTask, label_kind
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
+
+Stage: TypeAlias = Literal["val", "test"]
 
 
 class ClassificationTask(DIATask):
@@ -193,7 +195,7 @@ class ClassificationTask(DIATask):
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
-        outputs = self._evaluate(batch, self.val_loss, [self.val_metrics])
+        outputs = self._evaluate(batch, "val")
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log_dict(self.val_metrics, prog_bar=True)
         return outputs
@@ -206,10 +208,7 @@ class ClassificationTask(DIATask):
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
-        metrics: list[Metric | MetricCollection] = [self.test_metrics]
-        outputs = self._evaluate(
-            batch, self.test_loss, metrics if self.confusion is None else [*metrics, self.confusion]
-        )
+        outputs = self._evaluate(batch, "test")
         self.log("test/loss", self.test_loss)
         self.log_dict(self.test_metrics)
         return outputs
@@ -222,16 +221,19 @@ class ClassificationTask(DIATask):
         logits = self._kind.logits(self(images)).float()
         return {"index": self.sample_index(images, index), "probabilities": self._kind.probabilities(logits)}
 
-    def _evaluate(
-        self, batch: tuple[Tensor, ...], loss: MeanMetric, metrics: list[Metric | MetricCollection]
-    ) -> dict[str, Tensor]:
+    def _evaluate(self, batch: tuple[Tensor, ...], stage: Stage) -> dict[str, Tensor]:
+        return self._measure(batch, self._kind.logits(self(batch[0])).float(), stage)
+
+    def _measure(self, batch: tuple[Tensor, ...], logits: Tensor, stage: Stage) -> dict[str, Tensor]:
         images, labels, *rest = batch
         index = self.sample_index(images, rest)
-        logits = self._kind.logits(self(images)).float()
         counts = index >= 0
         if counts.any():  # metrics refuse an empty batch
+            loss, metrics = (self.val_loss, self.val_metrics) if stage == "val" else (self.test_loss, self.test_metrics)
             counted = self._kind.read(labels[counts], training=False)
+            scores, hard = self._kind.scores(logits[counts]), self._kind.hard(counted)
             loss.update(self._kind.losses(logits[counts], counted))
-            for metric in metrics:
-                metric.update(self._kind.scores(logits[counts]), self._kind.hard(counted))
+            metrics.update(scores, hard)
+            if stage == "test" and self.confusion is not None:
+                self.confusion.update(scores, hard)
         return {"index": index, "probabilities": self._kind.probabilities(logits)}
