@@ -9,6 +9,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
+from dia_lightning.models._head import drop_before_head
 from dia_lightning.tasks._class_weights import (
     ClassWeights,
     check_class_weights,
@@ -60,6 +61,9 @@ class ClassificationTask(DIATask):
         existing: what becomes of attention modules that the backbone has of its own.
         identity: start with maps of exactly 1, for pretrained networks.
         branch_norm: whether pre-activation branches get a norm before the attention module.
+        dropout: probability, in [0, 1), that a value before the last linear layer is dropped in training, beside what
+            the network drops by itself (``backbone_args``: ``drop_rate`` and ``drop_path_rate`` of timm's networks,
+            ``dropout`` and ``stochastic_depth_prob`` of some of torchvision's, ``dropout`` of ``cifar_wrn``).
         label_smoothing: in [0, 1).
         class_weights: K positive numbers, what an image of each class counts in the training loss (``weight`` of
             :func:`torch.nn.functional.cross_entropy`), or ``"balanced"`` for N / (K * images of the class), counted in
@@ -102,6 +106,7 @@ class ClassificationTask(DIATask):
         existing: Literal["keep", "replace", "share"] = "keep",
         identity: bool = False,
         branch_norm: bool | None = None,
+        dropout: float = 0.0,
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
         init_from: str | None = None,
@@ -128,6 +133,7 @@ class ClassificationTask(DIATask):
         check_is_no_mark("backbone", backbone)
         args = {"num_classes": self._kind.outputs, **(backbone_args or {})}
         self.backbone = get_model(backbone, **args) if isinstance(backbone, str) else backbone
+        drop_before_head(self.backbone, self._kind.outputs, dropout)
         example = images_like(self.backbone, image_shape)
         parts = parts_to_compile(compile, self.backbone, self.backbone, example)
         attach_if_any(self.backbone, arguments, example)

@@ -92,6 +92,17 @@ def test_the_control_arm_is_the_same_network_without_attention() -> None:
     assert {key for key in attached.state_dict() if ".dia." not in key} == set(plain.state_dict())
 
 
+def test_dropout_of_the_classifier_comes_back_from_a_checkpoint(tmp_path: Path, digits: DigitsDataModule) -> None:
+    task = small_task(dropout=0.5)
+    assert list(task.state_dict()) == list(small_task().state_dict())
+    small_trainer(tmp_path).fit(task, digits)
+    restored: Any = ClassificationTask.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert restored.backbone.fc.dropout == 0.5
+    images = torch.randn(4, 3, 8, 8)
+    assert not torch.equal(restored.backbone.fc(torch.ones(1, 256)), restored.backbone.fc(torch.ones(1, 256)))
+    assert torch.equal(restored.eval()(images), task.eval()(images))
+
+
 # ---- checkpoints
 
 
