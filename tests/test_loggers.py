@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from dia_lightning.cli._run_config import wandb_id
 from dia_lightning.loggers import WandbLogger
 from dia_lightning.loggers._histograms import histograms
 from tests.cli.conftest import CONFIG
@@ -138,19 +136,8 @@ def test_training_goes_on_in_the_run_of_the_checkpoint_and_steps_do_not_go_backw
     assert (logged / "stderr.txt").read_text().count("going on in the Weights & Biases run run-7") == 1
     steps = [[item["trainer/global_step"] for item in history(run) if "train/loss" in item] for run in (first, second)]
     assert min(steps[1]) > max(steps[0])
-    assert (logged / "runs" / "tiny" / "version_1" / "wandb-id.txt").read_text() == "run-7\n"
-
-
-def test_an_older_checkpoint_begins_a_run_of_its_own(tmp_path: Path) -> None:
-    folder = tmp_path / "version_0" / "checkpoints"
-    folder.mkdir(parents=True)
-    for age, name in ((2, "best.ckpt"), (1, "last.ckpt")):
-        (folder / name).touch()
-        os.utime(folder / name, (time.time() - age, time.time() - age))
-    assert wandb_id(str(folder / "last.ckpt")) is None  # not logged to Weights & Biases
-    (tmp_path / "version_0" / "wandb-id.txt").write_text("run-7\n")
-    assert wandb_id(str(folder / "last.ckpt")) == "run-7"
-    assert wandb_id(str(folder / "best.ckpt")) is None
+    assert [path.name for path in (logged / "runs" / "tiny").iterdir()] == ["version_0"]
+    assert (logged / "runs" / "tiny" / "version_0" / "wandb-id.txt").read_text() == "run-7\n"
 
 
 FAULTY = """

@@ -41,21 +41,13 @@ class SaveRunConfig(SaveConfigCallback):
                 (folder / WANDB_ID).write_text(f"{logger.version}\n", encoding="utf-8")
 
 
-def wandb_id(checkpoint: str) -> str | None:
-    """Return the id of the W&B run that ends with a checkpoint.
+def wandb_id(folder: Path) -> str | None:
+    """Return the id of the W&B run to which the training in a run folder was logged; ``None`` where it was not.
 
-    Args:
-        checkpoint: a file or folder in ``checkpoints`` of a run folder.
-
-    Returns:
-        The id; ``None`` where the run was not logged to W&B or has a newer checkpoint, because all steps between them
-        would come a second time. Those after the newest checkpoint, of a run that was stopped in mid-epoch, still do.
+    A run that goes on after a stop in mid-epoch logs the steps since its newest checkpoint a second time.
     """
-    path = Path(checkpoint)
-    file = path.parent.parent / WANDB_ID
-    if not file.is_file() or max(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime_ns) != path:
-        return None
-    return file.read_text(encoding="utf-8").strip() or None
+    file = folder / WANDB_ID
+    return (file.read_text(encoding="utf-8").strip() or None) if file.is_file() else None
 
 
 def _unused(path: Path) -> Path:

@@ -24,7 +24,9 @@ from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ou
 from dia_lightning.cli._later_test import CheckLaterTest
 from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._own_classes import import_attention
+from dia_lightning.cli._resume import KeepRunTogether, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
+from dia_lightning.cli._run_source import head, source_of
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger, default_project
 from dia_lightning.tasks import DIATask
@@ -48,6 +50,7 @@ class DIACLI(LightningCLI):
         args, config = with_config_of_run(args)
         if config is not None:
             _say(f"config {config}")
+        self._together = KeepRunTogether()
         super().__init__(
             DIATask,
             DIADataModule,
@@ -57,6 +60,7 @@ class DIACLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=DIAArgumentParser,
             save_config_callback=SaveRunConfig,
+            trainer_defaults={"callbacks": self._together},
             args=list(args),
         )
 
@@ -121,8 +125,11 @@ class DIACLI(LightningCLI):
         config.ckpt_path = _checkpoints.resolve(str(config.ckpt_path), _run_roots(config.trainer))
         _say(f"checkpoint {config.ckpt_path}")
         # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
-        if Path(config.ckpt_path).is_file():
-            checkpoint = _checkpoints.read(config.ckpt_path)
+        sharded = Path(config.ckpt_path).is_dir()
+        checkpoint = head(Path(config.ckpt_path)) if sharded else _checkpoints.read(config.ckpt_path)
+        if self.config.subcommand == "fit":
+            self._together.source = source_of(config.ckpt_path, checkpoint)
+        if not sharded:
             self._trained_classes = _checkpoints.class_names(checkpoint)
             self._take_hyper_parameters(config, checkpoint)
 
@@ -197,23 +204,35 @@ class DIACLI(LightningCLI):
             raise cause from None
 
     def before_fit(self) -> None:
-        """See to the test after it, and go on in the W&B run of the checkpoint, unless the user named one."""
+        """See to the test after it, and go on in the run of the checkpoint, unless the options say otherwise."""
         if self.config.fit.test_after_fit:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks.insert(0, CheckLaterTest())
-        ckpt_path = self.config.fit.ckpt_path
-        run_id = None if ckpt_path is None else wandb_id(ckpt_path)
+        source = self._together.source
+        if source is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        run_id = wandb_id(source.folder) if source.folder is not None and source.obstacle is None else None
         for logger in self.trainer.loggers:
             if run_id is not None and isinstance(logger, WandbLogger) and logger.version is None:
                 logger.resume(run_id)
                 _say(f"going on in the Weights & Biases run {run_id}; for one of its own add a new id to the logger")
+        _say(take_up(self.trainer, source))
+        # of Lightning; where it is so, it is meant
+        warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
 
     def after_fit(self) -> None:
         """Test the best checkpoint if asked to."""
+        ckpt_path = self.config.fit.ckpt_path
+        if ckpt_path is not None and not self._together.has_trained:
+            _say(
+                f"nothing was left to train: {ckpt_path} is at the end of the training "
+                f"(--trainer.max_epochs {self.trainer.max_epochs}, --trainer.max_steps {self.trainer.max_steps}). "
+                "To go on give more of them."
+            )
         if not self.config.fit.test_after_fit:
             return
         best = [callback.best_model_path for callback in self._checkpoint_callbacks() if callback.monitor is not None]
-        path = next(filter(None, best), None)
+        path = next(filter(None, best), None if self._together.has_trained else ckpt_path)
         _say(f"testing {path or 'the last weights (there is no best checkpoint)'}")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 

@@ -106,19 +106,19 @@ def test_last_resumes_the_newest_run_where_it_stopped(
 ) -> None:
     before = load(run_folder / "checkpoints" / "last.ckpt")
     run("fit", "-c", "tiny.yaml", "--trainer.max_epochs", "2", "--ckpt_path", "last")
-    after = load(run_folder.with_name("version_1") / "checkpoints" / "last.ckpt")
+    after = load(run_folder / "checkpoints" / "last.ckpt")
     assert (before["epoch"], after["epoch"]) == (0, 1)
     assert after["global_step"] == 2 * before["global_step"] == 4
     assert str(Path("runs/tiny/version_0/checkpoints/last.ckpt")) in capsys.readouterr().err
     run("fit", "-c", "tiny.yaml", "--trainer.max_epochs", "3", "--ckpt_path", "last")
-    assert load(run_folder.with_name("version_2") / "checkpoints" / "last.ckpt")["epoch"] == 2
+    assert load(run_folder / "checkpoints" / "last.ckpt")["epoch"] == 2
 
 
 def test_resuming_keeps_the_schedule_of_the_learning_rate(run: Run, workplace: Path) -> None:
     options = ["--model.schedule", "step", "--model.milestones", "[1,2]"]
     run("fit", "-c", "tiny.yaml", *options)
     run("fit", "-c", "tiny.yaml", *options, "--trainer.max_epochs", "2", "--ckpt_path", "last")
-    [optimizer] = load(Path("runs/tiny/version_1/checkpoints/last.ckpt"))["optimizer_states"]
+    [optimizer] = load(Path("runs/tiny/version_0/checkpoints/last.ckpt"))["optimizer_states"]
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.05 * 0.1 * 0.1)
 
 
@@ -127,7 +127,7 @@ def test_resuming_with_another_rate_says_that_the_optimizer_keeps_its_own(
 ) -> None:
     run("fit", "-c", "tiny.yaml", "--trainer.max_epochs", "2", "--ckpt_path", "last", "--model.lr", "0.01")
     assert "use --model.init_from instead of --ckpt_path" in capsys.readouterr().err
-    [optimizer] = load(run_folder.with_name("version_1") / "checkpoints" / "last.ckpt")["optimizer_states"]
+    [optimizer] = load(run_folder / "checkpoints" / "last.ckpt")["optimizer_states"]
     assert optimizer["param_groups"][0]["lr"] == 0.05
 
 

@@ -1,0 +1,230 @@
+"""Go on with a training where it stopped: in the folder of its run, with its best checkpoint and its metrics."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dia_lightning.callbacks import run_folder
+from dia_lightning.cli._run_source import RECORD, RunSource, is_same
+from dia_lightning.loggers._continued import drop_rows, go_on, go_on_with_a_copy
+from dia_lightning.loggers.wandb import WandbLogger
+
+
+class KeepRunTogether(Callback):
+    """Note in every checkpoint which run it belongs to, and bring a resumed run back together."""
+
+    def __init__(self) -> None:
+        self.source: RunSource | None = None
+        self.has_trained = False
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run folder while all ranks can still talk to each other."""
+        self._folder = run_folder(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the best checkpoints along, wherever the run is now."""
+        if self.source is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            state = self.source.states.get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state is not None and state.get("dirpath") is not None:
+                moved = _moved(state, callback, self.source.place) if trainer.is_global_zero else None
+                if self.source.later is not None and is_same(callback.dirpath or "", self.source.place):
+                    rank_zero_warn(
+                        f"{self.source.place} has a later checkpoint, {self.source.later.name}, and may lose it: this "
+                        "training writes there too. Give another --trainer.default_root_dir or dirpath to keep both."
+                    )
+                checkpoint["callbacks"][callback.state_key] = trainer.strategy.broadcast(moved)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take away what was logged after the checkpoint, now that nothing can fail before it is trained again."""
+        self.has_trained = True
+        if self.source is not None:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    drop_rows(logger, trainer.global_step)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take away the results of a test that is repeated because nothing was left to train."""
+        if self.source is not None and not self.has_trained:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    drop_rows(logger, trainer.global_step, tests=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what was logged after the checkpoint of the last epoch."""
+        _save_logs(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write what was logged so far: a run that goes on from here would not log it again."""
+        _save_logs(trainer)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
+        versions = {logger.root_dir: logger.version for logger in loggers}
+        checkpoint[RECORD] = {"folder": str(self._folder), "versions": versions}
+
+
+def take_up(trainer: Trainer, source: RunSource) -> str:
+    """Lead the loggers of a trainer to the run of a checkpoint; call it before ``fit``.
+
+    Args:
+        trainer: whose loggers have not been used.
+        source: the run of the checkpoint.
+
+    Returns:
+        A line about the folder in which training goes on: that of the run if nothing is in the way and the options lead
+        there, else one of its own, with a copy of the metrics.
+
+    Raises:
+        ValueError: if the loggers' options ask for the folder of a run that has a later checkpoint.
+    """
+    _check_does_not_mix(trainer, source)
+    first = trainer.loggers[0] if trainer.loggers else None
+    if source.obstacle is None and source.folder is not None and _leads(first, source.folder, source, trainer):
+        for logger in trainer.loggers:
+            if not isinstance(logger, (CSVLogger, TensorBoardLogger)):
+                continue
+            if logger is first or _adopts(logger, source.versions.get(logger.root_dir)):
+                go_on(logger, source.step)
+        return f"going on in the run folder {source.folder}"
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger) and source.folder is not None:
+            go_on_with_a_copy(logger, source.folder)
+    reason = source.obstacle or f"the options do not lead to {source.folder}"
+    if first is None:
+        return f"{reason}: going on in {trainer.default_root_dir}, the one folder of all runs without a logger"
+    metrics = "" if source.folder is None else " and of the metrics up to now"
+    return f"{reason}: going on in a new run folder, with a copy of the best checkpoint{metrics}"
+
+
+def _check_does_not_mix(trainer: Trainer, source: RunSource) -> None:
+    if source.later is None or source.folder is None:
+        return
+    for logger in trainer.loggers:
+        place = _folder_of(logger)
+        if place is not None and is_same(place, source.folder):
+            raise ValueError(
+                f"The options of {type(logger).__name__} ask for {source.folder}, which has a later checkpoint than "
+                f"{source.checkpoint.name}, {source.later.name}: both trainings would mix. Give the logger another "
+                "version or id, or leave it out."
+            )
+
+
+def _leads(first: Logger | None, folder: Path, source: RunSource, trainer: Trainer) -> bool:
+    """Tell whether the first logger can write to a folder, and give it the version with which it does."""
+    if first is None:
+        return is_same(trainer.default_root_dir, folder)
+    if isinstance(first, (CSVLogger, TensorBoardLogger)):
+        here = is_same(first.root_dir, folder.parent)  # also where the folder has got another name
+        return _adopts(first, _version_of(folder) if here else source.versions.get(first.root_dir), folder)
+    place = _folder_of(first)
+    return place is not None and is_same(place, folder)
+
+
+def _folder_of(logger: Logger) -> Path | None:
+    """Return the folder that a logger with a version makes the folder of a run when it is the first one."""
+    if isinstance(logger, (CSVLogger, TensorBoardLogger)) and logger._version is not None:
+        return Path(logger.log_dir)
+    if isinstance(logger, WandbLogger) and logger.version is not None:
+        return Path(logger.save_dir or ".", str(logger.name), logger.version)
+    return None
+
+
+def _adopts(logger: CSVLogger | TensorBoardLogger, version: int | str | None, folder: Path | None = None) -> bool:
+    """Give a logger a version, if that is no other than the one it has and leads to the folder."""
+    # a name is not taken from a checkpoint as a way to another folder
+    if version is None or Path(str(version)).name != str(version):
+        return False
+    given = logger._version
+    if given is not None and _name_of(given) != _name_of(version):
+        return False
+    logger._version = version
+    if folder is None or is_same(logger.log_dir, folder):
+        return True
+    logger._version = given
+    return False
+
+
+def _name_of(version: int | str) -> str:
+    return version if isinstance(version, str) else f"version_{version}"
+
+
+def _version_of(folder: Path) -> int | str:
+    found = re.fullmatch(r"version_(0|[1-9]\d*)", folder.name)
+    return folder.name if found is None else int(found[1])
+
+
+def _save_logs(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        logger.save()
+
+
+def _moved(state: dict[str, Any], callback: ModelCheckpoint, here: Path) -> dict[str, Any]:
+    """Return the state of a ModelCheckpoint whose files are where they are now, without those that are gone.
+
+    Args:
+        state: as it was saved.
+        callback: whose state it becomes; its ``dirpath`` is known.
+        here: the folder in which the files of that time are now; files of best checkpoints are copied from there.
+    """
+    target, then = str(callback.dirpath), str(state["dirpath"])
+    paths = {path: _brought(path, then, here, target) for path in state["best_k_models"]}
+    models = {paths[path]: score for path, score in state["best_k_models"].items() if paths[path]}
+    moved = {**state, "dirpath": callback.dirpath, "best_k_models": models}
+    for name in ("last_model_path", "best_model_path", "kth_best_model_path"):
+        path = str(state.get(name) or "")
+        stays = path and is_same(here, target) and (here / _relative(path, then)).exists()
+        moved[name] = paths.get(path) or (os.path.join(target, _relative(path, then)) if stays else "")
+    if callback.monitor is not None and state["best_model_path"] and not moved["best_model_path"]:
+        rank_zero_warn(
+            f"The best checkpoint so far, {state['best_model_path']}, is gone: the best one will be that of the epochs "
+            "to come. Put it back before you resume, if you have it."
+        )
+    return moved | (_ranking(models, callback) if models else {"best_model_score": None})
+
+
+def _ranking(models: dict[str, Any], callback: ModelCheckpoint) -> dict[str, Any]:
+    """Rank files as Lightning does; some may be gone, and another number of them may be asked for."""
+    best, worst = (min, max) if callback.mode == "min" else (max, min)
+    kept = dict(models)
+    while 0 < callback.save_top_k < len(kept):
+        del kept[worst(kept, key=lambda path: float(kept[path]))]
+    first = best(kept, key=lambda path: float(kept[path]))
+    ranking: dict[str, Any] = {"best_k_models": kept, "best_model_path": first, "best_model_score": kept[first]}
+    if len(kept) == callback.save_top_k:
+        last = worst(kept, key=lambda path: float(kept[path]))
+        ranking |= {"kth_best_model_path": last, "kth_value": kept[last]}
+    return ranking
+
+
+def _brought(path: str, then: str, here: Path, target: str) -> str:
+    """Return where in the target folder a file is, to which it is copied if need be; "" if it is gone."""
+    name = _relative(path, then)
+    found = next((place for place in (here / name, Path(path)) if place.exists()), None)
+    if found is None or found.suffix != ModelCheckpoint.FILE_EXTENSION:
+        return ""
+    place = Path(target, name)
+    if is_same(found, place):
+        return os.path.join(target, name)
+    if place.exists():  # of another run
+        return str(found.absolute())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if found.is_dir():
+        shutil.copytree(found, place)
+    else:
+        shutil.copy2(found, place)  # with its time: it is not the newest
+    return os.path.join(target, name)
+
+
+def _relative(path: str, folder: str) -> str:
+    """Return the name of a file in the folder of checkpoints; a metric in it may have made a folder of its own."""
+    name = os.path.relpath(path, folder)
+    return os.path.basename(path) if name.startswith(os.pardir) else name

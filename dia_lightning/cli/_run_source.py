@@ -1,0 +1,131 @@
+"""Where the run of a checkpoint is, and whether it can go on there."""
+
+import os
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG = "config.yaml"
+RECORD = "dia_run"  # key of what every checkpoint knows about its run
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """The run that wrote a checkpoint.
+
+    Args:
+        checkpoint: the file, or the folder that is a sharded checkpoint.
+        step: of the checkpoint.
+        folder: of the run; ``None`` where it is not known, as for a file that was copied elsewhere.
+        later: a checkpoint of the same run with which it would go on, if that is a later one.
+        versions: those of the run's loggers, by their ``root_dir``; empty where the run was moved.
+        states: of the callbacks, by their keys; the latest that the run has left on the disk.
+    """
+
+    checkpoint: Path
+    step: int
+    folder: Path | None = None
+    later: Path | None = None
+    versions: Mapping[str, int | str] = field(default_factory=dict)
+    states: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no training can go on in the folder of the run; ``None`` where nothing is in the way."""
+        if self.folder is None:
+            return f"{self.checkpoint} is not in the folder of a run"
+        if self.later is not None:
+            return f"{self.folder} has a later checkpoint, {self.later.name}"
+        if not all(os.access(place, os.W_OK) for place in (self.folder, self.place)):
+            return f"{self.folder} is write-protected"
+        return None
+
+    @property
+    def place(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return _place(self.checkpoint)
+
+
+def source_of(path: str, checkpoint: Mapping[str, Any]) -> RunSource:
+    """Find the run of a checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        checkpoint: what it holds.
+    """
+    file, step = Path(path), int(checkpoint.get("global_step", 0))
+    record = checkpoint.get(RECORD, {})
+    folder = _folder(file, checkpoint, record.get("folder"))
+    later = None if folder is None else _later(file, step)
+    states = dict(checkpoint.get("callbacks", {}))
+    if folder is not None and later is None:
+        states |= _newer_states(file, step)
+    stayed = folder is not None and "folder" in record and is_same(record["folder"], folder)
+    return RunSource(file, step, folder, later, record["versions"] if stayed else {}, states)
+
+
+def head(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside its weights, which stay on the disk; empty if it cannot be read."""
+    file = path / "meta.pt" if path.is_dir() else path  # Lightning's name in sharded checkpoints
+    try:
+        found = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception:  # a damaged file raises anything; nobody can go on with it
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_same(one: str | Path, other: str | Path) -> bool:
+    """Tell whether two paths mean one place."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _place(file: Path) -> Path:
+    # a metric's name in that of a file, "epoch=1-val/acc=0.9.ckpt", makes a folder
+    return next((folder for folder in file.parents if folder.name == "checkpoints"), file.parent)
+
+
+def _folder(file: Path, checkpoint: Mapping[str, Any], recorded: str | None) -> Path | None:
+    place = _place(file)
+    if place.name == "checkpoints" and (place.parent / CONFIG).is_file():
+        return place.parent  # also where a run was moved to
+    written_to = [state["dirpath"] for state in _checkpoint_states(checkpoint)]
+    if recorded is not None and any(is_same(folder, place) for folder in written_to):
+        return Path(recorded) if Path(recorded, CONFIG).is_file() else None
+    return None
+
+
+def _checkpoint_states(checkpoint: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("dirpath") is not None:
+            yield state
+
+
+def _later(file: Path, step: int) -> Path | None:
+    """Return the checkpoint that the run would go on with, as ``last`` would find it, if it is a later one."""
+    folder = _place(file)
+    candidates = list(folder.rglob("last*.ckpt")) or list(folder.rglob("*.ckpt"))
+    steps = {path: int(head(path).get("global_step", 0)) for path in candidates if path != file}
+    newest = max(steps, key=lambda path: steps[path], default=file)
+    return newest if steps.get(newest, step) > step else None
+
+
+def _newer_states(file: Path, step: int) -> dict[str, Any]:
+    """Return the states of callbacks in files that were written after this one, at its step or a later one.
+
+    The file knows nothing of a best checkpoint that was written after it.
+    """
+    written = file.stat().st_mtime_ns
+    others = [path for path in _place(file).rglob("*.ckpt") if path != file and path.stat().st_mtime_ns >= written]
+    heads = [(head(path), path.stat().st_mtime_ns) for path in others]
+    heads = [item for item in heads if int(item[0].get("global_step", -1)) >= step]
+    heads.sort(key=lambda item: (item[0]["global_step"], item[1]))
+    return {
+        key: deepcopy(state)  # whose values would else stay in a file that may be overwritten
+        for found, _ in heads
+        for key, state in found.get("callbacks", {}).items()
+        if isinstance(state, dict) and state.get("monitor") is not None
+    }

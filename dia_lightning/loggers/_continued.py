@@ -1,0 +1,98 @@
+"""Loggers that go on in the files of an earlier start, where Lightning's begin anew."""
+
+import csv
+import os
+import re
+import shutil
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class _AppendingWriter(ExperimentWriter):
+    """Lightning's writer deletes a file that is there; this one adds to it, with new columns too."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.metrics_keys = _read(Path(self.metrics_file_path))[0]
+        first = Path(log_dir, self.NAME_HPARAMS_FILE)
+        if first.exists():  # each start keeps its own
+            number = 1 + len(list(first.parent.glob(f"{first.stem}-v*{first.suffix}")))
+            self.NAME_HPARAMS_FILE = f"{first.stem}-v{number}{first.suffix}"
+
+    def _check_log_dir_exists(self) -> None:
+        """Leave what is there."""
+
+
+@rank_zero_only
+def go_on(logger: CSVLogger | TensorBoardLogger, step: int) -> None:
+    """Let a logger add to the files in its folder; call it before its first use.
+
+    Args:
+        logger: whose ``version`` is that of the earlier start.
+        step: the first one that is trained again; TensorBoard hides what was logged from there on, and
+            :func:`drop_rows` takes it from a CSV file.
+    """
+    if isinstance(logger, CSVLogger):
+        logger._experiment = _AppendingWriter(logger.log_dir)
+    else:
+        logger._kwargs.setdefault("purge_step", step)
+
+
+@rank_zero_only
+def go_on_with_a_copy(logger: CSVLogger, earlier: Path) -> None:
+    """Let a logger with a folder of its own add to a copy of the file of an earlier start.
+
+    Args:
+        logger: whose folder has no file yet.
+        earlier: the folder with the file of the earlier start.
+    """
+    name = ExperimentWriter.NAME_METRICS_FILE
+    if (earlier / name).is_file():
+        os.makedirs(logger.log_dir, exist_ok=True)
+        shutil.copy(earlier / name, Path(logger.log_dir, name))
+        logger._experiment = _AppendingWriter(logger.log_dir)
+
+
+@rank_zero_only
+def drop_rows(logger: CSVLogger, step: int, *, tests: bool = False) -> None:
+    """Take from a logger's file what comes again: the rows from a step on.
+
+    Args:
+        logger: whose file it is.
+        step: that of the checkpoint.
+        tests: whether the results of tests of the weights at that step are taken away too; later ones are.
+    """
+    path = Path(logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
+    columns, rows = _read(path)
+    kept = [row for row in rows if _precedes(row, step) or (not tests and _is_test(row, step))]
+    if not columns:
+        return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(unfinished, path)
+
+
+def _precedes(row: dict[str, str], step: int) -> bool:
+    return int(float(row["step"])) < step
+
+
+def _is_test(row: dict[str, str], step: int) -> bool:
+    # a test after training is logged with the number of the step that comes next
+    filled = {name for name, value in row.items() if value} - {"step", "epoch"}
+    return int(float(row["step"])) == step and all(re.match(r"(.*-)?test/", name) for name in filled)
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and the rows of a file, without a last row that a killed program has left half written."""
+    if not path.is_file():
+        return [], []
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        columns = next(lines, [])
+        return columns, [dict(zip(columns, line, strict=True)) for line in lines if len(line) == len(columns)]
