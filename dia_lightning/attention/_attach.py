@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from dia_lightning.attention._attached_block import is_attached, take_apart
-from dia_lightning.attention._description import describe, forget, remember
+from dia_lightning.attention._description import describe, remember
 from dia_lightning.attention._find import refuse_unfit
 from dia_lightning.attention._masks import plugged
 from dia_lightning.attention._own_attention import SharedModule
@@ -183,7 +183,6 @@ def detach(model: Model) -> Model:
 
 def _take_all_apart(model: nn.Module) -> None:
     put_back(model)
-    forget(model)
     for module in list(model.modules()):
         take_apart(module)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dia_lightning.attention._links import Link
+
 #: Marks what was an object and cannot be written down.
 OBJECT = "object:"
 #: Under which names a config holds what is attached, and how that is loaded.
@@ -37,19 +39,33 @@ def describe(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 
 def remember(network: nn.Module, description: dict[str, Any]) -> None:
-    """Keep a description with the network that it is about."""
-    vars(network)["dia_attached"] = description
-
-
-def forget(network: nn.Module) -> None:
-    """Forget what was remembered of a network and its parts."""
+    """Keep a description with what was attached to a network."""
     for module in network.modules():
-        vars(module).pop("dia_attached", None)
+        for link in _links(module):
+            link.chain.description = description
 
 
 def descriptions(network: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what is attached to a network and its parts, by the path of the part; nothing for a plain one."""
-    return {path: vars(part)["dia_attached"] for path, part in network.named_modules() if "dia_attached" in vars(part)}
+    """Return what is attached to a network and its parts, by the path of the part; nothing for a plain one.
+
+    Raises:
+        ValueError: if it was attached to a module around the network.
+    """
+    found = {}
+    for path, block in network.named_modules():
+        for link in _links(block):
+            whole, inner = f".{path}", f".{link.path}" if link.path else ""
+            if link.chain.description is None or not whole.endswith(inner):
+                raise ValueError(
+                    f"Attention was attached to a module around this {type(network).__name__}, so that its config "
+                    "cannot say how to load it. Save that module, or attach to this one: attach(module.network, ...)."
+                )
+            found[whole.removesuffix(inner).removeprefix(".")] = link.chain.description
+    return found
+
+
+def _links(module: nn.Module) -> tuple[Link, ...]:
+    return vars(module).get("dia_links", ())  # type: ignore[no-any-return]
 
 
 def arguments_of(description: Any, given: Mapping[str, Any], hint: str) -> dict[str, Any]:
@@ -99,16 +115,14 @@ def _in_config(network: Any) -> Iterator[None]:
         yield  # a class that saves itself in another way knows how it is made
         return
     name = type(network).__name__
-    if "dia_attached" not in vars(network):
-        warnings.warn(
-            f"Attention was attached to a module around this {name} or a part of it, so that its config cannot say how "
-            "to load it. Attach to the network itself: attach(module.network, ...).",
-            stacklevel=4,
-        )
+    try:
+        description = descriptions(network)[""]
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=4)
         yield
         return
     entries = {
-        DESCRIPTION: vars(network)["dia_attached"],
+        DESCRIPTION: description,
         LOADS_WITH: f"from dia_lightning.models import from_pretrained; from_pretrained({name}, folder) loads the "
         f"attention too, which {name}.from_pretrained leaves out",
     }

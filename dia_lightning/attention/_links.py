@@ -49,6 +49,9 @@ class Slot:
 class Chain:
     """Blocks that share a unit. A copy is another chain."""
 
+    #: How it was attached, in words that a config can hold.
+    description: dict[str, Any] | None = None
+
     def __init__(self) -> None:
         self.links: list[Link] = []  # a copy of one link finds the others here, instead of one by one through `before`
 

@@ -64,11 +64,6 @@ def save_pretrained(network: nn.Module, folder: str | os.PathLike[str]) -> Path:
         8
     """
     attached = descriptions(network)
-    if is_attached(network) and not attached:
-        raise ValueError(
-            f"Attention was attached to a module around this {type(network).__name__}. Save the one that attach() was "
-            "given."
-        )
     config = {"network": type(network).__name__, DESCRIPTION: attached, "versions": versions()}
     return _hub.write_folder(folder, network, config, _CARD.format(name=type(network).__name__, dia=attached))
 
