@@ -13,7 +13,9 @@ from dia_lightning.tasks import DetectionTask, DIATask
 from dia_lightning.tasks.base import brief
 
 
-def data_module_of(config: str | Path, task: DIATask, root: str | None) -> DIADataModule:
+def data_module_of(
+    config: str | Path, task: DIATask, root: str | None, *, download: bool | None = None
+) -> DIADataModule:
     """Build the data module of a config, and fetch its data if they are not there.
 
     A class of the user's own is imported, because the config names it; what the checkpoint says imports nothing.
@@ -22,6 +24,7 @@ def data_module_of(config: str | Path, task: DIATask, root: str | None) -> DIADa
         config: file with a section ``data``.
         task: what the data are for.
         root: folder of the data, in place of that in the config.
+        download: whether they may be fetched, in place of what the config says.
 
     Raises:
         FileNotFoundError: if there is no such file, or there are no data.
@@ -29,7 +32,8 @@ def data_module_of(config: str | Path, task: DIATask, root: str | None) -> DIADa
     """
     section = _section(Path(config))
     kind = _kind(str(section.get("class_path", "")), config, task)
-    given = {**(section.get("init_args") or {}), **({} if root is None else {"root": root})}
+    changed = {"root": root, "download": download}
+    given = {**(section.get("init_args") or {}), **{name: new for name, new in changed.items() if new is not None}}
     try:
         data: DIADataModule = kind(**given)
     except TypeError as error:

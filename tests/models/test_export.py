@@ -19,19 +19,24 @@ def network() -> nn.Module:
 
 
 def test_torch_export_keeps_outputs_and_the_batch_size_free(network: nn.Module, tmp_path: Path) -> None:
-    exported = export_network(network, torch.randn(2, 3, 16, 16), tmp_path / "network.pt2")
+    metadata = {"mean": "[0.5]"}
+    exported = export_network(network, torch.randn(2, 3, 16, 16), tmp_path / "network.pt2", metadata=metadata)
     assert exported.difference < 1e-5
     images = torch.randn(5, 3, 16, 16)
-    loaded = torch.export.load(tmp_path / "network.pt2").module()
+    extra = {"mean": ""}
+    loaded = torch.export.load(tmp_path / "network.pt2", extra_files=extra).module()
     torch.testing.assert_close(loaded(images), network.eval()(images))
+    assert extra == metadata
 
 
 def test_onnx_keeps_outputs_and_the_batch_size_free(network: nn.Module, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    exported = export_network(network, torch.randn(2, 3, 16, 16), tmp_path / "network.onnx")
+    metadata = {"mean": "[0.5]"}
+    exported = export_network(network, torch.randn(2, 3, 16, 16), tmp_path / "network.onnx", metadata=metadata)
     assert exported.difference < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    assert session.get_modelmeta().custom_metadata_map == metadata
     images = torch.randn(5, 3, 16, 16)
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), network.eval()(images), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,39 @@
+"""What an exported file says about itself, so that whoever has it alone can use it."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dia_lightning import __version__
+
+if TYPE_CHECKING:  # imports Lightning
+    from dia_lightning.tasks import DIATask
+
+
+def metadata_of(task: "DIATask | None", shape: Sequence[int]) -> dict[str, str]:
+    """Return texts by name; lists are JSON.
+
+    Args:
+        task: that was trained; ``None`` for a network by name, of which nothing but its input is known.
+        shape: of an image ``[C, H, W]``.
+    """
+    if task is None:
+        return _texts({"input": f"float32 [B, {', '.join(map(str, shape))}]"})
+    from dia_lightning.tasks import DetectionTask
+
+    known: dict[str, Any] = {"task": type(task).__name__, "class_names": task.class_names}
+    if isinstance(task, DetectionTask):
+        known["category_ids"] = task.category_ids
+        known["input"] = f"float32 [{shape[0]}, height, width] in [0, 1]; the network resizes and normalises it"
+        known["labels"] = "1 stands for the first of class_names and of category_ids"
+        return _texts(known)
+    known["input"] = f"float32 [B, {', '.join(map(str, shape))}]"
+    if task.normalization is not None:
+        known["mean"], known["std"] = map(list, task.normalization)
+        known["input"] += "; pixels in [0, 1], less mean, divided by std, per channel"
+    return _texts(known)
+
+
+def _texts(known: dict[str, Any]) -> dict[str, str]:
+    found = {"dia_lightning": __version__, **{name: value for name, value in known.items() if value is not None}}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
