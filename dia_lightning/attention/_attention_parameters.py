@@ -20,9 +20,9 @@ def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
     Example:
         >>> from dia_lightning.attention import attach
         >>> from dia_lightning.models import get_model
-        >>> network = attach(get_model("cifar_resnet", depth=11), "eca")
+        >>> network = attach(get_model("cifar_resnet", depth=20, block="basic"), "eca")
         >>> [tuple(parameter.shape) for parameter in attention_parameters(network)]
-        [(1, 1, 3), (1, 1, 3), (1, 1, 5)]
+        [(1, 1, 3), (1, 1, 3), (1, 1, 3)]
     """
     blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
     if not blocks:

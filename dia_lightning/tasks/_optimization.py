@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerTypeUnion
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -45,6 +46,7 @@ class OptimizedModule(LightningModule):
         self._frozen: set[str] = set()
         self._still: list[str] = []  # norms whose statistics are frozen
         self._trained: set[str] = set()
+        self._unfrozen: list[nn.Parameter] = []  # since DistributedDataParallel has looked
         self._monitored: float | None = None  # what ReduceLROnPlateau has seen last
         self._plateau_epoch = -1
         self._has_validated = False
@@ -97,6 +99,7 @@ class OptimizedModule(LightningModule):
         warmup, warmup_interval = make_warmup(options, optimizer)
         self._rates = GroupRates(optimizer, schedule, warmup, full)
         self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._unfrozen = []
         configs = [lightning_config(options, schedule, interval)]
         if warmup is not None:
             configs.append({"scheduler": warmup, "interval": warmup_interval})
@@ -148,6 +151,7 @@ class OptimizedModule(LightningModule):
                 "init_from in place of ckpt_path."
             )
         warn_of_long_warmup(self.trainer, self._options)
+        self._note_unfrozen()  # those of a callback that was resumed
 
     def on_train_epoch_start(self) -> None:
         """Keep what is frozen frozen, whatever callbacks have done, and say what is trained by no optimizer."""
@@ -155,16 +159,29 @@ class OptimizedModule(LightningModule):
         if self._frozen:
             freeze_parameters(self, self._frozen)
             self.train(self.training)
-        known = {parameter for group in self.trainer.optimizers[0].param_groups for parameter in group["params"]}
+        self._note_unfrozen()
+
+    def _note_unfrozen(self) -> None:
+        if self._rates is None:
+            return
         new = {name: each for name, each in self.named_parameters() if each.requires_grad and name not in self._trained}
-        missing = [name for name, parameter in new.items() if parameter not in known]
         self._trained.update(new)
-        if missing and self._rates is not None:
+        self._unfrozen += new.values()
+        known = {parameter for group in self.trainer.optimizers[0].param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in new.items() if parameter not in known]
+        if missing:
             rank_zero_warn(
                 f"{len(missing)} parameters were unfrozen but are in no group of the optimizer, so that they stay as "
                 f"they are: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Add them with "
                 "optimizer.add_param_group."
             )
+
+    def on_after_backward(self) -> None:
+        """Average the gradients of parameters that ``DistributedDataParallel`` has seen frozen, and so leaves out."""
+        strategy = self.trainer.strategy
+        for parameter in self._unfrozen if isinstance(strategy, DDPStrategy) else ():
+            if parameter.grad is not None:
+                parameter.grad.copy_(strategy.reduce(parameter.grad, reduce_op="mean"))
 
     def _take_found_rate(self) -> None:
         if self._rates is not None and self.lr != self._lr_in_use:
@@ -174,10 +191,10 @@ class OptimizedModule(LightningModule):
     def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any) -> None:
         """Step a schedule, without the factors of groups and warm-up."""
         rates, options = self._rates, self._options
-        if rates is None:
-            super().lr_scheduler_step(scheduler, metric)
-        elif not rates.has(scheduler):
+        if rates is not None and type(scheduler).__module__.endswith("tuner.lr_finder"):
             rates.step_finder(scheduler)
+        elif rates is None or not rates.has(scheduler):  # a callback may bring one, as StochasticWeightAveraging does
+            super().lr_scheduler_step(scheduler, metric)
         elif isinstance(scheduler, ReduceLROnPlateau):
             if options.schedule_interval == "step" or self._plateau_epoch != self.current_epoch:
                 rates.step(scheduler, metric)
@@ -216,7 +233,11 @@ class OptimizedModule(LightningModule):
         assert rates is not None
         rates.step(plateau, self._monitored)
 
-    # ---- checkpoints
+    # ---- checkpoints and copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the optimizer out of copies."""
+        return {**super().__getstate__(), "_rates": None, "_unfrozen": []}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``ReduceLROnPlateau`` has seen last."""

@@ -44,14 +44,14 @@ class GroupRates:
         return float(self.optimizer.param_groups[0]["initial_lr"])
 
     def has(self, scheduler: Any) -> bool:
-        """Tell whether a scheduler is the schedule or the warm-up, and not that of a learning-rate finder."""
+        """Tell whether a scheduler is the schedule or the warm-up, and not that of a finder or a callback."""
         return scheduler is self.schedule or (scheduler is not None and scheduler is self.warmup)
 
     def step(self, scheduler: LRSchedulerTypeUnion, metric: Any = None) -> None:
         """Step the schedule or the warm-up.
 
         Args:
-            scheduler: one of the two, or that of a learning-rate finder, which is stepped as if it were the schedule.
+            scheduler: one of the two.
             metric: what ``ReduceLROnPlateau`` watches.
         """
         groups = self.optimizer.param_groups
@@ -94,6 +94,8 @@ class GroupRates:
             for group in self.optimizer.param_groups[: self._count]:
                 group["initial_lr"] = group["initial_lr"] * ratio
             self.planned = self.full
+        for group, rate in zip(self.optimizer.param_groups[: self._count], self.schedule.get_last_lr(), strict=True):
+            _set(group, rate)
         self._put_on()
 
     @property
@@ -104,9 +106,9 @@ class GroupRates:
         return self._warmup_factor * float(group.get("lr_scale", 1.0))
 
     def _put_on(self) -> None:
-        """Set the rates of groups to those of the schedule times their factors."""
-        for group, rate in zip(self.optimizer.param_groups[: self._count], self.schedule.get_last_lr(), strict=True):
-            _set(group, rate * self._factor(group))
+        """Multiply the rates of groups by their factors."""
+        for group in self.optimizer.param_groups[: self._count]:
+            _set(group, group["lr"] * self._factor(group))
 
     def _take_off(self) -> None:
         """Set the rates of groups to those of the schedule; what somebody else has written is divided by the factor."""

@@ -1,5 +1,7 @@
 """Which parameters have which rate and weight decay, and which are not trained at all."""
 
+import copy
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from dia_lightning.models import get_model
 from dia_lightning.tasks import DetectionTask, DiffusionTask
 from dia_lightning.tasks._layers import head_of, layers
 from tests.tasks.tiny_training import Network, fit, tiny_task
+from tests.two_processes import on_two_processes
 
 
 def names(module: nn.Module, parameters: Any) -> list[str]:
@@ -268,6 +271,20 @@ def test_finetuning_trains_head_and_attention_first_and_resumes(tmp_path: Path, 
             torch.testing.assert_close(rest_task.state_dict()[name], value, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_two_processes_agree_on_what_was_unfrozen() -> None:
+    task = tiny_task()
+    before = states(task)
+    fit(task, callbacks=[BackboneFinetuning(1), Agree()], max_epochs=2, **on_two_processes())
+    assert "stem.weight" in moved(task, before)
+
+
+class Agree(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        both = trainer.strategy.all_gather(pl_module.get_parameter("backbone.stem.weight").detach())
+        assert torch.equal(both[0], both[1])
+
+
 class StopAfter(Callback):
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
@@ -306,3 +323,10 @@ def test_parameters_that_no_optimizer_has_are_named() -> None:
     task.backbone.stem.requires_grad_(False)
     with pytest.warns(UserWarning, match="2 parameters were unfrozen but are in no group of the optimizer"):
         fit(task, max_epochs=1, callbacks=[Unfreezes()])
+
+
+def test_a_trained_task_can_be_copied() -> None:
+    task = tiny_task()
+    fit(task, max_epochs=1)
+    assert states(copy.deepcopy(task)).keys() == states(task).keys()
+    pickle.dumps(task)

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.tuner.tuning import Tuner
 from torch.optim import SGD, AdamW
@@ -202,6 +207,30 @@ def test_one_cycle_has_its_own_rates_and_the_factors_of_groups() -> None:
     with pytest.warns(UserWarning, match="OneCycleLR brings rates of its own, so that the rate that was found, 0.002"):
         found = fit(task, callbacks=[Finds(0.002)], max_epochs=2)
     assert found.seen == [pytest.approx([rate, 0.1 * rate]) for rate in expected]
+
+
+class Halves(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] /= 2
+
+
+@pytest.mark.parametrize("schedule", ["step", partial(MultiStepLR, milestones=[1], gamma=0.5)])
+def test_a_rate_that_a_callback_sets_is_followed(schedule: Any) -> None:
+    options = {"milestones": [1], "gamma": 0.5} if schedule == "step" else {}
+    task = tiny_task(schedule=schedule, warmup_steps=3, attention="se", attention_lr=0.1, **options)
+    found = fit(task, callbacks=[Halves()], max_epochs=2)
+    expected = [LR * rise(step, 3) * (0.5 if step > 1 else 1) * 0.5 ** (step // 4) for step in range(8)]
+    assert found.first == pytest.approx(expected)
+    assert [rates[1] for rates in found.seen] == pytest.approx([0.1 * rate for rate in expected])
+
+
+def test_weight_averaging_of_lightning_keeps_its_own_rates() -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+    task = tiny_task(attention="se", attention_lr=0.1)
+    found = fit(task, callbacks=[averaging], max_epochs=4)
+    assert found.seen[-1] == pytest.approx([0.01, 0.01])
 
 
 # ---- ReduceLROnPlateau
