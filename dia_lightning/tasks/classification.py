@@ -5,11 +5,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
 from dia_lightning.models._head import drop_before_head
+from dia_lightning.models._precision import at_least_float32
 from dia_lightning.tasks._class_weights import (
     ClassWeights,
     check_class_weights,
@@ -18,6 +19,7 @@ from dia_lightning.tasks._class_weights import (
 )
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._label_kinds import ImageTask, label_kind
+from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
@@ -143,9 +145,9 @@ class ClassificationTask(DIATask):
         self.compile_parts(parts)
         self.train_metrics = MetricCollection({"acc": self._kind.accuracy()}, prefix="train/", compute_groups=False)
         self.val_metrics = self._metrics("val/")
-        self.val_loss = MeanMetric()
+        self.val_loss = Mean()
         self.test_metrics = self._metrics("test/")
-        self.test_loss = MeanMetric()
+        self.test_loss = Mean()
         self.confusion = self._kind.confusion()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class ClassificationTask(DIATask):
     def evaluation_loss(self, batch: Any) -> Tensor:
         """Return the loss of a batch, summed over its images, without label smoothing and weights."""
         images, labels = batch[:2]
-        logits = self._kind.logits(self(images)).float()
+        logits = self._kind.logits(at_least_float32(self(images)))
         return self._kind.losses(logits, self._kind.read(labels, training=False)).sum()
 
     # ---- steps
@@ -183,15 +185,16 @@ class ClassificationTask(DIATask):
             names = self.class_names or [str(label) for label in range(self.num_classes)]
             weights = self._kind.balanced(training_labels(self.trainer), names)
         if weights is not None:
-            self._loss_weight = torch.tensor(weights, device=self.device).to(self.dtype)
+            self._loss_weight = at_least_float32(torch.tensor(weights, device=self.device).to(self.dtype))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         images, labels = batch[:2]
         if self._class_weights is not None and self._loss_weight is None:
             self._weigh_classes()  # a subclass has an on_train_start of its own
-        logits = self._kind.logits(self(images))
+        logits = self._kind.logits(at_least_float32(self(images)))
         labels = self._kind.read(labels, training=True)  # after the network began, because it waits for the device
+        labels = at_least_float32(labels) if labels.is_floating_point() else labels
         loss = self._kind.training_loss(logits, labels, weight=self._loss_weight, smoothing=self.label_smoothing)
         self.check_loss(loss, batch_idx)
         self.train_metrics.update(self._kind.scores(logits), self._kind.hard(labels))
@@ -224,11 +227,11 @@ class ClassificationTask(DIATask):
         images, *rest = (batch,) if isinstance(batch, Tensor) else batch
         # Loaders of other packages give labels as the second item.
         index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
-        logits = self._kind.logits(self(images)).float()
+        logits = self._kind.logits(at_least_float32(self(images)))
         return {"index": self.sample_index(images, index), "probabilities": self._kind.probabilities(logits)}
 
     def _evaluate(self, batch: tuple[Tensor, ...], stage: Stage) -> dict[str, Tensor]:
-        return self._measure(batch, self._kind.logits(self(batch[0])).float(), stage)
+        return self._measure(batch, self._kind.logits(at_least_float32(self(batch[0]))), stage)
 
     def _measure(self, batch: tuple[Tensor, ...], logits: Tensor, stage: Stage) -> dict[str, Tensor]:
         images, labels, *rest = batch

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchmetrics import MeanMetric
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models._denoising import Denoising, check_least, class_labels, evaluating, seeded_generator
 from dia_lightning.models.denoisers import check_image_shape, get_denoiser, predict
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
+from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._noise_schedule import BetaSchedule, LossWeighting, NoiseSchedule, Prediction, Sampler
 from dia_lightning.tasks._weights import load_weights
@@ -147,8 +147,8 @@ class DiffusionTask(DIATask):
             rank_zero_info(load_weights(self.backbone, init_from))
         self.freeze_parameters()
         self.compile_parts(parts)
-        self.val_loss = MeanMetric()
-        self.test_loss = MeanMetric()
+        self.val_loss = Mean()
+        self.test_loss = Mean()
 
     def forward(self, images: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the network's prediction ``[B, C, H, W]``.
@@ -344,7 +344,7 @@ class DiffusionTask(DIATask):
         """
         raise ValueError("DiffusionTask makes images from noise and has nothing to predict: use DiffusionTask.sample.")
 
-    def _evaluate(self, batch: Any, batch_index: int, metric: MeanMetric) -> dict[str, Tensor]:
+    def _evaluate(self, batch: Any, batch_index: int, metric: Mean) -> dict[str, Tensor]:
         images, labels, rest = _unpack(batch)
         self._check_batch(images, labels, batch_index)
         index = self.sample_index(images, rest)

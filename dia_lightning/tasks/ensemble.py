@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
+from dia_lightning.models._precision import at_least_float32
+from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks.base import brief
 from dia_lightning.tasks.classification import ClassificationTask, Stage
 
@@ -64,7 +65,7 @@ class EnsembleTask(ClassificationTask):
 
     def member_logits(self, images: Tensor) -> Tensor:
         """Return the logits of all members ``[M, B, K]``, or ``[M, B]`` of a binary task."""
-        return torch.stack([self._kind.logits(member(images)).float() for member in self.members])
+        return torch.stack([self._kind.logits(at_least_float32(member(images))) for member in self.members])
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, K]``, or ``[B]`` of a binary task, whose probabilities are the mean of the members'."""
@@ -90,9 +91,9 @@ class _Scores(nn.Module):
         self._kind = task._kind
         count = len(task.members)
         self.metrics = nn.ModuleList(task._metrics("") for _ in range(count))
-        self.losses = nn.ModuleList(MeanMetric() for _ in range(count))
-        self.briers = nn.ModuleList(MeanMetric() for _ in range(count))
-        self.brier, self.brier_members, self.ambiguity = MeanMetric(), MeanMetric(), MeanMetric()
+        self.losses = nn.ModuleList(Mean() for _ in range(count))
+        self.briers = nn.ModuleList(Mean() for _ in range(count))
+        self.brier, self.brier_members, self.ambiguity = Mean(), Mean(), Mean()
 
     def named(self) -> dict[str, Any]:
         """Return all metrics by the names that follow the stage's."""
