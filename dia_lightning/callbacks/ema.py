@@ -1,13 +1,19 @@
 """Exponential moving average of the weights."""
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+
+from dia_lightning.tasks._precision import input_dtype
+
+_Named: TypeAlias = tuple[str, Tensor]
 
 
 class EMA(WeightAveraging):
@@ -26,8 +32,10 @@ class EMA(WeightAveraging):
 
     Other than Lightning's ``EMAWeightAveraging``, this callback leaves the trained weights alone until the first
     update, lets ``test`` and ``validate`` after ``fit`` use the checkpoint they are given, puts the trained weights
-    back when an exception ends a validation, and keeps the average on the model's device. With
-    ``precision="bf16-true"`` a decay near 1 is lost to rounding: use ``bf16-mixed``.
+    back when an exception ends a validation, and keeps the average on the model's device.
+
+    With ``precision="bf16-true"`` or ``"16-true"`` the average is kept in float32, in checkpoints too, since in half
+    precision a decay near 1 would be lost to rounding; the model validates with it, and ends with it, as it is rounded.
 
     Args:
         decay: share d of the old average that is kept at each step, in [0, 1).
@@ -58,11 +66,12 @@ class EMA(WeightAveraging):
             raise ValueError(
                 f"start_step must be 0 or more optimizer steps, got {start_step}. Use 0 to average at once."
             )
-        super().__init__(device=device, use_buffers=True, multi_avg_fn=self._move_average)
+        super().__init__(device=device, use_buffers=True)
         self.decay = decay
         self.warmup = warmup
         self.start_step = start_step
         self._swapped = False
+        self._exact: dict[str, Tensor] = {}
 
     def decay_at(self, updates: int) -> float:
         """Return the decay that is used after ``updates`` updates."""
@@ -85,17 +94,26 @@ class EMA(WeightAveraging):
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
             self._latest_update_step = trainer.global_step  # may be left from a fit with another trainer
             self._swapped = False
+            self._exact = {}
+            self._keep_precise(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the average to the model's device: in ``setup`` the model is still on the CPU."""
         if self._device is None and self._average_model is not None:
             self._average_model.module.to(pl_module.device)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the average after an optimizer step."""
+        if trainer.global_step > self._latest_update_step and self.should_update(step_idx=trainer.global_step - 1):
+            self._move_average(pl_module)
+            self._latest_update_step = trainer.global_step
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate with the average (``validate`` by itself takes the weights that it is given)."""
         if trainer.state.fn == TrainerFn.FITTING and self.updates > 0:
-            self._swap_models(pl_module)
-            self._swapped = True
+            self._swap_in(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the trained weights."""
@@ -124,7 +142,7 @@ class EMA(WeightAveraging):
         if self._swapped:
             checkpoint["current_model_state"] = checkpoint["state_dict"]
         if self._swapped or self.updates == 0:
-            checkpoint["state_dict"] = trained
+            checkpoint["state_dict"] = {name: self._exact.get(name, value) for name, value in trained.items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with the average of a checkpoint; only ``fit`` does."""
@@ -132,16 +150,51 @@ class EMA(WeightAveraging):
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
+    def _keep_precise(self, trainer: Trainer) -> None:
+        """Bring the average to float32, or to the precision that the model will have if that is more."""
+        assert self._average_model is not None
+        least = torch.promote_types(input_dtype(trainer), torch.float32)
+        for tensor in chain(self._average_model.module.parameters(), self._average_model.module.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, least))
+
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        for (name, average), (_, weight) in self._pairs(pl_module):
+            if average.dtype != weight.dtype:  # the exact average must not go through the model's precision
+                self._exact[name] = average.data
+                average.data = average.data.to(weight.dtype)
+        self._swap_models(pl_module)
+        self._swapped = True
+
     def _swap_back(self, pl_module: LightningModule) -> None:
-        if self._swapped:
-            self._swap_models(pl_module)
-            self._swapped = False
+        if not self._swapped:
+            return
+        self._swap_models(pl_module)
+        for (name, average), _ in self._pairs(pl_module):
+            average.data = self._exact.pop(name, average.data)
+        self._swapped = False
+
+    def _pairs(self, pl_module: LightningModule) -> Iterator[tuple[_Named, _Named]]:
+        """Yield the tensors of the average and of the model, with their names."""
+        assert self._average_model is not None
+        average: nn.Module = self._average_model.module
+        named = [chain(module.named_parameters(), module.named_buffers()) for module in (average, pl_module)]
+        return zip(*named, strict=True)
 
     @torch.no_grad()
-    def _move_average(self, averages: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
-        """Move tensors of one device and dtype; AveragedModel calls this once for each such group."""
-        decay = self.decay_at(self.updates)
-        if averages[0].is_floating_point() or averages[0].is_complex():
-            torch._foreach_lerp_(averages, weights, 1.0 - decay)
-        else:
-            torch._foreach_copy_(averages, weights)
+    def _move_average(self, pl_module: LightningModule) -> None:
+        """Move the average by the weights, which may be of another precision and on another device."""
+        assert self._average_model is not None
+        updates = self.updates
+        copied: list[tuple[Tensor, Tensor]] = []
+        moved: list[tuple[Tensor, Tensor]] = []
+        for (_, average), (_, weight) in self._pairs(pl_module):
+            pair = (average.detach(), weight.detach().to(average.device, average.dtype))
+            is_counter = not (average.is_floating_point() or average.is_complex())
+            (copied if updates == 0 or is_counter else moved).append(pair)
+        if copied:
+            torch._foreach_copy_([average for average, _ in copied], [weight for _, weight in copied])
+        if moved:
+            step = 1.0 - self.decay_at(updates)
+            torch._foreach_lerp_([average for average, _ in moved], [weight for _, weight in moved], step)
+        self._average_model.n_averaged += 1

@@ -101,6 +101,37 @@ def test_fit_ends_with_the_average_of_the_definition(tmp_path: Path, ema: EMA, d
     assert_close(task.state_dict(), average_by_hand(recorder.trained, decay))
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_the_average_is_as_exact_in_every_precision(tmp_path: Path, precision: str) -> None:
+    """In bfloat16 an average of this decay would stand still; here it outlives validations, too."""
+    options: dict[str, Any] = {"precision": precision, "max_epochs": 2}
+    ema = EMA(decay=0.999, warmup=False)
+    task, recorder, trainer = fit(tmp_path, ema, **options)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    expected = average_by_hand(recorder.trained, lambda n: 0.999)
+    state = torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"]
+    assert_close(state, expected)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
+    assert task.state_dict()["net.2.weight"].dtype == dtype
+    torch.testing.assert_close(task.state_dict()["net.2.weight"], expected["net.2.weight"].to(dtype))
+    assert differ(
+        {"mean": recorder.validated[-1]["net.1.running_mean"]}, {"mean": recorder.trained[-1]["net.1.running_mean"]}
+    )
+
+
+def test_a_checkpoint_of_a_validation_has_the_exact_average(tmp_path: Path) -> None:
+    class Saver(Callback):
+        def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "amid.ckpt")
+
+    options: dict[str, Any] = {"precision": "bf16-true", "max_epochs": 1, "num_sanity_val_steps": 0}
+    ema, recorder = EMA(decay=0.999, warmup=False), Recorder()
+    tiny_trainer(tmp_path, ema, recorder, Saver(), **options).fit(TinyTask(), datamodule=TinyData())
+    checkpoint = torch.load(tmp_path / "amid.ckpt", weights_only=True)
+    assert_close(checkpoint["state_dict"], average_by_hand(recorder.trained, lambda n: 0.999))
+    assert_same(checkpoint["current_model_state"], recorder.trained[-1])
+
+
 def test_batch_norm_statistics_are_averaged_and_counters_copied(tmp_path: Path) -> None:
     task, recorder, _ = fit(tmp_path, EMA(decay=0.9, warmup=False))
     last = recorder.trained[-1]
@@ -163,23 +194,26 @@ def test_a_checkpoint_from_before_the_start_holds_the_trained_weights(tmp_path: 
     assert_same(checkpoint["state_dict"], recorder.trained[-1])
 
 
-@pytest.mark.parametrize("start_step", [0, 3, 8])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path: Path, start_step: int) -> None:
+@pytest.mark.parametrize(("start_step", "precision"), [(0, 32), (3, 32), (8, 32), (3, "bf16-true")])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
+    tmp_path: Path, start_step: int, precision: Any
+) -> None:
     def ema() -> EMA:
         return EMA(decay=0.9, start_step=start_step)
 
-    whole, _, trainer = fit(tmp_path, ema(), max_epochs=3)
+    whole, _, trainer = fit(tmp_path, ema(), max_epochs=3, precision=precision)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
-    options: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": 1}
+    options: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": 1, "precision": precision}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(tmp_path / "half", ema(), **options)
     half = next((tmp_path / "half").rglob("*.ckpt"))
-    resumed, _, trainer = fit(tmp_path, ema(), ckpt_path=half, max_epochs=3)
+    resumed, _, trainer = fit(tmp_path, ema(), ckpt_path=half, max_epochs=3, precision=precision)
     trainer.save_checkpoint(tmp_path / "resumed.ckpt")
     assert_same(resumed.state_dict(), whole.state_dict())
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.ckpt", "resumed.ckpt"))
-    assert_same(first["averaging_state"], second["averaging_state"])
+    for part in ("averaging_state", "state_dict"):
+        assert_same(first[part], second[part])
     assert first["callbacks"]["EMA"] == second["callbacks"]["EMA"]
 
 
