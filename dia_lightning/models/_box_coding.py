@@ -5,13 +5,15 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 
+from dia_lightning.models._precision import at_least_float32
+
 
 class FullPrecisionBoxCoder(BoxCoder):  # type: ignore[misc]  # torchvision is typed in part only
-    """Decodes in float32: bfloat16 has 8 bits, so that a coordinate of 700 would be off by up to 2 pixels."""
+    """Decodes in float32 or better: bfloat16 has 8 bits, so that a coordinate of 700 would be off by up to 2 pixels."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Return boxes from offsets to reference boxes."""
-        decoded: Tensor = super().decode_single(rel_codes.float(), boxes)
+        decoded: Tensor = super().decode_single(at_least_float32(rel_codes), boxes)
         return decoded
 
 
@@ -20,7 +22,7 @@ class FullPrecisionBoxLinearCoder(BoxLinearCoder):  # type: ignore[misc]
 
     def decode(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Return boxes from offsets to reference boxes."""
-        decoded: Tensor = super().decode(rel_codes.float(), boxes)
+        decoded: Tensor = super().decode(at_least_float32(rel_codes), boxes)
         return decoded
 
 

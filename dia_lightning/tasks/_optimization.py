@@ -19,6 +19,7 @@ from dia_lightning.tasks._freezing import freeze_parameters, frozen_names, keep_
 from dia_lightning.tasks._layers import head_of
 from dia_lightning.tasks._optimizers import Options, make_optimizer
 from dia_lightning.tasks._parameter_groups import GROUPING, parameter_groups
+from dia_lightning.tasks._precision import check_gradients_survive
 from dia_lightning.tasks._rates import GroupRates
 from dia_lightning.tasks._schedule import NamedSchedule
 from dia_lightning.tasks._schedule_options import (
@@ -94,6 +95,7 @@ class OptimizedModule(LightningModule):
         """Return the optimizer and its schedule, for Lightning."""
         options = self._options
         optimizer = self._new_optimizer()
+        check_gradients_survive(self.trainer, optimizer)
         full = float(optimizer.param_groups[0]["lr"])
         schedule, interval = make_schedule(options, self.trainer, optimizer)
         warmup, warmup_interval = make_warmup(options, optimizer)

@@ -32,6 +32,13 @@ class NonFiniteLossError(RuntimeError):
 class DIATask(OptimizedModule):
     """Base class of the tasks: optimizer and schedule, hyperparameters that reload, class names in the checkpoint.
 
+    Precision: losses, their sums and probabilities are float32 or better in every precision of the trainer. With the
+    same weights, the losses of ``16-mixed``, ``bf16-mixed``, ``16-true`` and ``bf16-true`` are within 1 % of those of
+    ``32-true``, and those of ``64-true`` within 1e-5; a score differs where two outputs were nearly equal. The mean of
+    an epoch is exact to float32 after any number of batches. ``bf16-true`` and ``16-true`` also round the weights, what
+    an optimizer step changes in them, and class probabilities of mixup, to 8 and 11 bits; detection refuses them.
+    ``16-true`` has no loss scaling, so that it warns, and refuses optimizers whose ``eps`` is 0 in float16.
+
     Args:
         optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores ``lr``,
             ``momentum``, ``nesterov`` and ``weight_decay``, but for a rate that a learning-rate finder has found.
@@ -61,7 +68,7 @@ class DIATask(OptimizedModule):
             on meanwhile.
 
     Raises:
-        ValueError: if a number is out of its range or a name is unknown.
+        ValueError: if a number is out of its range or a name is unknown; when it runs, if the precision does not suit.
     """
 
     def __init__(

@@ -9,14 +9,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torchmetrics import MeanMetric
 from torchvision.models.detection import MaskRCNN
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models.detectors import Detector, get_detector
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
+from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
+from dia_lightning.tasks._precision import check_keeps_boxes
 from dia_lightning.tasks._targets import Target, check_targets
 from dia_lightning.tasks._weights import load_detector_weights
 from dia_lightning.tasks.base import DIATask
@@ -148,7 +149,7 @@ class DetectionTask(DIATask):
         self.val_map = MeanAveragePrecision(masks=self.has_masks)
         self.test_map = MeanAveragePrecision(masks=self.has_masks)
         # not by self.log of each batch: its mean over processes divides by a whole number of images, rounded down
-        self._val_losses: dict[str, MeanMetric] = {}
+        self._val_losses: dict[str, Mean] = {}
 
     @property
     def backbone(self) -> nn.Module:
@@ -177,6 +178,11 @@ class DetectionTask(DIATask):
         detections: Detections = self.detector(list(images))
         # RetinaNet and FCOS have scores for the background too
         return [{name: values[found["labels"] > 0] for name, values in found.items()} for found in detections]
+
+    def setup(self, stage: str) -> None:
+        """Take class names and categories from the data module, and refuse a precision that rounds boxes."""
+        check_keeps_boxes(self.trainer)
+        super().setup(stage)
 
     # ---- losses
 
@@ -283,7 +289,7 @@ class DetectionTask(DIATask):
         losses = self._losses_in_evaluation([images[i] for i in chosen], [targets[i] for i in chosen])
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for name, term in losses.items():
-            self._val_losses.setdefault(name, MeanMetric().to(self.device)).update(term, len(counted))
+            self._val_losses.setdefault(name, Mean().to(self.device)).update(term, len(counted))
 
     def _log_scores(self, stage: str, metric: MeanAveragePrecision) -> None:
         scores = metric.compute()
