@@ -1,5 +1,6 @@
 """COCO's mean average precision, the same in one process and in many."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,13 @@ _PER_IMAGE = (
 )
 
 
+class Crowd(NamedTuple):
+    """How many objects, without crowds, the fullest images have: of one class, and in all."""
+
+    of_a_class: int
+    in_all: int
+
+
 class Scores(NamedTuple):
     """What an epoch of evaluation gives.
 
@@ -30,10 +38,12 @@ class Scores(NamedTuple):
         overall: values in [0, 1] by torchmetrics' names (``map``, ``map_50``, ``mar_100``, ...), those of masks with
             ``mask_`` before them. What is not defined, for want of objects, is left out.
         per_class: average precision by label.
+        crowd: of the fullest image.
     """
 
     overall: dict[str, float]
     per_class: dict[int, float]
+    crowd: Crowd = Crowd(0, 0)
 
 
 class MeanAveragePrecision(_MeanAveragePrecision):
@@ -45,24 +55,34 @@ class MeanAveragePrecision(_MeanAveragePrecision):
 
     Args:
         masks: whether masks are scored beside boxes.
+        max_detections: how many detections of a class, the best, count in an image, 100 or more.
 
     Raises:
+        ValueError: if ``max_detections`` is less than 100, or another number and faster-coco-eval is not installed.
         ImportError: if neither faster-coco-eval nor pycocotools is installed.
     """
 
     index: list[Tensor]
 
-    def __init__(self, *, masks: bool) -> None:
+    def __init__(self, *, masks: bool, max_detections: int = 100) -> None:
+        if max_detections < 100:
+            raise ValueError(f"max_detections must be 100, as COCO has it, or more, got {max_detections}.")
+        if max_detections != 100 and coco_backend() != "faster_coco_eval":  # pycocotools gives -1 as mAP
+            raise ValueError(
+                f"max_detections={max_detections} needs faster-coco-eval: pip install faster-coco-eval, or leave it at "
+                "100."
+            )
         super().__init__(
             iou_type=("bbox", "segm") if masks else "bbox",
             class_metrics=True,
             # pycocotools' own in float64: torchmetrics rounds them to float32, which moves mAP by up to 5e-4
             rec_thresholds=np.linspace(0, 1, 101).tolist(),
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            max_detection_thresholds=[1, 10, max_detections],
             backend=coco_backend(),
             sync_on_compute=False,
         )
-        self.warn_on_many_detections = False  # only the best 100 count, as COCO has it
+        self.warn_on_many_detections = False  # that only the best count is as COCO has it
         self.add_state("index", default=[], dist_reduce_fx=None)
 
     def add(
@@ -119,7 +139,7 @@ class MeanAveragePrecision(_MeanAveragePrecision):
         try:
             for name in ordered[0]:
                 setattr(self, name, [record[name] for record in ordered])
-            return _scores(super().compute())
+            return Scores(*_scores(super().compute()), _crowd(ordered))
         finally:
             for name, value in kept.items():
                 setattr(self, name, value)
@@ -135,7 +155,13 @@ def _prepared(item: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in tensors.items()}
 
 
-def _scores(values: dict[str, Tensor]) -> Scores:
+def _crowd(images: Sequence[Mapping[str, Tensor]]) -> Crowd:
+    labels = [image["groundtruth_labels"][image["groundtruth_crowds"] == 0] for image in images]
+    of_a_class = [max(Counter(one.tolist()).values(), default=0) for one in labels]
+    return Crowd(max(of_a_class), max(map(len, labels)))
+
+
+def _scores(values: dict[str, Tensor]) -> tuple[dict[str, float], dict[int, float]]:
     both = any(name.startswith("segm_") for name in values)
     overall = {}
     for name, value in values.items():
@@ -145,4 +171,4 @@ def _scores(values: dict[str, Tensor]) -> Scores:
     precision = values["bbox_map_per_class" if both else "map_per_class"].reshape(-1).tolist()
     labels = values["classes"].reshape(-1).tolist()
     per_class = {int(label): value for label, value in zip(labels, precision, strict=False) if value >= 0}
-    return Scores(overall, per_class)
+    return overall, per_class

@@ -14,6 +14,7 @@ from torchvision.models.detection import MaskRCNN
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models.detectors import Detector, get_detector
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
+from dia_lightning.tasks._detection_limits import crowding, detector_limits
 from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
@@ -72,6 +73,10 @@ class DetectionTask(DIATask):
         branch_norm: whether pre-activation branches get a norm before the attention module.
         validation_loss: log the losses of the validation data too (``val/loss``, ...), for which every image passes
             through the network a second time.
+        max_detections: how many detections of a class, the best, count in an image's scores. COCO has 100; more, which
+            need faster-coco-eval, suit images of more objects, and ``mar_100`` gets the number in its name. The
+            detector finds no more than its own limit, ``box_detections_per_img`` (R-CNNs), or ``detections_per_img``
+            and ``topk_candidates`` per map of its pyramid (others), in ``detector_args``.
         init_from: file whose weights the network starts from: a checkpoint of this task, a state dict of torchvision's
             detector, or a classifier, of which the backbone takes the weights.
         compile: ``True`` compiles the backbone with its feature pyramid when it first runs, ``"blocks"`` each residual
@@ -116,6 +121,7 @@ class DetectionTask(DIATask):
         identity: bool = False,
         branch_norm: bool | None = None,
         validation_loss: bool = False,
+        max_detections: int = 100,
         init_from: str | None = None,
         compile: Compile = False,
         lr: float = 0.005,
@@ -146,8 +152,10 @@ class DetectionTask(DIATask):
         self.freeze_parameters()
         self.compile_parts(parts)
         self.has_masks = isinstance(self.detector, MaskRCNN)
-        self.val_map = MeanAveragePrecision(masks=self.has_masks)
-        self.test_map = MeanAveragePrecision(masks=self.has_masks)
+        self.max_detections = max_detections
+        self.val_map = MeanAveragePrecision(masks=self.has_masks, max_detections=max_detections)
+        self.test_map = MeanAveragePrecision(masks=self.has_masks, max_detections=max_detections)
+        self._told_of_crowding = False
         # not by self.log of each batch: its mean over processes divides by a whole number of images, rounded down
         self._val_losses: dict[str, Mean] = {}
 
@@ -295,6 +303,10 @@ class DetectionTask(DIATask):
         scores = metric.compute()
         metric.reset()
         overall = scores.overall
+        crowded = crowding(scores.crowd, self.max_detections, detector_limits(self.detector))
+        if crowded and not self._told_of_crowding:
+            rank_zero_warn(f"{stage}/map is lower than it could be. {crowded}")
+            self._told_of_crowding = True
         if "map" not in overall:
             rank_zero_warn(f"The {stage} images have no object, so mAP is not defined and {stage}/map is NaN.")
             overall = {**overall, "map": math.nan}  # for ModelCheckpoint, which takes it as the worst value

@@ -460,6 +460,7 @@ def test_options_of_a_named_detector_are_refused_beside_an_object(options: dict[
         ),
         ({"detector_args": {"frozen_norm": True}}, "detector_args must not have frozen_norm"),
         ({"trainable_layers": 9}, "trainable_layers must be 0"),
+        ({"max_detections": 99}, "max_detections must be 100, as COCO has it, or more, got 99"),
         ({"lr": -1.0}, "lr must be a positive number, got -1.0"),
     ],
 )

@@ -221,6 +221,8 @@ def test_a_missing_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("dia_lightning._coco_tools.find_spec", without)
     assert MeanAveragePrecision(masks=False)._coco_backend.backend == "pycocotools"
+    with pytest.raises(ValueError, match="max_detections=150 needs faster-coco-eval"):
+        MeanAveragePrecision(masks=False, max_detections=150)
     missing.add("pycocotools")
     with pytest.raises(ImportError, match=r"pip install 'dia-lightning\[detection\]'"):
         MeanAveragePrecision(masks=False)

@@ -1,0 +1,42 @@
+"""How many objects of an image can be found, and how many count."""
+
+from typing import Any
+
+from torch import nn
+
+from dia_lightning.tasks._mean_average_precision import Crowd
+
+
+def detector_limits(detector: nn.Module) -> dict[str, int]:
+    """Return how many detections of an image a detector of torchvision keeps, by the names of its arguments."""
+    found: Any = detector
+    if hasattr(detector, "roi_heads") and hasattr(detector, "rpn"):
+        kept, proposed = found.roi_heads.detections_per_img, found.rpn._post_nms_top_n["testing"]
+        return {"box_detections_per_img": kept, "rpn_post_nms_top_n_test": proposed}
+    names = ("detections_per_img", "topk_candidates")
+    return {name: getattr(found, name) for name in names if hasattr(detector, name)}
+
+
+def crowding(crowd: Crowd, max_detections: int, limits: dict[str, int]) -> str | None:
+    """Return what keeps a perfect detector from a perfect score, and the way out; ``None`` if nothing does.
+
+    Args:
+        crowd: of the fullest image.
+        max_detections: how many detections of a class count in an image.
+        limits: what :func:`detector_limits` returns.
+    """
+    told = []
+    if crowd.of_a_class > max_detections:
+        told.append(
+            f"An image has {crowd.of_a_class} objects of a class, but the scores count the best {max_detections} "
+            f"detections of a class only: set max_detections={crowd.of_a_class} (--model.max_detections), which then "
+            "are not COCO's scores any more."
+        )
+    small = {name: limit for name, limit in limits.items() if limit < crowd.in_all}
+    if small:
+        raised = ", ".join(f'"{name}": {crowd.in_all}' for name in small)
+        told.append(
+            f"An image has {crowd.in_all} objects, but the detector is limited to "
+            f"{', '.join(f'{name}={limit}' for name, limit in small.items())}: set detector_args={{{raised}}} or more."
+        )
+    return " ".join(told) or None
