@@ -10,6 +10,7 @@ from dia_lightning.datamodules.digit_scenes import DigitScenesDataModule
 from dia_lightning.datamodules.digits import DigitsDataModule
 from dia_lightning.datamodules.fashion_mnist import FashionMNISTDataModule
 from dia_lightning.datamodules.image_folder import ImageFolderDataModule
+from dia_lightning.datamodules.image_table import ImageTableDataModule
 from dia_lightning.datamodules.sources import ArraySource, FileSource, Source
 from dia_lightning.datamodules.stl10 import STL10DataModule
 from dia_lightning.datamodules.voc_detection import VOCDetectionDataModule
@@ -27,6 +28,7 @@ __all__ = [
     "FashionMNISTDataModule",
     "FileSource",
     "ImageFolderDataModule",
+    "ImageTableDataModule",
     "STL10DataModule",
     "SampleError",
     "Source",

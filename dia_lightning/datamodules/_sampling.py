@@ -152,6 +152,10 @@ class BalancedSampler(DistributedSampler[Any]):
     def __init__(self, dataset: Samples, *, num_replicas: int, rank: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
         labels = dataset.labels
+        if labels.ndim > 1:
+            raise ValueError(
+                "sampling='balanced' needs one class per image, but these have several labels. Use 'shuffle'."
+            )
         self._groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
     def __iter__(self) -> Iterator[int]:
