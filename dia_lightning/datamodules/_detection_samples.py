@@ -51,6 +51,10 @@ class DetectionSamples(Samples):
             target = _select(target, (target["masks"] > 0).flatten(1).any(1))
         return image, target
 
+    def classes(self) -> set[int] | None:
+        """Return the labels of the objects in the samples; ``None`` where the source does not tell."""
+        return self._source.classes_in(self._positions) if hasattr(self._source, "classes_in") else None
+
     def image_id(self, index: int) -> int:
         """Return the id of a sample's image in the user's annotation file, index + 1 where there is none."""
         position = self.position(index)

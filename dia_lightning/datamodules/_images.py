@@ -1,29 +1,31 @@
 """Opening image files so that every kind of file gives the right pixels, or an error that names the file."""
 
 import os
-from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""File endings that count as images (in any case); everything else in a folder is ignored."""
+from dia_lightning.datamodules._formats import readable_formats
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused: a file of a few kilobytes can unpack to gigabytes."""
 
 
-def load_image(path: str | os.PathLike[str], *, channels: int = 3, background: int = 255) -> Image.Image:
+def load_image(
+    path: str | os.PathLike[str], *, channels: int = 3, background: int = 255, bit_depth: int = 16
+) -> Image.Image:
     """Open an image file with the right orientation, depth and number of channels.
 
     Grey, palette, 1-bit, CMYK and 16-bit files are converted by value (16 bits are scaled, not clipped), transparent
-    pixels are laid over a plain background, EXIF rotation is applied, and the first frame of an animation is taken.
-    Only Pillow decodes: ``torchvision.io.decode_image`` can end the process on a damaged PNG.
+    pixels are laid over a plain background, EXIF rotation is applied, and the first frame of an animation or page of a
+    document is taken. Only Pillow decodes: ``torchvision.io.decode_image`` can end the process on a damaged PNG.
 
     Args:
         path: the file.
         channels: 1 for grey, 3 for RGB.
         background: grey level under transparent pixels, 0 (black) to 255 (white).
+        bit_depth: how many bits of a file of 16 are used, 1 to 16: 12 makes 4095 white. Files of 8 bits do not change.
 
     Returns:
         A fully read 8-bit image of mode ``L`` or ``RGB``.
@@ -38,7 +40,7 @@ def load_image(path: str | os.PathLike[str], *, channels: int = 3, background: i
             "black without an error. Set it to False."
         )
     try:
-        return _read(path, "L" if channels == 1 else "RGB", background)
+        return _read(path, "L" if channels == 1 else "RGB", background, bit_depth)
     except Exception as error:  # Pillow's readers raise many kinds, among them OSError, SyntaxError and struct.error
         raise _unreadable(path, error) from error
 
@@ -50,29 +52,53 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         ValueError: if the header cannot be read; the message names the file.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, perhaps mirrored, too
             return (image.height, image.width) if turned else image.size
     except Exception as error:
         raise _unreadable(path, error) from error
 
 
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a file without reading its pixels; only plain raster formats, whatever the file is called."""
+    return Image.open(path, formats=readable_formats())
+
+
+def deep_values(image: Image.Image) -> npt.NDArray[np.int64] | None:
+    """Return the pixels of an open file of 16 bits per pixel; ``None`` if it has another depth."""
+    # Older Pillow opens 16-bit files as 32-bit integers ("I"), so the mode alone does not tell the depth.
+    if not image.mode.startswith("I"):
+        return None
+    values = np.asarray(image).astype(np.int64)
+    return values if values.min() >= 0 and values.max() <= 65535 else None
+
+
+def has_deep_colours(image: Image.Image) -> bool:
+    """Tell whether an open file has 16 bits per colour, of which Pillow gives the upper 8."""
+    tiles = getattr(image, "tile", [])
+    return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in tiles)
+
+
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read as an image ({error}). Replace or delete it.")
 
 
-def _read(path: str | os.PathLike[str], mode: str, background: int) -> Image.Image:
+def _read(path: str | os.PathLike[str], mode: str, background: int, bit_depth: int) -> Image.Image:
     if os.path.getsize(path) == 0:
         raise ValueError("0 bytes")
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
-        return _to_mode(ImageOps.exif_transpose(image), mode, background)
+        if bit_depth < 16 and image.mode[0] not in "IF" and has_deep_colours(image):
+            raise ValueError(
+                f"Pillow reads 8 bits of 16-bit colours, so bit_depth={bit_depth} is too late; save 8 bits"
+            )
+        return _to_mode(ImageOps.exif_transpose(image), mode, background, bit_depth)
 
 
-def _to_mode(image: Image.Image, mode: str, background: int) -> Image.Image:
+def _to_mode(image: Image.Image, mode: str, background: int, bit_depth: int) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        image = _sixteen_to_eight_bits(image)
+        image = _to_eight_bits(image, bit_depth)
     elif image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, (background, background, background, 255))
@@ -81,29 +107,10 @@ def _to_mode(image: Image.Image, mode: str, background: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
-    # Older Pillow opens 16-bit files as 32-bit integers ("I"), so the mode alone does not tell the depth.
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+def _to_eight_bits(image: Image.Image, bit_depth: int) -> Image.Image:
+    values, white = deep_values(image), 2**bit_depth - 1
+    if values is None:
         raise ValueError(f"pixels of mode {image.mode} have no known white point; save it with 8 or 16 bits")
-    return Image.fromarray(np.rint(values / 257.0).astype(np.uint8))  # 65535 / 257 = 255
-
-
-def list_images(folder: Path) -> list[str]:
-    """Return every image file below a folder, sorted; dot files and dot folders are left out.
-
-    Raises:
-        FileNotFoundError: if a file is a symbolic link whose target is gone.
-    """
-    found: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                found += list_images(Path(entry.path))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                if entry.is_symlink() and not os.path.exists(entry.path):
-                    raise FileNotFoundError(f"{entry.path} is a broken link to {os.readlink(entry.path)}. Repair it.")
-                found.append(entry.path)
-    return sorted(found)
+    if values.max() > white:
+        raise ValueError(f"its brightest pixel is {values.max()}, but bit_depth={bit_depth} ends at {white}; raise it")
+    return Image.fromarray(np.rint(values / (white / 255)).astype(np.uint8))

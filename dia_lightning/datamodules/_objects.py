@@ -59,6 +59,8 @@ class AnnotatedFiles(FileSource):
         objects: good objects only, see :func:`check_boxes`.
         image_ids: id of every image in the user's annotation file; ``None`` means position + 1.
         decode: makes masks ``[n, H, W]`` uint8 of n segmentations, height and width; needed if there are any.
+        bit_depth: how many bits files of 16 use, see :func:`load_image`.
+        inodes: a number per file that two names of the same file share; ``None`` if unknown.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class AnnotatedFiles(FileSource):
         objects: Objects,
         image_ids: Sequence[int] | None = None,
         decode: Callable[[list[Segmentation], int, int], npt.NDArray[np.uint8]] | None = None,
+        bit_depth: int = 16,
+        inodes: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(paths, channels=3)
+        super().__init__(paths, channels=3, bit_depth=bit_depth, inodes=inodes)
         self._sizes = sizes
         self._objects = objects.rows(np.argsort(objects.image, kind="stable"))
         self._starts = np.searchsorted(self._objects.image, np.arange(len(paths) + 1))
@@ -106,10 +110,10 @@ class AnnotatedFiles(FileSource):
             "area": torch.from_numpy(np.where(np.isnan(objects.area), area, objects.area).astype(np.float32)),
         }
 
-    @property
-    def object_counts(self) -> npt.NDArray[np.int64]:
-        """Return how many objects each image has ``[N]``."""
-        return np.diff(self._starts)
+    def classes_in(self, positions: npt.NDArray[np.int64]) -> set[int]:
+        """Return the labels of the objects in some images; those that do not count (``iscrowd``) are left out."""
+        here = np.isin(self._objects.image, positions) & (self._objects.iscrowd == 0)
+        return set(np.unique(self._objects.labels[here]).tolist())
 
     def image_id(self, position: int) -> int:
         """Return the id of an image in the user's annotation file."""

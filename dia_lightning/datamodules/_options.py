@@ -6,21 +6,25 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def check_whole(name: str, value: Any, *, least: int, optional: bool = False) -> None:
+def check_whole(name: str, value: Any, *, least: int, most: int | None = None, optional: bool = False) -> None:
     """Check an option that counts something.
 
     Args:
         name: of the option, for the message.
         value: as the user gave it.
         least: smallest value that makes sense.
+        most: largest value that makes sense; ``None`` if there is no limit.
         optional: whether ``None`` is a value, too.
 
     Raises:
-        ValueError: if it is of another type or too small.
+        ValueError: if it is of another type, too small or too large.
     """
     if optional and value is None:
         return
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if most is not None and not (whole and least <= int(value) <= most):
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}.")
+    if not whole or int(value) < least:
         raise ValueError(f"{name} must be a whole number of {least} or more{_none(optional)}, got {value!r}.")
 
 

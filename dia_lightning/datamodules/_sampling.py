@@ -31,14 +31,26 @@ def apportion(sizes: Positions, count: int) -> Positions:
     return counts
 
 
-def stratified_split(labels: Positions, count: int, seed: int) -> tuple[Positions, Positions]:
+def stratified_split(
+    labels: Positions, count: int, seed: int, *, leave_one: bool = False
+) -> tuple[Positions, Positions]:
     """Draw ``count`` positions with the class proportions of ``labels``.
+
+    Args:
+        labels: of all positions.
+        count: how many are drawn.
+        seed: of the choice.
+        leave_one: never draw all of a class, where ``count`` allows that.
 
     Returns:
         The rest and the drawn positions, both sorted. They are disjoint and together complete.
     """
     groups = _shuffled_by_class(labels, seed)
-    counts = apportion(np.array([len(group) for group in groups]), count)
+    sizes = np.array([len(group) for group in groups])
+    counts = apportion(sizes, count)
+    if leave_one and (counts == sizes).any() and count <= len(labels) - len(groups):
+        counts = np.minimum(counts, sizes - 1)
+        counts += apportion(sizes - 1 - counts, count - counts.sum())
     drawn = np.sort(np.concatenate([group[:n] for group, n in zip(groups, counts, strict=True)]))
     return np.setdiff1d(np.arange(len(labels)), drawn), drawn
 
@@ -89,6 +101,12 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
     def labels(self) -> Positions:
         """Return the class index of every sample ``[N]``."""
         return self._source.labels[self._positions]
+
+    @property
+    def inodes(self) -> Positions:
+        """Return a number per sample that two names of the same file share; none where there are no files."""
+        inodes = getattr(self._source, "inodes", None)
+        return np.empty(0, dtype=np.int64) if inodes is None else inodes[self._positions]
 
     def name(self, index: int) -> str:
         """Return the path of a sample, or ``"split/position"``."""

@@ -12,8 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dia_lightning._hyperparameters import primitive
+from dia_lightning.datamodules._account import (
+    warn_of_files_left_out,
+    warn_of_shared_files,
+    warn_of_untrained_classes,
+    warn_of_unused_depth,
+)
 from dia_lightning.datamodules._download import Archive, obtain
-from dia_lightning.datamodules._images import list_images
+from dia_lightning.datamodules._image_files import ImageFiles, find_images, inode, joined
 from dia_lightning.datamodules._loading import (
     WORKER_TIMEOUT,
     automatic_workers,
@@ -42,6 +48,7 @@ _STAGES: dict[str | None, tuple[_Loaded, ...]] = {
     "predict": ("predict",),
     None: ("train", "val", "test", "predict"),
 }
+_NAMES = {"val": "validation", "test": "test"}
 _ROLES: dict[_Loaded, Role] = {"train": "train", "val": "eval", "test": "eval", "predict": "predict"}
 
 
@@ -70,7 +77,10 @@ class DIADataModule(LightningDataModule, ABC):
         drop_last: leave out the last, smaller training batch. Evaluation always sees every sample.
         limit: use only that many samples of every split, chosen evenly over the classes. For smoke runs.
         download: fetch the data if it is not in ``root``. Without it nothing ever connects to the network.
-        predict_folder: predict the images in this folder and the folders in it, instead of the test set.
+        predict_folder: predict the images in this folder and the folders in it, instead of the test set. It may also be
+            one image, or a list of images and folders.
+        bit_depth: how many bits grey image files of 16 bits use, from 1 to 16: 12, as of many microscopes, makes 4095
+            white. Files of 8 bits do not change. A warning says where fewer are used.
 
     Raises:
         ValueError: if an option is of the wrong type or out of its range.
@@ -92,7 +102,8 @@ class DIADataModule(LightningDataModule, ABC):
         drop_last: bool = True,
         limit: int | None = None,
         download: bool = True,
-        predict_folder: str | Path | None = None,
+        predict_folder: list[str] | str | Path | None = None,
+        bit_depth: int = 16,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -103,6 +114,7 @@ class DIADataModule(LightningDataModule, ABC):
         check_whole("num_workers", num_workers, least=0, optional=True)
         check_whole("limit", limit, least=1, optional=True)
         check_whole("split_seed", split_seed, least=0)
+        check_whole("bit_depth", bit_depth, least=1, most=16)
         check_val_split(val_split)
         self.root = Path(root if root is not None else _default_root()).expanduser()
         # not read from hparams: they hold what a subclass was given, which may hand on something else
@@ -116,6 +128,7 @@ class DIADataModule(LightningDataModule, ABC):
         self.limit = limit
         self.download = download
         self.predict_folder = predict_folder
+        self.bit_depth = bit_depth
         self._sources: dict[Split, Source | None] = {}
         self._samples: dict[_Loaded, Samples] = {}
 
@@ -294,7 +307,20 @@ class DIADataModule(LightningDataModule, ABC):
     def _dataset(self, name: _Loaded) -> Samples:
         if name not in self._samples:
             self._samples[name] = self.make_samples(*self._chosen(name), role=_ROLES[name])
+            if name in ("val", "test") and "train" in self._samples:
+                self._compare_with_training(name)
         return self._samples[name]
+
+    def _compare_with_training(self, name: Literal["val", "test"]) -> None:
+        train, other = self._samples["train"], self._samples[name]
+        what = f"the {_NAMES[name]} part"
+        warn_of_shared_files(train, other, what)
+        if self.limit is None:
+            warn_of_untrained_classes(self.class_names, self._classes_of(train), self._classes_of(other), what)
+
+    def _classes_of(self, samples: Samples) -> set[int]:
+        """Return which classes, as positions in ``class_names``, some samples have."""
+        return set(np.unique(samples.labels).tolist())
 
     def _chosen(self, name: _Loaded) -> tuple[Source, Positions]:
         source, positions = self._select(name)
@@ -304,7 +330,7 @@ class DIADataModule(LightningDataModule, ABC):
 
     def _select(self, name: _Loaded) -> tuple[Source, Positions]:
         if name == "predict" and self.predict_folder is not None:
-            return _all(_images_in(Path(self.predict_folder).expanduser(), channels=self.image_channels))
+            return _all(self._images_to_predict(self.predict_folder))
         if name in ("test", "predict"):
             test = self._optional_source("test")
             return self._val_as_test() if test is None else _all(test)
@@ -315,7 +341,9 @@ class DIADataModule(LightningDataModule, ABC):
         train = self._source("train")
         if self.val_split == 0 or self._optional_source("val") is not None:
             return _all(train)
-        rest, drawn = stratified_split(train.labels, self._val_count(len(train.labels)), self.split_seed)
+        rest, drawn = stratified_split(
+            train.labels, self._val_count(len(train.labels)), self.split_seed, leave_one=True
+        )
         return train, rest if name == "train" else drawn
 
     def _val_count(self, total: int) -> int:
@@ -353,8 +381,20 @@ class DIADataModule(LightningDataModule, ABC):
 
     def _optional_source(self, split: Split) -> Source | None:
         if split not in self._sources:
-            self._sources[split] = self.load_split(split)
+            source = self._sources[split] = self.load_split(split)
+            if source is not None:
+                warn_of_unused_depth(source, f"{self.root} ({split})")
         return self._sources[split]
+
+    def _images_to_predict(self, given: list[str] | str | Path) -> Source:
+        places = [given] if isinstance(given, str | Path) else given
+        found = joined([_images_at(Path(place).expanduser()) for place in places])
+        warn_of_files_left_out(found.left_out, f"predict_folder={given}")
+        if not found.paths:
+            raise FileNotFoundError(f"predict_folder={given} has no image in it or below it.")
+        source = FileSource(found.paths, channels=self.image_channels, bit_depth=self.bit_depth)
+        warn_of_unused_depth(source, f"predict_folder={given}")
+        return source
 
     def _missing_data(self, reason: str) -> FileNotFoundError:
         return self.archives()[0].missing(self.archive_folder, reason)
@@ -364,13 +404,12 @@ def _all(source: Source) -> tuple[Source, Positions]:
     return source, np.arange(len(source.labels))
 
 
-def _images_in(folder: Path, *, channels: int) -> Source:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"predict_folder={folder} is not a folder.")
-    paths = list_images(folder)
-    if not paths:
-        raise FileNotFoundError(f"predict_folder={folder} has no image in it or below it.")
-    return FileSource(paths, channels=channels)
+def _images_at(place: Path) -> ImageFiles:
+    if place.is_dir():
+        return find_images(place)
+    if not place.is_file():
+        raise FileNotFoundError(f"predict_folder={place} is not a folder, and no file of an image either.")
+    return ImageFiles([str(place)], [inode(place.stat())])  # of any ending, because it was asked for
 
 
 def _default_root() -> str:

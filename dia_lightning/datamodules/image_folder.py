@@ -6,11 +6,24 @@ from typing import Any
 
 from torchvision.transforms import v2
 
-from dia_lightning.datamodules._images import list_images
+from dia_lightning.datamodules._class_folders import (
+    Folders,
+    class_folders,
+    files_of,
+    match_folders,
+    same_classes,
+    warn_of_similar,
+    warn_of_unknown_splits,
+)
+from dia_lightning.datamodules._image_files import folders_in, has_images, joined
+from dia_lightning.datamodules._names import Names, same_names
 from dia_lightning.datamodules._options import check_whole
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import FileSource, Source
+
+NO_CLASSES = "images"
+"""Name of the one class of images without class folders."""
 
 
 class ImageFolderDataModule(ClassificationDataModule):
@@ -18,9 +31,13 @@ class ImageFolderDataModule(ClassificationDataModule):
 
     The classes are the folders in ``train``, sorted; ``val`` and ``test`` must have the same. Without ``val`` the split
     is drawn from ``train`` by ``val_split`` (or ``test`` is used, if that is 0); without ``test``, as in ImageNet,
-    the validation part is tested on. Without ``train`` the classes are those of the checkpoint that is used. Names that
-    start with a dot are ignored. The basic recipe is ImageNet's: a random part of the image, brought to ``image_size``,
-    and a flip; evaluation takes the middle.
+    the validation part is tested on. Without ``train`` the classes are those of the checkpoint that is used. Class
+    folders of the splits may differ in their Unicode form, in letter case and in blanks. Hidden names are passed over,
+    and a warning counts other files that are no images. The basic recipe is ImageNet's: a random part of the image,
+    brought to ``image_size``, and a flip; evaluation takes the middle.
+
+    Images without classes, for unconditional diffusion, may lie directly in ``train`` (and ``val``, ``test``), or in
+    ``root`` itself if that has none of these folders. They are all of one class, ``images``.
 
     Args:
         image_size: height and width in pixels that the network sees.
@@ -45,29 +62,28 @@ class ImageFolderDataModule(ClassificationDataModule):
     @property
     def class_names(self) -> list[str]:
         """Return the folders in ``root/train``, sorted; without ``root/train`` the classes of the checkpoint."""
-        if self.trained_classes is not None and not (self.root / "train").is_dir():
-            return self.trained_classes
+        trained = self.trained_classes
+        if trained is not None and ((folder := self._folder("train")) == self.root or not folder.is_dir()):
+            return trained
         if self._class_names is None:
-            self._class_names = self._classes_in("train")
-        return self._class_names
+            self._class_names = list(self._class_folders("train"))
+        # In the order and form of the checkpoint: a Mac's names are spelled, and so sorted, in another way.
+        return trained if trained is not None and same_classes(trained, self._class_names) else self._class_names
 
     def load_split(self, split: Split) -> Source | None:
         """List the files of a split and check them against the classes of ``train``."""
-        if split == "val" and not (self.root / "val").is_dir():
+        folder = self._folder(split)
+        if split != "train" and not folder.is_dir():
             return None
         if split == "val" and self.val_split > 0:
-            raise ValueError(
-                f"val_split must be 0 beside {self.root / 'val'}, got {self.val_split}. Or move the folder."
-            )
-        if split == "test" and not (self.root / "test").is_dir():
-            return None
-        self._check_classes(split)
-        files = [list_images(self.root / split / name) for name in self.class_names]
-        empty = [name for name, paths in zip(self.class_names, files, strict=True) if not paths]
-        if empty:
-            raise FileNotFoundError(f"No image in class folder(s) {', '.join(empty)} of {self.root / split}.")
-        labels = [label for label, paths in enumerate(files) for _ in paths]
-        return FileSource([path for paths in files for path in paths], labels, channels=3)
+            raise ValueError(f"val_split must be 0 beside {folder}, got {self.val_split}. Or move the folder.")
+        if split == "train":
+            warn_of_similar(self.class_names, folder)
+            warn_of_unknown_splits(self.root)
+        files = files_of(match_folders(self._class_folders(split), self.class_names, folder), folder)
+        everything = joined(list(files.values()))
+        labels = [label for label, found in enumerate(files.values()) for _ in found.paths]
+        return FileSource(everything.paths, labels, channels=3, bit_depth=self.bit_depth, inodes=everything.inodes)
 
     def basic_augmentation(self) -> Sequence[v2.Transform]:
         """Take 8 to 100 % of the image, of random aspect, then flip every second image."""
@@ -87,7 +103,11 @@ class ImageFolderDataModule(ClassificationDataModule):
         Raises:
             ValueError: if ``root/train`` has other classes.
         """
-        self.trained_classes = names = list(state_dict["class_names"])
+        names, before = list(state_dict["class_names"]), self._class_names
+        self.trained_classes = names
+        if before is not None and not same_names(before, self.class_names):
+            self._sources.clear()  # their labels follow another order
+            self._samples.clear()
         if self.class_names != names:
             different = sorted(set(names) ^ set(self.class_names))
             raise ValueError(f"{self.root / 'train'} has other classes than the checkpoint: {', '.join(different)}.")
@@ -98,23 +118,24 @@ class ImageFolderDataModule(ClassificationDataModule):
             "validate and test on a part of train/."
         )
 
-    def _classes_in(self, split: str) -> list[str]:
-        folder: Path = self.root / split
+    def _folder(self, split: Split) -> Path:
+        """Return the folder of a split; that of ``train`` is ``root`` itself if only images are there."""
+        if not self.root.is_dir():
+            return self.root / split
+        there = Names(folders_in(self.root))
+        alone = split == "train" and not any(there.find(name) for name in ("train", "val", "test"))
+        return self.root if alone and has_images(self.root) else self.root / (there.find(split) or split)
+
+    def _class_folders(self, split: Split) -> Folders:
+        """Return the folders of every class; of images without classes the folder of the split itself."""
+        folder = self._folder(split)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is not a folder: expected {split}/CLASS/IMAGE in root={self.root}. It cannot be downloaded "
                 "(root is the argument, else $DIA_DATA, else ~/.cache/dia_lightning)."
             )
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if not names:
+        found = {} if folder == self.root else class_folders(folder)
+        flat = not found and has_images(folder) and (split == "train" or self.class_names == [NO_CLASSES])
+        if not found and not flat:
             raise FileNotFoundError(f"{folder} has no class folders: expected {split}/CLASS/IMAGE.")
-        return names
-
-    def _check_classes(self, split: str) -> None:
-        found = self._classes_in(split)
-        unknown = sorted(set(found) - set(self.class_names))
-        if unknown:
-            raise ValueError(f"{self.root / split} has class(es) that training did not have: {', '.join(unknown)}.")
-        missing = sorted(set(self.class_names) - set(found))
-        if missing:
-            raise ValueError(f"{self.root / split} lacks class(es) that training had: {', '.join(missing)}.")
+        return {NO_CLASSES: [folder]} if flat else found

@@ -57,16 +57,28 @@ class FileSource:
         paths: the files.
         labels: one class index per file; ``None`` where there are no labels (all are 0 then).
         channels: 1 gives grey images, 3 gives RGB images, whatever the files hold.
+        bit_depth: how many bits files of 16 use, see :func:`load_image`.
+        inodes: a number per file that two names of the same file share; ``None`` if unknown.
     """
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, *, channels: int) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int] | None = None,
+        *,
+        channels: int,
+        bit_depth: int = 16,
+        inodes: Sequence[int] | None = None,
+    ) -> None:
         self.paths = list(paths)
+        self.inodes = None if inodes is None else np.array(inodes, dtype=np.int64)
+        self.bit_depth = bit_depth
         self.labels = np.zeros(len(paths), dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
         self._channels = channels
 
     def image(self, position: int) -> Image.Image:
         """Read one file, see :func:`load_image` for what is converted and what is refused."""
-        return load_image(self.paths[position], channels=self._channels)
+        return load_image(self.paths[position], channels=self._channels, bit_depth=self.bit_depth)
 
     def name(self, position: int) -> str:
         """Return the path."""

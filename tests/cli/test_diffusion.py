@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torchvision import datasets
 
 from dia_lightning.__main__ import main
@@ -59,6 +60,18 @@ def test_config_trains_and_tests(path: Path, workplace: Path, capsys: pytest.Cap
     task = load_task(run / "checkpoints" / "last.ckpt")
     assert isinstance(task, DiffusionTask)
     assert list(task.sample(1, steps=2).shape[1:]) == task.image_shape
+
+
+def test_folder_of_images_without_classes_is_trained_on(workplace: Path) -> None:
+    (workplace / "photos").mkdir()
+    for number in range(8):
+        Image.fromarray(tiny_data.pixels(20, 30, 3, seed=number)).save(workplace / "photos" / f"{number}.jpg")
+    path = CONFIGS / "diffusion" / "celeba64.yaml"
+    options = [*tiny_options(yaml.safe_load(path.read_text())), "--data.root", "photos", "--data.val_split", "2"]
+    main(["fit", "-c", str(path), "-c", str(CONFIGS / "trainer" / "smoke.yaml"), *options])
+    task = load_task("runs/diffusion_celeba64/version_0/checkpoints/last.ckpt")
+    assert task.class_names == ["images"]
+    assert task.image_shape == [3, 16, 16]
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "diffusion").glob("*.yaml")), ids=lambda path: str(path.stem))

@@ -62,6 +62,11 @@ def test_photos_are_predicted_where_there_are_no_training_images(here: Path, run
     assert {"ant", "bee", "cat"} >= {value for row in with_training_images for value in row.values() if len(value) == 3}
 
 
+def test_single_images_are_predicted(here: Path, run: Run) -> None:
+    run(*PREDICT[:-1], "[photos/b.png, data/test/ant/0.png]", "--trainer.callbacks+=PredictionWriter")
+    assert [row["sample"] for row in predictions()] == ["photos/b.png", "data/test/ant/0.png"]
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_measuring_does_without_training_images(
     here: Path, run: Run, command: str, capsys: pytest.CaptureFixture[str]

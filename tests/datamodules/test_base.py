@@ -40,6 +40,7 @@ COMMON = {
     "limit": None,
     "download": True,
     "predict_folder": None,
+    "bit_depth": 16,
 }
 VAL_SPLITS = {"DigitsDataModule": 250, "FashionMNISTDataModule": 5000, "STL10DataModule": 500}
 

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from dia_lightning.datamodules import _images
-from dia_lightning.datamodules._images import list_images, load_image
+from dia_lightning.datamodules._image_files import find_images
+from dia_lightning.datamodules._images import load_image
 from tests.datamodules.tiny_data import pixels
 
 
@@ -168,10 +169,10 @@ def test_images_of_all_folders_are_listed_in_order_without_dot_names(tmp_path: P
     for name in ("b/2.PNG", "b/1.jpg", "a.webp", ".hidden/3.png", "b/.4.png", "b/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list_images(tmp_path) == [str(tmp_path / name) for name in ("a.webp", "b/1.jpg", "b/2.PNG")]
+    assert find_images(tmp_path).paths == [str(tmp_path / name) for name in ("a.webp", "b/1.jpg", "b/2.PNG")]
 
 
 def test_broken_link_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "x.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(FileNotFoundError, match=r"x\.png is a broken link to .*gone\.png"):
-        list_images(tmp_path)
+        find_images(tmp_path)

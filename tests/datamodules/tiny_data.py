@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import struct
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,14 @@ def pretend_ranks(data: LightningDataModule, ranks: int, rank: int) -> None:
         world_size=ranks, global_rank=rank, num_devices=ranks, strategy=strategy, current_epoch=0
     )
     data.trainer = trainer
+
+
+def warnings_of(data: LightningDataModule, stage: str = "fit") -> list[str]:
+    """Open the splits of a stage and return what is warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.setup(stage)
+    return [str(warning.message) for warning in caught]
 
 
 def _write(folder: Path, name: str, content: bytes) -> tuple[str, str]:

@@ -1,0 +1,121 @@
+"""The image files of a folder, and what else is there."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dia_lightning.datamodules._formats import count_by_ending, ending, is_hidden, readable_endings
+
+_LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files, in the order of their paths.
+
+    Args:
+        paths: of the files.
+        inodes: a number per file, equal for names of one file; see :func:`inode`.
+        left_out: how many files of which ending are no images that can be read; notes and hidden files do not count.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    inodes: list[int] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def joined(parts: Sequence[ImageFiles]) -> ImageFiles:
+    """Return the files of several folders, one after the other."""
+    paths = [path for part in parts for path in part.paths]
+    left_out: Counter[str] = Counter()
+    for part in parts:
+        left_out.update(part.left_out)
+    return ImageFiles(paths, [number for part in parts for number in part.inodes], left_out)
+
+
+def inode(status: os.stat_result) -> int:
+    """Return a number that two names of one file share (links, or other spellings)."""
+    return status.st_ino & _LARGEST
+
+
+def find_images(folder: Path, *, deep: bool = True) -> ImageFiles:
+    """Find the image files of a folder and of all folders in it, without opening them.
+
+    Hidden files and folders, and those that systems and archives leave behind, are passed over.
+
+    Args:
+        folder: where to look.
+        deep: whether to look in the folders in it, too.
+
+    Raises:
+        FileNotFoundError: if a file is a symbolic link whose target is gone.
+    """
+    found: list[tuple[str, int]] = []
+    left_out: Counter[str] = Counter()
+    _walk(str(folder), readable_endings(), found, left_out, parents=() if deep else None)
+    found.sort()
+    return ImageFiles([path for path, _ in found], [number for _, number in found], left_out)
+
+
+def has_images(folder: Path) -> bool:
+    """Tell whether there are image files directly in a folder."""
+    endings = readable_endings()
+    with os.scandir(folder) as entries:
+        return any(ending(entry.name) in endings and not is_hidden(entry.name) and entry.is_file() for entry in entries)
+
+
+def folders_in(folder: Path, *, whole: bool = False) -> list[str]:
+    """Return the names of the folders in a folder, sorted, without hidden ones.
+
+    Args:
+        folder: where to look, not deeper.
+        whole: refuse symbolic links whose target is gone, which may have been folders.
+
+    Raises:
+        FileNotFoundError: if ``whole`` and there is such a link.
+    """
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                names.append(entry.name)
+            elif whole:
+                _inode(entry)  # refuses a broken link
+    return sorted(names)
+
+
+def _walk(
+    folder: str,
+    endings: frozenset[str],
+    found: list[tuple[str, int]],
+    left_out: Counter[str],
+    *,
+    parents: Sequence[str] | None,
+) -> None:
+    others: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                above = None if parents is None else (*parents, os.path.realpath(folder))
+                # A link to a folder above would be followed without end.
+                if above is not None and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+                    _walk(entry.path, endings, found, left_out, parents=above)
+            elif ending(entry.name) in endings:
+                found.append((entry.path, _inode(entry)))
+            else:
+                others.append(entry.name)
+    left_out.update(count_by_ending(others))
+
+
+def _inode(entry: "os.DirEntry[str]") -> int:
+    if not entry.is_symlink():
+        return entry.inode() & _LARGEST  # known without asking the disk again
+    if not os.path.exists(entry.path):
+        raise FileNotFoundError(f"{entry.path} is a broken link to {os.readlink(entry.path)}. Repair it.")
+    return inode(os.stat(entry.path))
