@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dia_lightning.datamodules._coco_masks import segmentation_fault
 from dia_lightning.datamodules._objects import Objects
@@ -95,13 +97,22 @@ def _categories(path: Path, entries: list[_Entry]) -> dict[int, str]:
 def _ids(path: Path, kind: str, entries: Iterable[_Entry]) -> list[int]:
     seen: dict[int, None] = {}
     for entry in entries:
-        number = entry.get("id")
-        if type(number) is not int:
-            raise ValueError(f"{path} has the {kind} id {number!r}, expected a whole number.")
+        number = _whole(entry.get("id"))
+        if number is None:
+            raise ValueError(f"{path} has the {kind} id {entry.get('id')!r}, expected a whole number.")
         if number in seen:
             raise ValueError(f"{path} has the {kind} id {number} more than once. Number them anew.")
         seen[number] = None
     return list(seen)
+
+
+def _whole(value: Any) -> int | None:
+    """Return a whole number, also where a table or script wrote it as ``1.0``, ``"1"`` or ``true``; else ``None``."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str):
+        return int(value) if value.strip().isdecimal() else None
+    return int(value) if isinstance(value, int | float) and isfinite(value) and value == int(value) else None
 
 
 def _side(value: Any) -> int:
@@ -117,38 +128,57 @@ def _objects(
     *,
     masks: bool,
 ) -> Objects:
-    ids = _ids(path, "annotation", annotations)
-    labels = {category: label for label, category in enumerate(categories, start=1)}
-    positions = {image: position for position, image in enumerate(image_ids)}
-    for annotation in annotations:
-        fault = _annotation_fault(annotation, labels, positions)
+    labels: dict[int | None, int] = {category: label for label, category in enumerate(categories, start=1)}
+    positions: dict[int | None, int] = {image: position for position, image in enumerate(image_ids)}
+    annotations = _of_known_images(path, annotations, positions)
+    images = [positions[_whole(annotation["image_id"])] for annotation in annotations]
+    for annotation, image in zip(annotations, images, strict=True):
+        fault = _annotation_fault(annotation, labels)
         if fault is None and masks:
-            fault = segmentation_fault(annotation.get("segmentation"), sizes[positions[annotation["image_id"]]])
+            fault = segmentation_fault(annotation.get("segmentation"), sizes[image])
         if fault is not None:
             raise _fault(path, "annotation", annotation, fault)
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
     return Objects(
-        image=np.array([positions[annotation["image_id"]] for annotation in annotations], dtype=np.int64),
+        image=np.array(images, dtype=np.int64),
         boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),  # from x, y, width, height
-        labels=np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64),
-        iscrowd=np.array([annotation.get("iscrowd", 0) for annotation in annotations], dtype=np.int64),
+        labels=np.array([labels[_whole(annotation["category_id"])] for annotation in annotations], dtype=np.int64),
+        iscrowd=np.array([_whole(annotation.get("iscrowd") or 0) for annotation in annotations], dtype=np.int64),
         area=np.array([_area(annotation.get("area")) for annotation in annotations], dtype=np.float64),
-        ids=np.array(ids, dtype=np.int64),
+        ids=np.array(_ids(path, "annotation", annotations), dtype=np.int64),
         id_name="annotation",
         segmentations=[annotation["segmentation"] for annotation in annotations] if masks else None,
     )
 
 
-def _annotation_fault(annotation: _Entry, labels: dict[int, int], positions: dict[int, int]) -> str | None:
-    image, category, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
-    if type(image) is not int or image not in positions:
-        return f"is for image_id {image!r}, which is not in images"
-    if type(category) is not int or category not in labels:
+def _of_known_images(path: Path, annotations: list[_Entry], positions: dict[int | None, int]) -> list[_Entry]:
+    """Leave out the annotations of images that are not in the file, as in a list that was made shorter."""
+    for annotation in annotations:
+        if _whole(annotation.get("image_id")) is None:
+            fault = f"is for image_id {annotation.get('image_id')!r}, expected a whole number"
+            raise _fault(path, "annotation", annotation, fault)
+    known = [annotation for annotation in annotations if _whole(annotation["image_id"]) in positions]
+    if len(known) == len(annotations):
+        return known
+    other = next(annotation for annotation in annotations if _whole(annotation["image_id"]) not in positions)
+    told = (
+        f"{len(annotations) - len(known)} of {len(annotations)} annotations of {path} are for images that are not in "
+        f"it, such as annotation {other.get('id')!r} for image_id {other['image_id']!r}"
+    )
+    if not known:
+        raise ValueError(f"{told}, so nothing is left. Do its images have other ids?")
+    rank_zero_warn(f"{told}; they are left out.")
+    return known
+
+
+def _annotation_fault(annotation: _Entry, labels: dict[int | None, int]) -> str | None:
+    category, box, crowd = (annotation.get(key) for key in ("category_id", "bbox", "iscrowd"))
+    if _whole(category) not in labels:
         return f"has category_id {category!r}, which is not in categories"
     if not isinstance(box, list) or len(box) != 4 or any(type(value) not in (int, float) for value in box):
         return f"has bbox {box!r}, expected [x, y, width, height]"
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        return f"has iscrowd {annotation['iscrowd']!r}, expected 0 or 1"
+    if _whole(crowd or 0) not in (0, 1):
+        return f"has iscrowd {crowd!r}, expected 0 or 1"
     return None
 
 

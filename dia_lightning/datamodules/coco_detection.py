@@ -1,28 +1,24 @@
 """Images with boxes and masks in COCO's format."""
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from dia_lightning.datamodules._coco_areas import plausible_areas
+from dia_lightning.datamodules._coco_entries import find_pictures, tell_of_unlisted
 from dia_lightning.datamodules._coco_file import CocoFile, read_coco
 from dia_lightning.datamodules._coco_masks import decode_masks
-from dia_lightning.datamodules._images import image_size
+from dia_lightning.datamodules._names import FileFinder, plain, same_names
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.detection import DetectionDataModule
 from dia_lightning.datamodules.sources import Source
-
-_NAMED = 3  # how many missing files a message names
 
 
 class CocoDetectionDataModule(DetectionDataModule):
     """Images in folders and annotations in COCO's format; by default as COCO 2017 is unpacked.
 
     Labels 1..K are the categories of the training file in the order of their ids, which may have gaps or start at 0;
-    the other files must have the same categories. Images without annotations are kept. Every claim of a file is checked
+    the other files must have the same categories. Images without annotations are kept, several entries for one image
+    file are merged, and areas that cannot be true are not used, each with a warning. Every claim of a file is checked
     when it is opened. Without ``val_annotations`` the validation part is drawn from the training set by ``val_split``;
     without ``test_annotations`` the validation part is tested on. Without the training file the classes are those of
     the checkpoint that is used.
@@ -65,7 +61,7 @@ class CocoDetectionDataModule(DetectionDataModule):
             if annotations is not None and images is None:
                 raise ValueError(f"{split}_images must be the folder of the images of {annotations}, got None.")
             if annotations is not None and images is not None:
-                self._places[split] = self.root / annotations, self.root / images
+                self._places[split] = _spelled(self.root / annotations), _spelled(self.root / images)
         self.masks = masks
         self._files: dict[Split, CocoFile] = {}
         self._restored: dict[int, str] | None = None
@@ -75,7 +71,9 @@ class CocoDetectionDataModule(DetectionDataModule):
         """Return the names of the categories, in the order of their ids."""
         categories = self._categories()
         if categories is not None:
-            return list(categories.values())
+            names = list(categories.values())
+            trained = self.trained_classes
+            return trained if trained is not None and same_names(trained, names) else names
         if self.trained_classes is None:
             raise self._missing("train")
         return self.trained_classes
@@ -92,15 +90,18 @@ class CocoDetectionDataModule(DetectionDataModule):
             return None
         file, folder = self._file(split), self._places[split][1]
         self._check_categories(file)
-        paths = _image_paths(file, folder)
+        pictures = find_pictures(file, folder)
+        if all(images != folder for other, (_, images) in self._places.items() if other != split):
+            tell_of_unlisted(file, pictures.paths)
         return self._annotated_files(
             split,
-            file.objects,
-            paths=paths,
-            sizes=_known_sizes(file.sizes, paths),
+            plausible_areas(pictures.objects, file.path),
+            paths=pictures.paths,
+            sizes=pictures.sizes,
             where=file.path,
-            image_ids=file.image_ids,
+            image_ids=pictures.image_ids,
             decode=decode_masks,
+            inodes=pictures.inodes,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class CocoDetectionDataModule(DetectionDataModule):
         for split in ("val", "test"):
             if split in self._places and self._places[split][0].is_file():
                 categories = self._file(split).categories
-                if list(categories.values()) == self.trained_classes:
+                if self.trained_classes is not None and same_names(list(categories.values()), self.trained_classes):
                     return categories
         return None
 
@@ -139,7 +140,7 @@ class CocoDetectionDataModule(DetectionDataModule):
         categories = self._categories()
         if categories is None:
             found, known = list(file.categories.values()), self.class_names
-            if found != known:
+            if not same_names(found, known):
                 raise ValueError(f"{file.path} has other categories than {where}: {found}, expected {known}.")
         else:
             _check_same(file, categories, where)
@@ -162,36 +163,17 @@ class CocoDetectionDataModule(DetectionDataModule):
 
 
 def _check_same(file: CocoFile, categories: dict[int, str], where: str) -> None:
-    if file.categories != categories:
-        here, there = (sorted(a.items() - b.items()) for a, b in _both_ways(file.categories, categories))
+    own, others = ({key: plain(name) for key, name in names.items()} for names in (file.categories, categories))
+    if own != others:
+        here, there = (sorted(a.items() - b.items()) for a, b in ((own, others), (others, own)))
         only = [f"{place} has {_named(pairs)}" for place, pairs in ((str(file.path), here), (where, there)) if pairs]
         raise ValueError(f"{file.path} has other categories than {where}: {', '.join(only)}.")
-
-
-def _both_ways(a: dict[int, str], b: dict[int, str]) -> Sequence[tuple[dict[int, str], dict[int, str]]]:
-    return (a, b), (b, a)
 
 
 def _named(categories: list[tuple[int, str]]) -> str:
     return ", ".join(f"{number} {name}" for number, name in categories)
 
 
-def _image_paths(file: CocoFile, folder: Path) -> list[str]:
-    # As text: a Path for each of COCO's 118,000 images would take seconds.
-    inside = os.path.normpath(folder) + os.sep
-    paths = [os.path.normpath(os.path.join(folder, name)) for name in file.file_names]
-    for name, path in zip(file.file_names, paths, strict=True):
-        if not path.startswith(inside):
-            raise ValueError(f"{file.path} has file_name {name!r}, which leads out of {folder}.")
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        more = ", ..." if len(missing) > _NAMED else ""
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} images of {file.path} are not there: {', '.join(missing[:_NAMED])}{more}."
-        )
-    return paths
-
-
-def _known_sizes(sizes: npt.NDArray[np.int64], paths: Sequence[str]) -> npt.NDArray[np.int64]:
-    known = [image_size(path) if 0 in size else size for size, path in zip(sizes.tolist(), paths, strict=True)]
-    return np.array(known, dtype=np.int64)
+def _spelled(path: Path) -> Path:
+    """Return a path as it is spelled on disk, if it is there."""
+    return Path(FileFinder().find(str(path)) or path)

@@ -42,7 +42,7 @@ def _image(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_twice("categories"), "the category id 3 more than once"),
         (_annotation("id", "a"), "the annotation id 'a', expected a whole number"),
         (_annotation("category_id", 4), "annotation 1 has category_id 4, which is not in categories"),
-        (_annotation("image_id", 999), "annotation 1 is for image_id 999, which is not in images"),
+        (_annotation("image_id", "a"), "annotation 1 is for image_id .a., expected a whole number"),
         (_without("bbox"), r"annotation 1 has bbox None, expected \[x, y, width, height\]"),
         (_annotation("bbox", [1, 2, 3]), r"annotation 1 has bbox \[1, 2, 3\], expected"),
         (_annotation("bbox", [1, 2, 3, None]), "annotation 1 has bbox"),
