@@ -1,5 +1,7 @@
 """Reading the annotations of PASCAL VOC: one XML file per image."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +9,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_warn
 
-from dia_lightning._text import read_text
+from dia_lightning.datamodules._formats import ending, readable_endings
+from dia_lightning.datamodules._image_files import find_images
 from dia_lightning.datamodules._images import image_size
+from dia_lightning.datamodules._names import FileFinder, loose, plain
 from dia_lightning.datamodules._objects import Objects
+from dia_lightning.datamodules._text import read_lines, read_xml
 
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
 # Pixels count from 1 and the last one belongs to the object, so the first pixel, 1 to 1, is the box 0 to 1.
@@ -43,34 +49,72 @@ def read_voc(folder: Path, names: Path, classes: Sequence[str]) -> tuple[list[st
     """
     if not names.is_file():
         raise FileNotFoundError(f"{names} is not a file: expected the names of the images of the split, one per line.")
-    stems = [line.split()[0] for line in read_text(names).splitlines() if line.strip()]
-    if not stems:
+    lines = read_lines(names)
+    if not lines:
         raise ValueError(f"{names} is empty, expected the names of the images of the split, one per line.")
-    paths = [_existing(folder / "JPEGImages", stem, ".jpg", names) for stem in stems]
-    labels = {name: label for label, name in enumerate(classes, start=1)}
-    sizes, found = [], []
-    for stem, path in zip(stems, paths, strict=True):
-        file = _existing(folder / "Annotations", stem, ".xml", names)
-        root = _parse(file)
+    images, annotations = _Folder(folder / "JPEGImages", names), _Folder(folder / "Annotations", names)
+    paths = list(dict.fromkeys(images.image_of(line) for line in lines))
+    if len(paths) < len(lines):
+        rank_zero_warn(f"{names} has {len(lines)} names for {len(paths)} images, each of which counts once.")
+    labels = {plain(name.strip()): label for label, name in enumerate(classes, start=1)}
+    sizes, found, empty = [], [], 0
+    for path in paths:
+        file = annotations.file(f"{Path(path).stem}.xml", Path(path).stem)
+        root = read_xml(file)
         sizes.append(_size(root) or image_size(path))
-        found.append([_object(file, *entry, labels) for entry in enumerate(root.findall("object"), start=1)])
+        entries = list(enumerate(root.findall("object"), start=1))
+        empty += sum(len(entry) == 0 for _, entry in entries)
+        found.append([_object(file, *entry, labels) for entry in entries if len(entry[1]) > 0])
+    if empty:
+        rank_zero_warn(f"{empty} <object> without content in the annotations of {names} are left out.")
     return paths, np.array(sizes, dtype=np.int64), _table(found)
 
 
-def _existing(folder: Path, stem: str, ending: str, names: Path) -> str:
-    if Path(stem).name != stem:
-        raise ValueError(f"{names} has the name {stem!r}, which leads out of {folder}.")
-    path = folder / f"{stem}{ending}"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file, but {names} has {stem!r}.")
-    return str(path)
+class _Folder:
+    """A folder that names of a list lead to, in the spelling of another system perhaps."""
 
+    def __init__(self, folder: Path, names: Path) -> None:
+        self._folder = folder
+        self._names = names
+        self._finder = FileFinder()
+        self._by_stem: dict[str, list[str]] | None = None
 
-def _parse(file: str) -> ElementTree.Element:
-    try:
-        return ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: unknown encodings
-        raise ValueError(f"{file} is not valid XML ({error}). Fetch or write it again.") from error
+    def file(self, name: str, line: str) -> str:
+        """Return the path of a file.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        path = self._folder / name
+        found = str(path) if path.is_file() else self._finder.find(str(path))
+        if found is None or not os.path.isfile(found):
+            raise FileNotFoundError(f"{path} is not a file, but {self._names} has {line!r}.")
+        return found
+
+    def image_of(self, line: str) -> str:
+        """Return the path of the image of a line: its name, perhaps with an ending, or followed by -1, 0 or 1."""
+        name = re.sub(r"\s+(-1|0|1)$", "", line)
+        for stem in (line, name):
+            if Path(stem).name != stem:
+                raise ValueError(f"{self._names} has the name {stem!r}, which leads out of {self._folder}.")
+            if found := self._image(stem):
+                return found
+        return self.file(f"{name}.jpg", name)
+
+    def _image(self, stem: str) -> str | None:
+        usual = self._folder / f"{stem}.jpg"
+        if usual.is_file():
+            return str(usual)
+        if ending(stem) in readable_endings():  # the line has it
+            return self._finder.find(str(self._folder / stem))
+        if self._by_stem is None:
+            self._by_stem = {}
+            for path in find_images(self._folder, deep=False).paths:
+                self._by_stem.setdefault(loose(Path(path).stem), []).append(path)
+        found = self._by_stem.get(loose(stem), [])
+        if len(found) > 1:
+            raise ValueError(f"{self._names} has {stem!r}, which may be {' or '.join(found)}. Write the ending, too.")
+        return found[0] if found else None
 
 
 def _size(root: ElementTree.Element) -> tuple[int, int] | None:
@@ -82,7 +126,7 @@ def _size(root: ElementTree.Element) -> tuple[int, int] | None:
 
 
 def _object(file: str, number: int, entry: ElementTree.Element, labels: dict[str, int]) -> _Object:
-    name = entry.findtext("name", "").strip()
+    name = plain(entry.findtext("name", "").strip())
     if name not in labels:
         raise ValueError(
             f"{file} has an object of class {name!r}, which is not in the option classes ({list(labels)})."
@@ -93,7 +137,18 @@ def _object(file: str, number: int, entry: ElementTree.Element, labels: dict[str
     except ValueError:
         edges = ", ".join(f"{edge} {text!r}" for edge, text in zip(_EDGES, texts, strict=True))
         raise ValueError(f"{file}: object {number} ({name}) has no box of four numbers: {edges}.") from None
-    return _Object(number, labels[name], box, entry.findtext("difficult", "0").strip() == "1")
+    return _Object(number, labels[name], box, _difficult(file, number, entry.findtext("difficult", "")))
+
+
+def _difficult(file: str, number: int, text: str) -> bool:
+    answers = {
+        **dict.fromkeys(("1", "1.0", "true", "yes"), True),
+        **dict.fromkeys(("", "0", "0.0", "false", "no"), False),
+    }
+    answer = answers.get(text.strip().lower())
+    if answer is None:
+        raise ValueError(f"{file}: object {number} has difficult {text!r}, expected 0 or 1.")
+    return answer
 
 
 def _table(found: list[list[_Object]]) -> Objects:

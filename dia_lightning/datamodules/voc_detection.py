@@ -1,5 +1,6 @@
 """PASCAL VOC, and data in its layout."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -7,6 +8,7 @@ from typing import Any, Literal, get_args
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from dia_lightning.datamodules._download import Archive
+from dia_lightning.datamodules._image_files import inode
 from dia_lightning.datamodules._options import check_choice
 from dia_lightning.datamodules._voc_files import read_voc
 from dia_lightning.datamodules.base import Split
@@ -64,7 +66,8 @@ class VOCDetectionDataModule(DetectionDataModule):
         if split == "test" and not names.is_file():
             return None
         paths, sizes, objects = read_voc(self.folder, names, self.classes)
-        return self._annotated_files(split, objects, paths=paths, sizes=sizes, where=names)
+        inodes = [inode(os.stat(path)) for path in paths]
+        return self._annotated_files(split, objects, paths=paths, sizes=sizes, where=names, inodes=inodes)
 
     def archives(self) -> Sequence[Archive]:
         """Return the archives of the year that are not unpacked yet."""

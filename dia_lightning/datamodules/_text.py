@@ -1,0 +1,44 @@
+"""Reading lists and annotations that were written on any system."""
+
+import codecs
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a list without blanks around them; empty ones and comments (``# ...``) are left out.
+
+    Raises:
+        ValueError: if the file is neither UTF-8 nor, with its mark, UTF-16.
+    """
+    content = file.read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        lines = [line.strip() for line in content.decode(encoding).splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8 ({error}). Save it as UTF-8.") from error
+    return [line for line in lines if line and not line.startswith("# ") and line != "#"]
+
+
+def read_xml(file: str) -> ElementTree.Element:
+    """Return the root of an XML file.
+
+    Raises:
+        ValueError: if it cannot be read; the message names it.
+    """
+    content = Path(file).read_bytes().lstrip()
+    try:
+        try:
+            return ElementTree.fromstring(content)
+        except ValueError:  # an encoding of several bytes per character that the parser lacks but Python has
+            return ElementTree.fromstring(content.decode(_declared_encoding(content)))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise ValueError(f"{file} is not valid XML ({error}). Fetch or write it again.") from error
+
+
+def _declared_encoding(content: bytes) -> str:
+    found = re.search(rb"""encoding=["']([\w.-]+)["']""", content[:200])
+    return "utf-8" if found is None else found[1].decode()
