@@ -115,7 +115,7 @@ def warn_of_untrained_classes(names: Sequence[str], trained: set[int], seen: set
         seen: positions of those that are evaluated on.
         what: what a person calls the part that is evaluated on.
     """
-    if lost := sorted(seen - trained):
+    if lost := sorted((seen - trained) & set(range(len(names)))):
         rank_zero_warn(
             f"Class(es) {named([names[label] for label in lost])} of {what} have no training sample, so they cannot be "
             "learned. Add some, lower val_split, or leave the class(es) out."

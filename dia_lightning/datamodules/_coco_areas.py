@@ -45,4 +45,4 @@ def plausible_areas(objects: Objects, path: Path) -> Objects:
 
 
 def _constant(areas: npt.NDArray[np.float64], boxes: npt.NDArray[np.float64]) -> bool:
-    return len(areas) > 1 and bool(areas.min() == areas.max() and boxes.max() > 2 * boxes.min())
+    return len(areas) > 2 and bool(areas.min() == areas.max() and boxes.max() > 2 * boxes.min())
