@@ -1,11 +1,10 @@
 """Reading lists and annotations that were written on any system."""
 
-import codecs
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+from dia_lightning._text import read_text
 
 
 def read_lines(file: Path) -> list[str]:
@@ -14,12 +13,7 @@ def read_lines(file: Path) -> list[str]:
     Raises:
         ValueError: if the file is neither UTF-8 nor, with its mark, UTF-16.
     """
-    content = file.read_bytes()
-    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
-    try:
-        lines = [line.strip() for line in content.decode(encoding).splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8 ({error}). Save it as UTF-8.") from error
+    lines = [line.strip() for line in read_text(file).splitlines()]
     return [line for line in lines if line and not line.startswith("# ") and line != "#"]
 
 

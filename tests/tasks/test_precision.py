@@ -154,6 +154,7 @@ def test_sums_of_many_batches_are_exact(precision: str, tmp_path: Path) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         expected = {f"{stage}/loss": loss, f"{stage}/acc": 1 / 3, f"{stage}/acc_macro": 1 / 3}
         assert logged == pytest.approx(expected, rel=1e-5)
+    assert task.confusion is not None
     assert task.confusion.compute()[:, 0].tolist() == [300, 300, 300, 0, 0]
 
 
