@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sized
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -71,7 +72,11 @@ class SampleGrid(Callback, ABC, Generic[Sample]):
         if dataloader_idx > 0 or not trainer.is_global_zero or not self._draws_now(trainer):
             return
         batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        self._collect(trainer, batch, outputs, self._missing((batch_idx + 1) / batches[0]))
+        missing = self._missing((batch_idx + 1) / batches[0])
+        later = _samples_later(trainer, batch_idx + 1)  # too few to take the rest from, if the last batch is small
+        if later is not None:
+            missing = max(missing, self.num_images - len(self._spread) - later)
+        self._collect(trainer, batch, outputs, missing)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the images of this epoch."""
@@ -93,6 +98,16 @@ class SampleGrid(Callback, ABC, Generic[Sample]):
         # an iterable dataset has no length and so no progress: its first images have to do
         target = self.num_images if progress == 0.0 else math.ceil(self.num_images * min(progress, 1.0))
         return max(0, target - len(self._spread))
+
+
+def _samples_later(trainer: Trainer, seen: int) -> int | None:
+    """Return how many samples come after so many batches; ``None`` where the loader does not tell."""
+    batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    loader = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if size is None or not isinstance(sampler, Sized):
+        return None
+    return max(0, min(len(sampler), int(batches[0]) * int(size)) - seen * int(size))
 
 
 def evenly(length: int, count: int) -> Tensor:

@@ -60,6 +60,14 @@ def test_every_validation_shows_the_same_images_spread_over_the_set(tmp_path: Pa
     assert len(list((tmp_path / "pictures" / "val" / "detections").iterdir())) == 4
 
 
+@pytest.mark.parametrize(("samples", "batch_size"), [(6, 4), (7, 5), (13, 4)])
+def test_a_small_last_batch_costs_no_image(tmp_path: Path, drawn: Drawn, samples: int, batch_size: int) -> None:
+    run_test(tmp_path, DetectionGrid(num_images=6), TinyScenes(samples, batch_size=batch_size))
+    shown = [scene.sample for scene in drawn[0][0]]
+    assert len(set(shown)) == 6
+    assert shown == sorted(shown)
+
+
 def test_only_every_nth_epoch_is_drawn(tmp_path: Path, drawn: Drawn) -> None:
     trainer = tiny_trainer(tmp_path, DetectionGrid(every_n_epochs=2), max_epochs=4)
     trainer.fit(TinyDetector(), datamodule=TinyScenes())
