@@ -29,7 +29,8 @@ class RunSummary(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the places after all other callbacks have ended."""
-        if stage != "validate" and trainer.is_global_zero:
+        is_trial = getattr(trainer, "fast_dev_run", False)  # which leaves nothing
+        if stage != "validate" and trainer.is_global_zero and not is_trial:
             places = _places(trainer, self._folder, stage)
             width = max((len(name) for name, _ in places), default=0) + 1
             for name, place in places:

@@ -49,8 +49,10 @@ def test_without_a_logger_the_picture_is_a_file_below_the_root_folder(tmp_path: 
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_fast_dev_run_writes_the_file_too(tmp_path: Path) -> None:
-    assert fit_with_red_picture(tmp_path, logger=True, fast_dev_run=True).is_file()
+def test_fast_dev_run_writes_the_file_elsewhere(tmp_path: Path) -> None:
+    path = fit_with_red_picture(tmp_path, logger=True, fast_dev_run=True)
+    assert path.is_file()
+    assert tmp_path not in path.parents
 
 
 def test_with_a_csv_logger_each_run_has_its_own_pictures(tmp_path: Path) -> None:

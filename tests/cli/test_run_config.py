@@ -53,8 +53,9 @@ def test_a_second_run_without_a_logger_keeps_the_first_config(run: Run, workplac
     assert read("config-v1.yaml")["seed_everything"] == 2
 
 
-def test_no_config_is_written_by_a_fast_dev_run(run: Run, workplace: Path) -> None:
-    run("fit", "-c", "tiny.yaml", "--trainer.fast_dev_run", "true")
+def test_nothing_is_written_by_a_fast_dev_run(run: Run, workplace: Path) -> None:
+    callbacks = [f"--trainer.callbacks+={name}" for name in ("PredictionGrid", "PredictionWriter", "RunSummary")]
+    run("fit", "-c", "tiny.yaml", *callbacks, "--trainer.fast_dev_run", "true", "--test_after_fit", "true")
     assert sorted(path.name for path in workplace.rglob("*") if path.is_file()) == ["bare.yaml", "tiny.yaml"]
 
 
