@@ -11,6 +11,8 @@ from dia_lightning.cli._commands import COMMANDS, LIGHT_COMMANDS
 from dia_lightning.cli._errors import fail, is_for_the_user, message_of
 from dia_lightning.cli._nearest import nearest
 
+SIGPIPE = 13  # which Windows does not have
+
 USAGE = """\
 usage: dia-lightning COMMAND [options]
 
@@ -45,7 +47,21 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 2 and one line on stderr for mistakes of the user, 3 if a training diverged.
     """
-    arguments = sys.argv[1:] if args is None else list(args)
+    try:
+        try:
+            _start(sys.argv[1:] if args is None else list(args))
+        except SystemExit:  # of a parser that printed help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # at the end of the process, an error of it could not be caught
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush of the interpreter
+        raise SystemExit(128 + SIGPIPE) from None
+
+
+def _start(arguments: list[str]) -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
     elif arguments[:1] == ["--version"]:
@@ -71,10 +87,21 @@ def _run(arguments: list[str]) -> None:
                 import_module("dia_lightning.cli.command").run(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if not is_for_the_user(error):
             raise
         fail(message_of(error), getattr(error, "exit_code", 2))
+
+
+def _reader_is_gone() -> bool:
+    """Tell whether what reads the output has ended, as ``head`` does."""
+    try:
+        print(flush=True)  # a broken pipe may be another one, and a lost buffer is not written again
+    except BrokenPipeError:
+        return True
+    return False
 
 
 @contextmanager

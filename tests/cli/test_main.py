@@ -1,5 +1,6 @@
 """The program as a whole: start-up, endings, what is printed."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,6 @@ HEAVY = ("torch", "torchvision", "lightning", "wandb", "timm", "diffusers", "mat
 
 
 def python(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env={**os.environ, **(env or {})})
 
 
@@ -55,6 +54,40 @@ def test_no_command_shows_the_usage(run: Run, capsys: pytest.CaptureFixture[str]
         run()
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith("usage: dia-lightning COMMAND")
+
+
+@pytest.mark.parametrize("args", [["models", "cifar_*"], ["--help"], ["models", "--help"]])
+def test_a_reader_that_ends_early_ends_the_program_quietly(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does when it has enough
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as exit_info:
+            run(*args)
+    assert exit_info.value.code == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_help_says_what_options_do_here_without_markup(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["predict", "--help"], ["fit", "--model.help", "ClassificationTask"]):
+        with pytest.raises(SystemExit):
+            run(*args)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Checkpoint to use: a file, or 'last' or 'best' of the newest run. Without -c" in shown
+    assert "as attach takes them" in shown
+    for markup in (":func:", ":class:", ":param", "``", "registry``", "Path/URL"):
+        assert markup not in shown
+
+
+def test_options_of_a_list_say_whose_they_are(run: Run, capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    added = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    later = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.logger=false", "--trainer.fast_dev_run=true"]
+    run("fit", "-c", "tiny.yaml", *added, "--trainer.callbacks.patience=7", *later)
+    said = capsys.readouterr().err
+    assert "--trainer.callbacks.monitor went to EarlyStopping, the last in the list." in said
+    assert "--trainer.callbacks.patience went to EarlyStopping" in said
 
 
 def test_lightning_does_not_advertise(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
