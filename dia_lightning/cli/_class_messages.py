@@ -24,8 +24,11 @@ def unknown_init_arg(match: re.Match[str], message: str) -> str:
         return missing("--" + place(message).removeprefix("--").partition(".")[0])
     if class_path.endswith((".Optimizer", ".LRScheduler")):
         return option_of_a_name(option, message)
-    known = init_args(class_path)
-    return f"{place(message)}.{option}: {class_path.rpartition('.')[2]} has no such option{nearest(option, known)}"
+    where, name = place(message), class_path.rpartition(".")[2]
+    sentence = f"{where}.{option}: {name} has no such option{nearest(option, init_args(class_path))}"
+    if where in ("--trainer.callbacks", "--trainer.logger") and "NestedArg(" in message:
+        sentence += f" Options go to the last in the list; add another before its options: {where}+=NAME."
+    return sentence
 
 
 def option_of_a_name(option: str, message: str) -> str:

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from argparse import HelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dia_lightning.cli import _class_messages
 from dia_lightning.cli._commands import COMMANDS
 from dia_lightning.cli._errors import fail
+from dia_lightning.cli._help import clean
 from dia_lightning.cli._nearest import nearest
 from dia_lightning.cli._parser_text import place, readable
 from dia_lightning.cli._parser_text import value as _given
@@ -25,6 +27,11 @@ class DIAArgumentParser(LightningArgumentParser):
         if not self.exit_on_error:  # an inner parser: the outer one adds where it was and comes back here
             super().error(message, ex)
         fail(explain(message, self).removeprefix("Problems parsing config: "))
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """Return the help without markup of docstrings."""
+        clean(self)
+        return super().format_help(formatter)
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:

@@ -24,7 +24,9 @@ import dia_lightning.callbacks  # noqa: F401  its classes can then be given by t
 from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
+from dia_lightning.cli._help import describe_checkpoints
 from dia_lightning.cli._later_test import CheckLaterTest
+from dia_lightning.cli._list_options import notes_on_lists
 from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.cli._resume import KeepRunTogether, take_up
@@ -77,7 +79,9 @@ class DIACLI(LightningCLI):
         # to collect the options of a command takes time: leave those out that nobody asks for
         if self._command in self.subcommands() and self._command != subcommand:
             return self.init_parser(**kwargs)
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        describe_checkpoints(parser, subcommand)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every command takes beside Lightning's own options."""
@@ -115,6 +119,8 @@ class DIACLI(LightningCLI):
                 )
         # of what was given only: a path that a checkpoint has imports nothing
         import_attention(self._given.get("attention"), "--model.attention")
+        for note in notes_on_lists(args, self.config[self.config.subcommand]):
+            _say(note)
 
     def _parse_ckpt_path(self) -> None:
         """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""

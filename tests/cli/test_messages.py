@@ -72,6 +72,7 @@ class Task(LightningModule): ...
         (["--data", "own.Half"], "--data: own.Half cannot be built, because it does not define basic_augmentation, c"),
         (["--data", "own.Dat"], "--data: own has no class 'Dat'. Did you mean 'Data'"),
         (["--data", "broken.Data"], "--data: cannot import broken.Data: name 'undefined' is not defined."),
+        (["--trainer.callbacks.patience", "3"], "ModelCheckpoint has no such option. Known"),
         (["--model.attention", "dia-lstn"], "Unknown attention 'dia-lstn'. Did you mean 'dia-lstm'"),
         (["--model.init_from", "nowhere.pt"], "There is no file 'nowhere.pt'"),
         (

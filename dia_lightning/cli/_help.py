@@ -1,0 +1,40 @@
+"""Help without the markup of docstrings, and true of this program where Lightning's text is about another."""
+
+import argparse
+import re
+
+_ROLE = re.compile(r":[a-z]+(?::[a-z]+)*:`(~?)([^`<]+?)(?:\s*<[^>`]*>)?`")
+_LINK = re.compile(r"`([^`<]+?)\s*<[^>`]*>`_+")
+_RESUME = (
+    "Checkpoint to go on from: a file, or 'last' or 'best' of the newest run. Optimizer, schedule and epoch go on as "
+    "they were; for the weights alone, use --model.init_from."
+)
+_USE = (
+    "Checkpoint to use: a file, or 'last' or 'best' of the newest run. Without -c, the config of its run is taken; "
+    "other options count before it."
+)
+_WEIGHTS_ONLY = "Refuse checkpoints that hold more than tensors and plain values; null means true: they could run code."
+
+
+def plain(text: str) -> str:
+    """Return a text without roles, links and double quotes of reStructuredText."""
+    text = _ROLE.sub(lambda match: match[2].rpartition(".")[2] if match[1] else match[2], text)
+    return _LINK.sub(r"\1", text).replace("``", "")
+
+
+def clean(parser: argparse.ArgumentParser) -> None:
+    """Take the markup out of all that a parser shows."""
+    for action in parser._actions:
+        if isinstance(action.help, str) and action.help is not argparse.SUPPRESS:
+            action.help = plain(action.help)
+    for part in (parser, *parser._action_groups):
+        for name in ("description", "title"):
+            if isinstance(getattr(part, name, None), str):
+                setattr(part, name, plain(getattr(part, name)))
+
+
+def describe_checkpoints(parser: argparse.ArgumentParser, command: str) -> None:
+    """Say what the options about checkpoints do here."""
+    texts = {"ckpt_path": _RESUME if command == "fit" else _USE, "weights_only": _WEIGHTS_ONLY}
+    for action in parser._actions:
+        action.help = texts.get(action.dest, action.help)
