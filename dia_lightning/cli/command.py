@@ -1,12 +1,9 @@
 """The commands fit, validate, test and predict: LightningCLI, with explicit rules about checkpoints and errors."""
 
 import logging
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -56,7 +53,6 @@ class DIACLI(LightningCLI):
         if config is not None:
             _say(f"config {config}")
         self._together = KeepRunTogether()
-        self._scratch: str | None = None
         super().__init__(
             DIATask,
             DIADataModule,
@@ -213,13 +209,6 @@ class DIACLI(LightningCLI):
                 raise UserError(str(cause)) from cause
             raise cause from None
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Give a ``fast_dev_run``, which is no run, a folder of its own for pictures and tables."""
-        options = self.config[self.config.subcommand].trainer
-        if options.fast_dev_run and options.default_root_dir is None:
-            self._scratch = kwargs["default_root_dir"] = tempfile.mkdtemp(prefix=f"{PROGRAM}-")
-        return super().instantiate_trainer(**kwargs)
-
     def before_fit(self) -> None:
         """See to the test after it, and go on in the run of the checkpoint, unless the options say otherwise."""
         if self.config.fit.test_after_fit:
@@ -267,16 +256,6 @@ class DIACLI(LightningCLI):
                 self._say_how_to_resume()
             # Lightning ends with 0 after SIGTERM, as if all was done
             raise SystemExit(128 + (SIGTERM if isinstance(stop, SIGTERMException) else SIGINT)) from stop
-        finally:
-            self._end_scratch()
-
-    def _end_scratch(self) -> None:
-        """Say where the files of a fast_dev_run are, if there are any."""
-        if self._scratch is not None and os.listdir(self._scratch):
-            _say(f"fast_dev_run: what it has written is in {self._scratch}")
-        elif self._scratch is not None:
-            with suppress(OSError):
-                os.rmdir(self._scratch)
 
     def _say_how_to_resume(self) -> None:
         saved = [callback.last_model_path or callback.best_model_path for callback in self._checkpoint_callbacks()]
