@@ -68,9 +68,9 @@ def _parts(module: nn.Module, left_out: Set[nn.Parameter]) -> Iterator[tuple[lis
 
 
 def _is_of_blocks(module: nn.Module, left_out: Set[nn.Parameter]) -> bool:
-    """Tell whether a module is a list of several blocks of one class, and not of single layers or other lists."""
+    """Tell whether a module is a list of several blocks of one class, each of two matrices or more."""
     if not isinstance(module, _LISTS):
         return False
     items = [child for child in module.children() if any(each not in left_out for each in child.parameters())]
-    is_block = [not isinstance(item, _LISTS) and len(list(item.children())) > 0 for item in items]
+    is_block = [not isinstance(item, _LISTS) and sum(each.ndim > 1 for each in item.parameters()) > 1 for item in items]
     return len(items) > 1 and all(is_block) and len({plain_class(item) for item in items}) == 1

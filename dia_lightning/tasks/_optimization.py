@@ -31,7 +31,7 @@ from dia_lightning.tasks._schedule_options import (
 )
 
 
-class OptimizedModule(LightningModule):
+class TrainableModule(LightningModule):
     """A module with parameters that stay frozen, an optimizer of groups, a schedule and a warm-up.
 
     Subclasses set ``_options`` and call :meth:`freeze_parameters` when their networks are made.

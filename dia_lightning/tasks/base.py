@@ -14,7 +14,7 @@ from dia_lightning._hyperparameters import primitive
 from dia_lightning.models._hub import fetch, upload
 from dia_lightning.tasks._compilation import compile_in_place
 from dia_lightning.tasks._freezing import Freeze
-from dia_lightning.tasks._optimization import OptimizedModule
+from dia_lightning.tasks._optimization import TrainableModule
 from dia_lightning.tasks._optimizers import Options
 
 Task = TypeVar("Task", bound="DIATask")
@@ -29,7 +29,7 @@ class NonFiniteLossError(RuntimeError):
     exit_code = 3
 
 
-class DIATask(OptimizedModule):
+class DIATask(TrainableModule):
     """Base class of the tasks: optimizer and schedule, hyperparameters that reload, class names in the checkpoint.
 
     Precision: losses, their sums and probabilities are float32 or better in every precision of the trainer. With the

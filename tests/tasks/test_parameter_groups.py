@@ -59,6 +59,8 @@ def test_a_layer_is_a_block_or_what_stands_outside_of_blocks() -> None:
         ("torchvision/mobilenet_v3_small", 1 + 11 + 1 + 2, "classifier.3"),
         ("torchvision/convnext_tiny", 1 + 18 + 3 + 1, "classifier.2"),
         ("torchvision/swin_t", 1 + 12 + 3 + 1, "head"),
+        ("torchvision/googlenet", 3 + 9 + 1, "fc"),
+        ("timm/convnext_atto", 1 + 12 + 3 + 1, "head.fc"),
     ],
 )
 def test_layers_and_heads_of_known_networks(name: str, count: int, head: str) -> None:
