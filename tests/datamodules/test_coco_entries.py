@@ -150,3 +150,19 @@ def test_picture_in_two_annotation_files_is_told_of(tmp_path: Path) -> None:
     [told] = warnings_of(coco_data(tmp_path))
     assert "1 of 3 images of the validation part are training images, too" in told
     assert "train_0.png" in told
+
+
+@pytest.mark.parametrize(("folder", "told"), [("mine", ["1 images"]), ("images", [])])
+def test_images_that_no_file_lists_are_counted_unless_splits_share_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, told: list[str]
+) -> None:
+    write_coco(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for number in range(6):
+        (tmp_path / "images" / f"train_{number}.png").rename(tmp_path / folder / f"train_{number}.png")
+    Image.new("L", (4, 4)).save(tmp_path / folder / "extra.png")
+    said: list[str] = []
+    monkeypatch.setattr("dia_lightning.datamodules._coco_entries.rank_zero_info", said.append)
+    coco_data(tmp_path, train_images=folder).setup("fit")
+    assert [text[: text.index(" beside")] for text in said] == told
+    assert all("extra.png" in text for text in said)
