@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
+from dia_lightning.tasks._batch_checks import class_numbers
+
 ClassWeights: TypeAlias = list[float] | Literal["balanced"]
 
 
@@ -51,8 +53,7 @@ def balanced_weights(labels: Tensor, count: int, names: Sequence[str]) -> list[f
         ValueError: if labels do not fit the classes.
     """
     if labels.ndim == 1 and not labels.is_floating_point():
-        check_range(labels, count)
-        images = torch.bincount(labels.long(), minlength=count).double()
+        images = torch.bincount(class_numbers(labels, count, look=True), minlength=count).double()
     elif labels.ndim == 2 and labels.shape[1] == count:
         images = labels.double().sum(0)
     else:
@@ -74,13 +75,6 @@ def told(weights: list[float], names: Sequence[str], lack: str) -> list[float]:
     found = [weight if _is_positive(weight) else 1.0 for weight in weights]
     rank_zero_info(f"class_weights='balanced': {', '.join(f'{weight:.4g}' for weight in found[:100])}")
     return found
-
-
-def check_range(labels: Tensor, count: int) -> None:
-    """Refuse class indices that are none of 0..count - 1."""
-    wrong = labels[(labels < 0) | (labels >= count)]
-    if len(wrong) > 0:
-        raise ValueError(f"Labels must be class indices from 0 to {count - 1} (num_classes={count}), got {wrong[0]}.")
 
 
 def training_labels(trainer: Trainer) -> Tensor:

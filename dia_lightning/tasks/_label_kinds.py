@@ -22,7 +22,8 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from dia_lightning.tasks._class_weights import balanced_weights, check_range, told
+from dia_lightning.tasks._batch_checks import class_numbers
+from dia_lightning.tasks._class_weights import balanced_weights, told
 
 ImageTask: TypeAlias = Literal["multiclass", "multilabel", "binary"]
 
@@ -122,9 +123,8 @@ class Multiclass(LabelKind):
     name: ImageTask = "multiclass"
 
     def read(self, labels: Tensor, *, training: bool) -> Tensor:
-        if labels.ndim == 1 and not labels.is_floating_point():
-            check_range(labels, self.num_classes)
-            return labels.long()
+        if labels.ndim == 1:
+            return class_numbers(labels, self.num_classes, look=True)
         is_soft = training and labels.is_floating_point() and labels.shape[1:] == (self.num_classes,)
         # with room for labels that were brought to half precision
         if is_soft and bool(((labels >= 0).all(1) & ((labels.sum(1) - 1).abs() < 0.05)).all()):

@@ -35,6 +35,8 @@ def check_targets(targets: Sequence[Target], *, images: int, num_classes: int, m
                     f"The target of {_image(position, target)} has {len(target['boxes'])} boxes and "
                     f"{len(target[name])} {name}, but each box needs one."
                 )
+        if target["labels"].is_floating_point():
+            raise ValueError(f"The labels of {_image(position, target)} are floats, but must be int64: call .long().")
     boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets])
     labels = torch.cat([target["labels"] for target in targets])
     good_boxes = torch.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -48,7 +50,8 @@ def check_targets(targets: Sequence[Target], *, images: int, num_classes: int, m
         )
     raise ValueError(
         f"Box {boxes[~good_boxes][0].tolist()} in {_place(targets, good_boxes)}: boxes must be finite (x1, y1, x2, y2) "
-        "with x1 < x2 and y1 < y2. Data modules of this package drop others with on_bad_box='drop'."
+        "with x1 < x2 and y1 < y2: torchvision.ops.box_convert makes them of others. Data modules of this "
+        "package drop bad ones with on_bad_box='drop'."
     )
 
 

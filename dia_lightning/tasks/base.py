@@ -103,6 +103,7 @@ class DIATask(TrainableModule):
         self.trained_steps: int | None = None
         self._last_finite_loss: Tensor | None = None
         self._seen = 0
+        self._told: set[str] = set()
 
     # ---- construction
 
@@ -173,6 +174,12 @@ class DIATask(TrainableModule):
                 raise ValueError(f"{message}. Labels would be mixed up: use the data the checkpoint was trained on.")
             rank_zero_warn(f"{message}. Results will differ from those of training.")
         self._data = {**stored, **self._data}
+
+    def tell(self, topic: str, message: str | None) -> None:
+        """Warn of something in the data, once per topic; of ``None`` there is nothing to say."""
+        if message is not None and topic not in self._told:
+            self._told.add(topic)
+            rank_zero_warn(message)
 
     # ---- sharing
 

@@ -11,6 +11,7 @@ from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
 from dia_lightning.models._head import drop_before_head
 from dia_lightning.models._precision import at_least_float32
+from dia_lightning.tasks._batch_checks import check_dtype, naming_channels, pixel_range, raw_pixels
 from dia_lightning.tasks._class_weights import (
     ClassWeights,
     check_class_weights,
@@ -152,8 +153,14 @@ class ClassificationTask(DIATask):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``[B, num_classes]``, or ``[B, 1]`` of a binary task, of images ``[B, C, H, W]``."""
-        logits: Tensor = self.backbone(images)
+        with naming_channels(self.backbone, images):
+            logits: Tensor = self.backbone(images)
         return logits
+
+    def _check_images(self, images: Tensor, batch_index: int) -> None:
+        check_dtype(images, self.backbone)
+        if batch_index == 0:  # once per epoch, since it waits for the device
+            self.tell("range", raw_pixels(images, *pixel_range(images)))
 
     def _metrics(self, prefix: str) -> MetricCollection:
         metrics: dict[str, Metric | MetricCollection] = {"acc": self._kind.accuracy(), **self._kind.further_metrics()}
@@ -190,6 +197,7 @@ class ClassificationTask(DIATask):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         images, labels = batch[:2]
+        self._check_images(images, batch_idx)
         if self._class_weights is not None and self._loss_weight is None:
             self._weigh_classes()  # a subclass has an on_train_start of its own
         logits = self._kind.logits(at_least_float32(self(images)))
@@ -204,7 +212,7 @@ class ClassificationTask(DIATask):
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
-        outputs = self._evaluate(batch, "val")
+        outputs = self._evaluate(batch, batch_idx, "val")
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log_dict(self.val_metrics, prog_bar=True)
         return outputs
@@ -217,7 +225,7 @@ class ClassificationTask(DIATask):
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; return the index ``[B]`` and the class probabilities ``[B, K]`` of the images."""
-        outputs = self._evaluate(batch, "test")
+        outputs = self._evaluate(batch, batch_idx, "test")
         self.log("test/loss", self.test_loss)
         self.log_dict(self.test_metrics)
         return outputs
@@ -227,10 +235,12 @@ class ClassificationTask(DIATask):
         images, *rest = (batch,) if isinstance(batch, Tensor) else batch
         # Loaders of other packages give labels as the second item.
         index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
+        self._check_images(images, batch_idx)
         logits = self._kind.logits(at_least_float32(self(images)))
         return {"index": self.sample_index(images, index), "probabilities": self._kind.probabilities(logits)}
 
-    def _evaluate(self, batch: tuple[Tensor, ...], stage: Stage) -> dict[str, Tensor]:
+    def _evaluate(self, batch: tuple[Tensor, ...], batch_index: int, stage: Stage) -> dict[str, Tensor]:
+        self._check_images(batch[0], batch_index)
         return self._measure(batch, self._kind.logits(at_least_float32(self(batch[0]))), stage)
 
     def _measure(self, batch: tuple[Tensor, ...], logits: Tensor, stage: Stage) -> dict[str, Tensor]:

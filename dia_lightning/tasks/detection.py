@@ -13,6 +13,13 @@ from torchvision.models.detection import MaskRCNN
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models.detectors import Detector, get_detector
+from dia_lightning.tasks._batch_checks import (
+    check_dtype,
+    check_image_channels,
+    not_in_unit_range,
+    pixel_range,
+    unusual_boxes,
+)
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._detection_limits import crowding, detector_limits
 from dia_lightning.tasks._mean import Mean
@@ -155,7 +162,6 @@ class DetectionTask(DIATask):
         self.max_detections = max_detections
         self.val_map = MeanAveragePrecision(masks=self.has_masks, max_detections=max_detections)
         self.test_map = MeanAveragePrecision(masks=self.has_masks, max_detections=max_detections)
-        self._told_of_crowding = False
         # not by self.log of each batch: its mean over processes divides by a whole number of images, rounded down
         self._val_losses: dict[str, Mean] = {}
 
@@ -191,6 +197,19 @@ class DetectionTask(DIATask):
         """Take class names and categories from the data module, and refuse a precision that rounds boxes."""
         check_keeps_boxes(self.trainer)
         super().setup(stage)
+
+    def _check_batch(self, images: Sequence[Tensor], targets: Sequence[Target] | None, batch_index: int) -> None:
+        """Refuse images that do not fit, and look at the first batch of an epoch, for which it waits for the device."""
+        check_dtype(images, self.detector)
+        check_image_channels(images, self.detector)
+        if batch_index > 0:
+            return
+        ends = pixel_range(images)
+        transform: Any = getattr(self.detector, "transform", None)
+        if any(getattr(transform, "image_mean", [1])):  # else it leaves that to the user
+            self.tell("range", not_in_unit_range(*ends))
+        if targets is not None and len(targets) == len(images):
+            self.tell("boxes", unusual_boxes(images, targets))
 
     # ---- losses
 
@@ -236,6 +255,7 @@ class DetectionTask(DIATask):
     def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
         """Return the sum of the losses of a batch."""
         images, targets = batch[:2]
+        self._check_batch(images, targets, batch_idx)
         losses = self.losses(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         self.check_loss(loss, batch_idx, losses)
@@ -245,17 +265,18 @@ class DetectionTask(DIATask):
 
     def validation_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
         """Update the metric; return the index ``[B]`` and the detections of the images."""
-        return self._evaluate(batch, self.val_map, with_losses=self.validation_loss)
+        return self._evaluate(batch, batch_idx, self.val_map, with_losses=self.validation_loss)
 
     def test_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Any]:
         """Update the metric; return the index ``[B]`` and the detections of the images."""
-        return self._evaluate(batch, self.test_map)
+        return self._evaluate(batch, batch_idx, self.test_map)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return the index ``[B]`` and the detections of images."""
         images, *rest = batch if isinstance(batch, tuple) else (batch,)
         # loaders of other packages give targets as the second item
         index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
+        self._check_batch(images, None, batch_idx)
         return {"index": self.sample_index(images, index), "detections": self(images)}
 
     def on_validation_epoch_start(self) -> None:
@@ -281,9 +302,11 @@ class DetectionTask(DIATask):
         self._log_scores("test", self.test_map)
 
     def _evaluate(
-        self, batch: tuple[Any, ...], metric: MeanAveragePrecision, *, with_losses: bool = False
+        self, batch: tuple[Any, ...], batch_index: int, metric: MeanAveragePrecision, *, with_losses: bool = False
     ) -> dict[str, Any]:
         images, targets, *rest = batch
+        self._check_batch(images, targets, batch_index)
+        check_targets(targets, images=len(images), num_classes=self.num_classes, masks=self.has_masks)
         index = self.sample_index(images, rest)
         if with_losses:
             self._add_losses(images, targets, index)
@@ -304,9 +327,7 @@ class DetectionTask(DIATask):
         metric.reset()
         overall = scores.overall
         crowded = crowding(scores.crowd, self.max_detections, detector_limits(self.detector))
-        if crowded and not self._told_of_crowding:
-            rank_zero_warn(f"{stage}/map is lower than it could be. {crowded}")
-            self._told_of_crowding = True
+        self.tell("crowding", crowded and f"{stage}/map is lower than it could be. {crowded}")
         if "map" not in overall:
             rank_zero_warn(f"The {stage} images have no object, so mAP is not defined and {stage}/map is NaN.")
             overall = {**overall, "map": math.nan}  # for ModelCheckpoint, which takes it as the worst value

@@ -14,6 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models._denoising import Denoising, check_least, class_labels, evaluating, seeded_generator
 from dia_lightning.models.denoisers import check_image_shape, get_denoiser, predict
+from dia_lightning.tasks._batch_checks import check_dtype, class_numbers, not_symmetric, pixel_range
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
@@ -147,6 +148,7 @@ class DiffusionTask(DIATask):
             rank_zero_info(load_weights(self.backbone, init_from))
         self.freeze_parameters()
         self.compile_parts(parts)
+        self._symmetric = False
         self.val_loss = Mean()
         self.test_loss = Mean()
 
@@ -280,7 +282,7 @@ class DiffusionTask(DIATask):
     def evaluation_loss(self, batch: Any) -> Tensor:
         """Return the loss of a batch, summed over its images, with the noise and timesteps of validation and test."""
         images, labels, rest = _unpack(batch)
-        self._check_batch(images, labels, 0)
+        labels = self._check_batch(images, labels, 0)
         index = rest[0] if rest else torch.arange(len(images))
         return self.losses(images, labels, *self.evaluation_noise(images, index)).sum()
 
@@ -289,14 +291,18 @@ class DiffusionTask(DIATask):
     def setup(self, stage: str) -> None:
         """Take class names from the data module, and refuse pixels that are not in [-1, 1]."""
         super().setup(stage)
-        mean, std = getattr(getattr(self.trainer, "datamodule", None), "normalization", ((0.5,), (0.5,)))
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self._symmetric = hasattr(datamodule, "normalization")  # if it gets through here
+        mean, std = getattr(datamodule, "normalization", ((0.5,), (0.5,)))
         if {*mean, *std} != {0.5}:
             raise ValueError(
                 f"DiffusionTask needs images in [-1, 1], but the data subtract {list(mean)} and divide by {list(std)}. "
                 "Set pixel_range='symmetric' (--data.pixel_range symmetric)."
             )
 
-    def _check_batch(self, images: Tensor, labels: Tensor | None, batch_index: int) -> None:
+    def _check_batch(self, images: Tensor, labels: Tensor | None, batch_index: int) -> Tensor | None:
+        """Refuse a batch that does not fit; return its labels as int64."""
+        check_dtype(images, self.backbone)
         if tuple(images.shape[1:]) != self.shape:
             raise ValueError(
                 f"The images have the shape {list(images.shape[1:])}, but the network was made for image_shape "
@@ -304,18 +310,38 @@ class DiffusionTask(DIATask):
             )
         if self.no_class is not None and (labels is None or labels.ndim != 1):
             raise ValueError("A conditional task needs one label per image: leave out mixup and cutmix.")
-        if batch_index == 0 and images.abs().amax() > 1.01:  # once per epoch, since it waits for the device
-            raise ValueError(
-                f"The images must be in [-1, 1], but reach from {images.amin():.3g} to {images.amax():.3g}. Set "
-                "pixel_range='symmetric' in the data module, or subtract 0.5 and divide by 0.5."
+        if self.no_class is not None and labels is not None:
+            labels = self._known_labels(labels, self.no_class, batch_index)
+        if batch_index == 0:  # once per epoch, since it waits for the device
+            self._check_pixels(*pixel_range(images))
+        return labels
+
+    def _known_labels(self, labels: Tensor, no_class: int, batch_index: int) -> Tensor:
+        told = labels == no_class
+        numbers = class_numbers(labels.masked_fill(told, 0), no_class, look=batch_index == 0)
+        if batch_index == 0 and bool(told.any()):
+            self.tell(
+                "labels",
+                f"Some images have the label {no_class}, which stands for no class (num_classes={no_class}). If it is "
+                "a class, count from 0, or raise num_classes.",
             )
+        return numbers.masked_fill(told, no_class)
+
+    def _check_pixels(self, low: float, high: float) -> None:
+        if max(-low, high) > 1.01:
+            raise ValueError(
+                f"The images must be in [-1, 1], but reach from {low:.3g} to {high:.3g}. Set pixel_range='symmetric' "
+                "in the data module, or subtract 0.5 and divide by 0.5."
+            )
+        if not self._symmetric:
+            self.tell("range", not_symmetric(low, high))
 
     # ---- steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         images, labels, _ = _unpack(batch)
-        self._check_batch(images, labels, batch_idx)
+        labels = self._check_batch(images, labels, batch_idx)
         noise, timesteps, dropped = self.training_noise(images, batch_idx)
         if self.no_class is not None and labels is not None:
             labels = labels.masked_fill(dropped, self.no_class)
@@ -346,7 +372,7 @@ class DiffusionTask(DIATask):
 
     def _evaluate(self, batch: Any, batch_index: int, metric: Mean) -> dict[str, Tensor]:
         images, labels, rest = _unpack(batch)
-        self._check_batch(images, labels, batch_index)
+        labels = self._check_batch(images, labels, batch_index)
         index = self.sample_index(images, rest)
         losses = self.losses(images, labels, *self.evaluation_noise(images, index))
         counts = index >= 0

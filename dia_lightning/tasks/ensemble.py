@@ -71,7 +71,8 @@ class EnsembleTask(ClassificationTask):
         """Return logits ``[B, K]``, or ``[B]`` of a binary task, whose probabilities are the mean of the members'."""
         return self._kind.average(self.member_logits(images))
 
-    def _evaluate(self, batch: tuple[Tensor, ...], stage: Stage) -> dict[str, Tensor]:
+    def _evaluate(self, batch: tuple[Tensor, ...], batch_index: int, stage: Stage) -> dict[str, Tensor]:
+        self._check_images(batch[0], batch_index)
         logits = self.member_logits(batch[0])
         outputs = self._measure(batch, self._kind.average(logits), stage)
         counts = outputs["index"] >= 0

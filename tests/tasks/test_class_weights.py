@@ -143,7 +143,7 @@ class Silent(Dataset[Any]):
         ),
         (Given([(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1]))]), "which list does not tell"),
         ([DataLoader(Targets(LABELS), 2)] * 2, "which list does not tell"),
-        (DataLoader(Targets([0, 3])), "Labels must be class indices from 0 to 2 .num_classes=3., got 3"),
+        (DataLoader(Targets([0, 3])), "label 3 is not in 0..2 .num_classes=3."),
         (DataLoader(TensorDataset(torch.zeros(2, 3, 1, 1), torch.zeros(2, 5))), r"the labels are \[2, 5\]"),
     ],
 )
