@@ -122,7 +122,7 @@ def _leads(first: Logger | None, folder: Path, source: RunSource, trainer: Train
     """Tell whether the first logger can write to a folder, and give it the version with which it does."""
     if first is None:
         return is_same(trainer.default_root_dir, folder)
-    if isinstance(first, (CSVLogger, TensorBoardLogger)):
+    if isinstance(first, (CSVLogger, TensorBoardLogger)) and first._version is None:
         here = is_same(first.root_dir, folder.parent)  # also where the folder has got another name
         return _adopts(first, _version_of(folder) if here else source.versions.get(first.root_dir), folder)
     place = _folder_of(first)

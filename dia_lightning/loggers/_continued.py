@@ -46,13 +46,14 @@ def go_on_with_a_copy(logger: CSVLogger, earlier: Path) -> None:
     """Let a logger with a folder of its own add to a copy of the file of an earlier start.
 
     Args:
-        logger: whose folder has no file yet.
+        logger: in whose folder nothing is done if there is a file already.
         earlier: the folder with the file of the earlier start.
     """
     name = ExperimentWriter.NAME_METRICS_FILE
-    if (earlier / name).is_file():
-        os.makedirs(logger.log_dir, exist_ok=True)
-        shutil.copy(earlier / name, Path(logger.log_dir, name))
+    target = Path(logger.log_dir, name)
+    if (earlier / name).is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(earlier / name, target)
         logger._experiment = _AppendingWriter(logger.log_dir)
 
 
