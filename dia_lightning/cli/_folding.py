@@ -1,12 +1,15 @@
 """What ``export`` does and says about maps that hardly depend on the image."""
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.cli import _network_argument
 
 if TYPE_CHECKING:  # imports Lightning
@@ -14,31 +17,42 @@ if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask
 
 
-def folded(task: "DIATask", batches: Sequence[Any], tolerance: float) -> str:
-    """Fold what can be folded in the network of a task, in place, and return what was done, in words.
+def folded(task: "DIATask", batches: Sequence[Any], options: argparse.Namespace) -> None:
+    """Fold what can be folded in the network of a task, in place, and print what was done.
 
     Args:
         task: for classification or detection.
         batches: of evaluation, with labels.
-        tolerance: as for :func:`~dia_lightning.analysis.fold_constant_maps`.
+        options: the arguments of the command.
 
     Raises:
-        ValueError: as for that function.
+        ValueError: as for :func:`~dia_lightning.analysis.fold_constant_maps`, or if the file is to hold weights alone
+            and the network is neither what it was nor the plain one.
     """
     from dia_lightning.analysis import fold_constant_maps
     from dia_lightning.tasks import DetectionTask
 
     is_detector = isinstance(task, DetectionTask)
+    tolerance: float = options.fold_constant_maps
+    network = _network_argument.network_of(task)
+    keys = set(network.state_dict())
     run: Callable[[Any], Any] = partial(_features, task) if is_detector else lambda batch: task(batch[0])
     score = _mean_average_precision if is_detector else _accuracy
     name = "mAP" if is_detector else "accuracy"
     with torch.no_grad():
         before = score(task, batches)
-        report = fold_constant_maps(_network_argument.network_of(task), batches, tolerance, run=run)
+        report = fold_constant_maps(network, batches, tolerance, run=run)
         after = score(task, batches) if report.folded else before
     images = sum(len(batch[0]) for batch in batches)
     outputs = "feature maps" if is_detector else "outputs"
-    return f"{_table(report)}\n{_summary(report, tolerance, images, outputs)}; {name} {before:.4f} -> {after:.4f}\n"
+    print(f"{_table(report)}\n{_summary(report, tolerance, images, outputs)}; {name} {before:.4f} -> {after:.4f}\n")
+    is_plain = not is_attached(network) and keys >= set(network.state_dict())
+    if report.folded and not is_plain and Path(options.path).suffix == ".safetensors":
+        raise ValueError(
+            f"{options.path}: weights alone fit no network that attach() makes after {len(report.folded)} of "
+            f"{len(report.sites)} sites were folded, or a layer has got a bias. Write .onnx, or leave "
+            "--fold-constant-maps out."
+        )
 
 
 def _table(report: "FoldReport") -> str:

@@ -39,7 +39,7 @@ def run(args: Sequence[str]) -> None:
     if task and options.fold_constant_maps is not None:
         from dia_lightning.cli._folding import folded
 
-        print(folded(task, batches, options.fold_constant_maps))
+        folded(task, batches, options)
     export = (_pipeline if is_diffusion else _detector if is_detector else _file)(task, options, batches)
     try:
         exported = export()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._example import require_images
 
 _SNIPPETS = {
@@ -24,7 +25,7 @@ _SNIPPETS = {
     ),
     ".safetensors": (
         "from safetensors.torch import load_model\n"
-        "network = ...  # built as for training: get_model(...), then attach(...)\n"
+        "network = ...  # built as for training: get_model(...), {attached}\n"
         "load_model(network, {path!r})\n"
         "logits = network.eval()(images)  # float32 {shape}"
     ),
@@ -100,7 +101,9 @@ def export_network(
             raise ValueError(f"The network must return one tensor, got {type(expected).__name__}. Wrap it.")
         found = writers[path.suffix](network, images, path, dict(metadata or {}))
     difference = (expected - found).abs().max().item()
-    return Exported(path, difference, _SNIPPETS[path.suffix].format(path=str(path), shape=["B", *images.shape[1:]]))
+    attached = "then attach(...)" if is_attached(network) else "without attach(...)"
+    snippet = _SNIPPETS[path.suffix].format(path=str(path), shape=["B", *images.shape[1:]], attached=attached)
+    return Exported(path, difference, snippet)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 from torch.onnx.operators import shape_as_tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._export import in_evaluation, require_packages, written_weights
 
 Detection: TypeAlias = dict[str, Tensor]
@@ -30,7 +31,7 @@ _SNIPPETS = {
     ),
     ".safetensors": (
         "from safetensors.torch import load_model\n"
-        "detector = ...  # built as for training: get_detector(...), then attach(detector.backbone.body, ...)\n"
+        "detector = ...  # built as for training: get_detector(...), {attached}\n"
         "load_model(detector, {path!r})\n"
         "(found,) = detector.eval()([image])  # float32 [3, height, width] in [0, 1]"
     ),
@@ -134,7 +135,8 @@ def export_detector(
         one = _OneImage(detector, names).eval()
         run = writers[path.suffix](one, images[0], path, dict(metadata or {}))
         pairs = [(one(image), run(image)) for image in images]
-    snippet = _SNIPPETS[path.suffix].format(path=str(path), names=", ".join(names))
+    attached = "then attach(detector.backbone.body, ...)" if is_attached(detector) else "without attach(...)"
+    snippet = _SNIPPETS[path.suffix].format(path=str(path), names=", ".join(names), attached=attached)
     return _compared(path, names, pairs, snippet)
 
 

@@ -27,12 +27,12 @@ def test_constant_maps_are_folded_before_the_file_is_written(
     run: Run, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = run_folder / "checkpoints" / "last.ckpt"
-    silence(checkpoint, "layer1.0.bn3", "layer2.0.bn3")
+    silence(checkpoint, "layer1.0.bn3", "layer2.0.bn3", "layer3.0.bn3")
     run("export", str(checkpoint), "network.safetensors", "--fold-constant-maps", "1e-4", "--images", "20")
     printed = capsys.readouterr().out
     assert "layer1.0.bn3      0   0.00e+00  folded" in printed
-    assert "kept: its map varies by more than 0.0001" in printed
-    assert "2 of 3 sites folded at tolerance 0.0001; on 20 images: largest difference of the outputs" in printed
+    assert "3 of 3 sites folded at tolerance 0.0001; on 20 images: largest difference of the outputs" in printed
+    assert "get_model(...), without attach(...)" in printed
     (accuracy,) = (line.rpartition("accuracy ")[2] for line in printed.splitlines() if "accuracy" in line)
     assert len(set(accuracy.split(" -> "))) == 1
     from safetensors import safe_open
@@ -40,14 +40,23 @@ def test_constant_maps_are_folded_before_the_file_is_written(
     task = load_task(checkpoint)
     assert isinstance(task, ClassificationTask)
     with safe_open("network.safetensors", "pt") as file:
-        removed = {name for name in task.backbone.state_dict() if name.startswith(("layer1.0.dia", "layer2.0.dia"))}
-        assert set(file.keys()) == set(task.backbone.state_dict()) - removed
+        assert set(file.keys()) == {name for name in task.backbone.state_dict() if ".dia." not in name}
         metadata = file.metadata()
         weight = file.get_tensor("layer1.0.bn3.bias")
     assert json.loads(metadata["class_names"]) == [str(number) for number in range(10)]
     assert len(json.loads(metadata["mean"])) == len(json.loads(metadata["std"])) == 3
     assert metadata["input"].startswith("float32 [B, 3, 8, 8]; pixels in [0, 1]")
     assert not torch.equal(weight, task.backbone.state_dict()["layer1.0.bn3.bias"])
+
+
+def test_weights_of_a_network_with_some_attention_left_are_not_written(
+    fails: Callable[..., str], run_folder: Path
+) -> None:
+    checkpoint = run_folder / "checkpoints" / "last.ckpt"
+    silence(checkpoint, "layer1.0.bn3", "layer2.0.bn3")
+    message = fails("export", str(checkpoint), "network.safetensors", "--fold-constant-maps", "1e-4")
+    assert "weights alone fit no network that attach() makes after 2 of 3 sites were folded" in message
+    assert not Path("network.safetensors").exists()
 
 
 def test_a_network_without_constant_maps_is_exported_as_it_is(
