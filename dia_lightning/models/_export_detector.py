@@ -112,7 +112,8 @@ def export_detector(
     Example:
         >>> import tempfile, torch
         >>> from dia_lightning.models.detectors import get_detector
-        >>> detector = get_detector("fcos", "cifar_resnet", num_classes=3, backbone_args={"depth": 11}, min_size=64)
+        >>> small = {"backbone_args": {"depth": 11, "stem_stride": 4}, "min_size": 128, "fpn_channels": 64}
+        >>> detector = get_detector("fcos", "cifar_resnet", num_classes=3, **small)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     exported = export_detector(detector, [torch.rand(3, 64, 96)], f"{folder}/detector.safetensors")
         >>> exported.matched == exported.objects
