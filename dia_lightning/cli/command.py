@@ -25,6 +25,7 @@ from dia_lightning.cli._help import describe_checkpoints
 from dia_lightning.cli._later_test import CheckLaterTest
 from dia_lightning.cli._list_options import notes_on_lists
 from dia_lightning.cli._messages import DIAArgumentParser
+from dia_lightning.cli._null_options import refuse_null
 from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.cli._resume import KeepRunTogether, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
@@ -113,6 +114,7 @@ class DIACLI(LightningCLI):
                     f"--model.{name} {self._given[name]}: the {meaning} comes from the data. "
                     "Leave it out of the command and the config."
                 )
+        refuse_null("--model", self.config[self.config.subcommand].model.class_path, self._given)
         # of what was given only: a path that a checkpoint has imports nothing
         import_attention(self._given.get("attention"), "--model.attention")
         for note in notes_on_lists(args, self.config[self.config.subcommand]):

@@ -41,6 +41,8 @@ class Task(LightningModule): ...
             ["--trainer.logger+=dia_lightning.loggers.WandbLogger", "--trainer.logger.watch_freq", "0"],
             "watch_freq must be 1 step or more, got 0. Use 200",
         ),
+        (["--model.lr", "None"], "--model.lr: null does not fit. Give a value, or leave it out for the default, 0.1."),
+        (["--model.optimizer", "null"], "--model.optimizer: null does not fit"),
         (["--model.lr", "fast"], "--model.lr: 'fast' does not fit. Expected float"),
         (["--model.lr", "nan"], "--model.lr: 'nan' does not fit. Expected float"),
         (["--model.lr", ".nan"], "must be a finite number, got .nan"),
