@@ -4,9 +4,12 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torchvision.models import resnet18
 
 from dia_lightning.__main__ import main
 
@@ -26,6 +29,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "photos").mkdir()
     Image.new("L", (20, 20), 128).save(tmp_path / "photos" / "grey.png")
+    for name, count in {"cat": 10, "dog": 32}.items():
+        (tmp_path / "pets" / "train" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 30), (6 * i, 90, 30)).save(tmp_path / "pets" / "train" / name / f"{i}.jpg")
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
     return tmp_path
 
 
@@ -56,12 +64,26 @@ def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str])
         quick = ["--trainer.enable_progress_bar", "false"] if command[0] in ("fit", "test", "predict") else []
         if command[0] == "fit":
             quick += ["-c", "configs/trainer/smoke.yaml"]
+        if "pets" in command:
+            quick += ["--data.image_size", "32"]
         main([*command, *quick])
     assert (workplace / "network.onnx").is_file()
     assert (workplace / "digits_pipeline" / "model_index.json").is_file()
     assert list((workplace / "runs" / "wandb").glob("offline-run-*"))
     for results in ("predictions*.csv", "detections*.images.json"):
         assert "photos/grey.png" in "".join(path.read_text() for path in workplace.rglob(results))
+
+
+def test_fine_tuning_in_python_leaves_the_body_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "freeze=" in block]
+    names: dict[str, Any] = {}
+    exec(example.replace("image_size=224", "image_size=32"), names)
+    assert "34 tensors were trained, 32 of them attention" in capsys.readouterr().out
+    weights, task = torch.load("resnet18.pth"), names["task"]
+    tuned = {name.removeprefix("backbone."): value for name, value in task.state_dict().items()}
+    changed = {name for name, value in weights.items() if not name.startswith("fc.") and not value.equal(tuned[name])}
+    assert not changed
+    assert [group["name"] for group in task.optimizers().param_groups] == ["main", "attention"]
 
 
 def test_the_configs_that_the_readme_names_are_there() -> None:
