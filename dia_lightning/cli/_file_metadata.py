@@ -10,6 +10,14 @@ if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask
 
 
+#: What the outputs of a classifier are, for each kind of labels.
+_OUTPUTS = {
+    "multiclass": "logits [B, K] of class_names; softmax makes probabilities of them",
+    "multilabel": "logits [B, K] of class_names; sigmoid makes the probability of each label of them",
+    "binary": "logit [B, 1] of the second of class_names; sigmoid makes its probability of it",
+}
+
+
 def metadata_of(task: "DIATask | None", shape: Sequence[int]) -> dict[str, str]:
     """Return texts by name; lists are JSON.
 
@@ -19,7 +27,7 @@ def metadata_of(task: "DIATask | None", shape: Sequence[int]) -> dict[str, str]:
     """
     if task is None:
         return _texts({"input": f"float32 [B, {', '.join(map(str, shape))}]"})
-    from dia_lightning.tasks import DetectionTask
+    from dia_lightning.tasks import ClassificationTask, DetectionTask
 
     known: dict[str, Any] = {"task": type(task).__name__, "class_names": task.class_names}
     if isinstance(task, DetectionTask):
@@ -28,6 +36,8 @@ def metadata_of(task: "DIATask | None", shape: Sequence[int]) -> dict[str, str]:
         known["labels"] = "1 stands for the first of class_names and of category_ids"
         return _texts(known)
     known["input"] = f"float32 [B, {', '.join(map(str, shape))}]"
+    if isinstance(task, ClassificationTask):
+        known["output"] = _OUTPUTS[task.task]
     if task.normalization is not None:
         known["mean"], known["std"] = map(list, task.normalization)
         known["input"] += "; pixels in [0, 1], less mean, divided by std, per channel"

@@ -80,14 +80,17 @@ def _features(task: Any, batch: Any) -> Any:
 
 
 def _accuracy(task: Any, batches: Sequence[Any]) -> float:
-    correct = [task(images).argmax(1) == labels for images, labels, *_ in batches]
-    return torch.cat(correct).double().mean().item()
+    kind = task._kind  # of one class per image, several labels, or yes and no
+    accuracy = kind.accuracy()
+    for images, labels, *_ in batches:
+        accuracy.update(kind.scores(kind.logits(task(images))), kind.hard(labels))
+    return float(accuracy.compute())
 
 
 def _mean_average_precision(task: Any, batches: Sequence[Any]) -> float:
     from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision
 
-    metric = MeanAveragePrecision(masks=task.has_masks)
+    metric = MeanAveragePrecision(masks=task.has_masks, max_detections=task.max_detections)
     for images, targets, index in batches:
         metric.add(task(images), targets, index)
     return metric.compute().overall.get("map", math.nan)

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dia_lightning.cli._file_metadata import metadata_of
+from dia_lightning.cli._folding import _accuracy
 from dia_lightning.tasks import ClassificationTask, load_task
 from tests.cli.conftest import Run
 from tests.cli.test_detection import trained_on_cells
@@ -46,7 +49,21 @@ def test_constant_maps_are_folded_before_the_file_is_written(
     assert json.loads(metadata["class_names"]) == [str(number) for number in range(10)]
     assert len(json.loads(metadata["mean"])) == len(json.loads(metadata["std"])) == 3
     assert metadata["input"].startswith("float32 [B, 3, 8, 8]; pixels in [0, 1]")
+    assert metadata["output"].startswith("logits [B, K] of class_names; softmax")
     assert not torch.equal(weight, task.backbone.state_dict()["layer1.0.bn3.bias"])
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "binary"])
+def test_the_accuracy_beside_folded_maps_is_that_of_the_kind_of_labels(kind: Any) -> None:
+    task = ClassificationTask("cifar_resnet", 2, task=kind, backbone_args={"depth": 11}).eval()
+    images = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    logits = task(images).detach()
+    right = logits.argmax(1) if kind == "multiclass" else (logits > 0).long()
+    right[:3, ...] = 1 - right[:3, ...]
+    labels = right[:, 0] if kind == "binary" else right
+    batches = [(images[:8], labels[:8], torch.arange(8)), (images[8:], labels[8:], torch.arange(4))]
+    assert _accuracy(task, batches) == 0.75
+    assert ("softmax" in metadata_of(task, (3, 8, 8))["output"]) == (kind == "multiclass")
 
 
 def test_weights_of_a_network_with_some_attention_left_are_not_written(
