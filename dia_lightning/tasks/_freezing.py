@@ -1,11 +1,11 @@
 """Parameters that are not trained."""
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 #: What ``freeze`` takes beside patterns.
@@ -77,6 +77,21 @@ def _is_frozen(module: nn.Module, path: str, norm: nn.Module, names: Set[str]) -
     prefix = f"{around}." if around else ""
     beside = {f"{prefix}{name}" for name, _ in module.get_submodule(around).named_parameters()}
     return bool(beside) and beside <= names
+
+
+def statistics_of(module: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """Return copies of the buffers of norms, by name."""
+    return {
+        f"{path}.{name}": buffer.clone()
+        for path in paths
+        for name, buffer in module.get_submodule(path).named_buffers(recurse=False)
+    }
+
+
+def put_back(module: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    """Undo what callbacks do to the buffers of frozen norms, as ``StochasticWeightAveraging`` does at its end."""
+    for name, value in statistics.items():
+        module.get_buffer(name).copy_(value)
 
 
 def keep_trained(module: nn.Module, callbacks: Iterable[Callback], kept: Set[nn.Parameter]) -> None:

@@ -8,14 +8,21 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerTypeUnion
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import Self
 
 from dia_lightning.attention import attention_parameters
 from dia_lightning.attention._attached_block import is_attached
-from dia_lightning.tasks._freezing import freeze_parameters, frozen_names, keep_trained, train_parameters
+from dia_lightning.tasks._freezing import (
+    freeze_parameters,
+    frozen_names,
+    keep_trained,
+    put_back,
+    statistics_of,
+    train_parameters,
+)
 from dia_lightning.tasks._layers import head_of
 from dia_lightning.tasks._optimizers import Options, make_optimizer
 from dia_lightning.tasks._parameter_groups import GROUPING, parameter_groups
@@ -46,6 +53,7 @@ class TrainableModule(LightningModule):
         self._rates: GroupRates | None = None
         self._frozen: set[str] = set()
         self._still: list[str] = []  # norms whose statistics are frozen
+        self._statistics: dict[str, Tensor] = {}  # of these, while it trains
         self._trained: set[str] = set()
         self._unfrozen: list[nn.Parameter] = []  # since DistributedDataParallel has looked
         self._monitored: float | None = None  # what ReduceLROnPlateau has seen last
@@ -88,6 +96,7 @@ class TrainableModule(LightningModule):
             if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
                 keep_trained(self, callbacks, self._attention().union(self.head_parameters()))
         self.freeze_parameters()
+        self._statistics = {}
 
     # ---- optimizer and schedule
 
@@ -161,6 +170,8 @@ class TrainableModule(LightningModule):
         if self._frozen:
             freeze_parameters(self, self._frozen)
             self.train(self.training)
+            self._statistics = self._statistics or statistics_of(self, self._still)
+            put_back(self, self._statistics)
         self._note_unfrozen()
 
     def _note_unfrozen(self) -> None:
@@ -239,7 +250,7 @@ class TrainableModule(LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the optimizer out of copies."""
-        return {**super().__getstate__(), "_rates": None, "_unfrozen": []}
+        return {**super().__getstate__(), "_rates": None, "_unfrozen": [], "_statistics": {}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``ReduceLROnPlateau`` has seen last."""

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import SGD
@@ -184,6 +190,16 @@ def test_what_is_frozen_stays_as_it_is_and_its_norms_too(freeze: list[str]) -> N
     assert frozen == expected
     assert not task.get_submodule("backbone.norm").training
     assert task.get_submodule("backbone.blocks.1.bn").training
+
+
+def test_weight_averaging_of_lightning_leaves_frozen_norms_as_they_are() -> None:
+    task = tiny_task(freeze=["backbone.[sn]*"])
+    task.get_buffer("backbone.norm.running_mean").fill_(0.5)  # as pretrained
+    before = states(task)
+    fit(task, callbacks=[StochasticWeightAveraging(0.01, swa_epoch_start=1)], max_epochs=3)
+    changed = moved(task, before)
+    assert not any(name.startswith(("stem.", "norm.")) for name in changed)
+    assert "blocks.0.bn.running_mean" in changed
 
 
 def test_all_but_attention_and_head_are_frozen() -> None:
