@@ -172,6 +172,8 @@ class TrainableModule(LightningModule):
             self.train(self.training)
             self._statistics = self._statistics or statistics_of(self, self._still)
             put_back(self, self._statistics)
+        if self._rates is not None:
+            self._rates.follow([config.scheduler for config in self.trainer.lr_scheduler_configs])
         self._note_unfrozen()
 
     def _note_unfrozen(self) -> None:

@@ -1,5 +1,6 @@
 """What stands between a schedule and the learning rates of the groups of an optimizer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerTypeUnion
@@ -7,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import SWALR
 
 from dia_lightning.tasks._schedule import Warmup
 
@@ -31,6 +33,7 @@ class GroupRates:
         self.optimizer = optimizer
         self.schedule = schedule
         self.warmup = warmup
+        self._followed: SWALR | None = None
         self._count = len(optimizer.param_groups)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # ReduceLROnPlateau does not note it
@@ -73,6 +76,21 @@ class GroupRates:
         scheduler.step()  # type: ignore[call-arg]
         for group in self.optimizer.param_groups:
             _set(group, group["lr"] * group.get("lr_scale", 1.0))
+
+    def follow(self, schedulers: Sequence[Any]) -> None:
+        """Give groups their factors in a schedule of weight averaging that a callback has put in place of this one.
+
+        Args:
+            schedulers: those in use. One with a rate per group is left as it is.
+        """
+        found = next((scheduler for scheduler in schedulers if isinstance(scheduler, SWALR)), None)
+        if found is None or found is self._followed:
+            return
+        self._followed = found
+        groups = self.optimizer.param_groups
+        if len({group["swa_lr"] for group in groups}) == 1:
+            for group in groups:
+                group["swa_lr"] *= group.get("lr_scale", 1.0)
 
     def start_from(self, full: float) -> None:
         """Take a rate that was found as the full rate: schedule, warm-up and factors of groups act on it.

@@ -226,11 +226,17 @@ def test_a_rate_that_a_callback_sets_is_followed(schedule: Any) -> None:
     assert [rates[1] for rates in found.seen] == pytest.approx([0.1 * rate for rate in expected])
 
 
-def test_weight_averaging_of_lightning_keeps_its_own_rates() -> None:
-    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
-    task = tiny_task(attention="se", attention_lr=0.1)
+@pytest.mark.parametrize(
+    ("rates", "attention_lr", "last"),
+    [(0.01, 0.1, [0.01, 0.001]), (0.01, 0, [0.01, 0]), ([0.01, 0.02], 0.1, [0.01, 0.02])],
+)
+def test_weight_averaging_of_lightning_has_its_own_rates_and_the_factors_of_groups(
+    rates: Any, attention_lr: float, last: list[float]
+) -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=rates, swa_epoch_start=1, annealing_epochs=1)
+    task = tiny_task(attention="se", attention_lr=attention_lr)
     found = fit(task, callbacks=[averaging], max_epochs=4)
-    assert found.seen[-1] == pytest.approx([0.01, 0.01])
+    assert found.seen[-1] == pytest.approx(last)
 
 
 # ---- ReduceLROnPlateau
