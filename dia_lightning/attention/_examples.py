@@ -42,7 +42,7 @@ def _examples(module: Any) -> Iterator[Any]:
     elif hasattr(module, "main_input_name") and hasattr(module, "config"):  # of transformers
         yield _for_transformers(module)
     elif (
-        any(base.startswith("dia_lightning.models.") for base in bases)
+        (any(base.startswith("dia_lightning.models.") for base in bases) and next(module.children(), None) is not None)
         or (any(base.startswith("timm.") for base in bases) and hasattr(module, "pretrained_cfg"))
         or (any(base.startswith("torchvision.models.") for base in bases) and _is_whole(module))
     ):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.tasks import ClassificationTask, NonFiniteLossError
 from tests.tasks.conftest import Given, Rates, small_task, small_trainer
+from tests.tasks.tiny_training import tiny_task
 
 
 class Scores(nn.Module):
@@ -90,6 +91,10 @@ def test_the_control_arm_is_the_same_network_without_attention() -> None:
     plain = small_task(attention=None)
     attached = small_task()
     assert {key for key in attached.state_dict() if ".dia." not in key} == set(plain.state_dict())
+
+
+def test_dropout_does_not_change_where_attention_goes_in_a_network_of_ones_own() -> None:
+    assert list(tiny_task(attention="se", dropout=0.1).state_dict()) == list(tiny_task(attention="se").state_dict())
 
 
 def test_dropout_of_the_classifier_comes_back_from_a_checkpoint(tmp_path: Path, digits: DigitsDataModule) -> None:
