@@ -25,7 +25,7 @@ from dia_lightning.tasks._freezing import (
 )
 from dia_lightning.tasks._layers import head_of
 from dia_lightning.tasks._optimizers import Options, make_optimizer
-from dia_lightning.tasks._parameter_groups import GROUPING, parameter_groups
+from dia_lightning.tasks._parameter_groups import GROUPING, Plan, fits, parameter_groups, plan_groups
 from dia_lightning.tasks._precision import check_gradients_survive
 from dia_lightning.tasks._rates import GroupRates
 from dia_lightning.tasks._schedule import NamedSchedule
@@ -54,6 +54,7 @@ class TrainableModule(LightningModule):
         self._frozen: set[str] = set()
         self._still: list[str] = []  # norms whose statistics are frozen
         self._statistics: dict[str, Tensor] = {}  # of these, while it trains
+        self._group_plan: Plan = {}
         self._trained: set[str] = set()
         self._unfrozen: list[nn.Parameter] = []  # since DistributedDataParallel has looked
         self._monitored: float | None = None  # what ReduceLROnPlateau has seen last
@@ -95,6 +96,7 @@ class TrainableModule(LightningModule):
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
                 keep_trained(self, callbacks, self._attention().union(self.head_parameters()))
+            self._group_plan = self._plan_groups()  # before a strategy shards parameters
         self.freeze_parameters()
         self._statistics = {}
 
@@ -117,17 +119,12 @@ class TrainableModule(LightningModule):
         return [optimizer], configs
 
     def _new_optimizer(self) -> Optimizer:
-        options, attention = self._options, self._attention()
-        if options.attention_lr != 1 and not attention:
+        options = self._options
+        if options.attention_lr != 1 and not self._attention():
             rank_zero_info("attention is None: the network is plain, and attention_lr is unused.")
-        groups = parameter_groups(
-            self,
-            self.network_body(),
-            attention,
-            attention_lr=float(options.attention_lr),
-            layer_decay=float(options.layer_decay),
-            norm_weight_decay=options.norm_weight_decay,
-        )
+        if not fits(self._group_plan, self):
+            self._group_plan = self._plan_groups()
+        groups = parameter_groups(self, self._group_plan)
         optimizer = make_optimizer(options, groups if "name" in groups[0] else groups[0]["params"])
         if self.lr != options.lr:  # a finder was here before
             found = self.lr / float(optimizer.param_groups[0]["lr"])
@@ -135,6 +132,17 @@ class TrainableModule(LightningModule):
                 group["lr"] = group["lr"] * found
         self._lr_in_use = self.lr
         return optimizer
+
+    def _plan_groups(self) -> Plan:
+        options = self._options
+        return plan_groups(
+            self,
+            self.network_body(),
+            self._attention(),
+            attention_lr=float(options.attention_lr),
+            layer_decay=float(options.layer_decay),
+            norm_weight_decay=options.norm_weight_decay,
+        )
 
     # ---- hooks
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -10,6 +10,9 @@ from dia_lightning.tasks._layers import layers
 
 #: Options of a task that its groups depend on, and what they are in checkpoints that have none.
 GROUPING = {"attention_lr": 1.0, "layer_decay": 1.0, "norm_weight_decay": True, "freeze": None}
+
+#: Group and options of each parameter, by name.
+Plan: TypeAlias = dict[str, dict[str, Any]]
 
 
 def check_grouping(attention_lr: float, layer_decay: float) -> None:
@@ -24,7 +27,7 @@ def check_grouping(attention_lr: float, layer_decay: float) -> None:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}. 0.75 is usual; 1 is none.")
 
 
-def parameter_groups(
+def plan_groups(
     module: nn.Module,
     network: nn.Module,
     attention: Set[nn.Parameter],
@@ -32,22 +35,16 @@ def parameter_groups(
     attention_lr: float,
     layer_decay: float,
     norm_weight_decay: bool,
-) -> list[dict[str, Any]]:
-    """Return the parameters of a module that are trained, in groups for an optimizer.
-
-    Each group has a ``name``, the factor of its rate ``lr_scale``, and ``weight_decay=0`` if it is without. Where all
-    parameters are treated alike, there is one group, without any of these.
+) -> Plan:
+    """Return which group each parameter of a module belongs to, by the parameter's name.
 
     Args:
-        module: whose parameters are trained.
+        module: whose parameters are trained. Parameters that are sharded have lost their shapes.
         network: the part of it whose layers have smaller rates; layers outside are the head.
         attention: parameters of attention, which are a group of their own.
         attention_lr: factor of their rate.
         layer_decay: factor from each layer to the one before.
         norm_weight_decay: whether norms and biases have weight decay.
-
-    Raises:
-        ValueError: if nothing would be trained.
     """
     parts: dict[nn.Parameter, tuple[str, float]] = {}
     if layer_decay != 1:
@@ -58,14 +55,39 @@ def parameter_groups(
     if attention_lr != 1 or layer_decay != 1:
         parts |= dict.fromkeys(attention, ("attention", attention_lr))
     without_decay = set() if norm_weight_decay else _norms_and_biases(module)
+    plan: Plan = {}
+    for name, parameter in module.named_parameters():
+        part, scale = parts.get(parameter, ("main", 1.0))
+        options: dict[str, Any] = {"lr_scale": scale}
+        if parameter in without_decay:
+            part, options = f"{part}/no_decay", {**options, "weight_decay": 0.0}
+        plan[_without_wrappers(name)] = {"name": part, **options}
+    return plan
+
+
+def fits(plan: Plan, module: nn.Module) -> bool:
+    """Tell whether a plan is one of the parameters that a module has, sharded or not."""
+    return plan.keys() == {_without_wrappers(name) for name, _ in module.named_parameters()}
+
+
+def parameter_groups(module: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """Return the parameters of a module that are trained, in groups for an optimizer.
+
+    Each group has a ``name``, the factor of its rate ``lr_scale``, and ``weight_decay=0`` if it is without. Where all
+    parameters are treated alike, there is one group, without any of these.
+
+    Args:
+        module: whose parameters are trained.
+        plan: of its groups.
+
+    Raises:
+        ValueError: if nothing would be trained.
+    """
     groups: dict[str, dict[str, Any]] = {}
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            part, scale = parts.get(parameter, ("main", 1.0))
-            options: dict[str, Any] = {"lr_scale": scale}
-            if parameter in without_decay:
-                part, options = f"{part}/no_decay", {**options, "weight_decay": 0.0}
-            groups.setdefault(part, {"params": [], "name": part, **options})["params"].append(parameter)
+            options = plan[_without_wrappers(name)]
+            groups.setdefault(options["name"], {"params": [], **options})["params"].append(parameter)
     if not any(group["lr_scale"] > 0 for group in groups.values()):
         raise ValueError(
             "Every parameter is frozen or has a learning rate of 0, so that nothing would be trained. Freeze less "
@@ -73,6 +95,11 @@ def parameter_groups(
         )
     ordered = sorted(groups.values(), key=lambda group: group["name"].startswith("attention"))
     return ordered if set(groups) != {"main"} else [{"params": groups["main"]["params"]}]
+
+
+def _without_wrappers(name: str) -> str:
+    """Return a name without what ``FullyShardedDataParallel`` and its checkpointing add to it."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _decayed(

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dia_lightning.attention import attention_parameters
 from dia_lightning.models import get_model
-from dia_lightning.tasks import DetectionTask, DiffusionTask
+from dia_lightning.tasks import ClassificationTask, DetectionTask, DiffusionTask
 from dia_lightning.tasks._layers import head_of, layers
 from tests.tasks.tiny_training import Network, fit, tiny_task
 from tests.two_processes import on_two_processes
@@ -126,6 +126,26 @@ def test_rates_fall_from_the_head_to_the_stem_but_not_for_shared_attention() -> 
         "attention": 0.05,
     }
     assert found["layer_1"][2] == ["blocks.0.conv.weight", "blocks.0.bn.weight", "blocks.0.bn.bias"]
+
+
+class Sharded(ClassificationTask):
+    """Its parameters are flat when the optimizer is made, as those of ``FullyShardedDataParallel``."""
+
+    def configure_model(self) -> None:
+        for parameter in self.parameters():
+            parameter.data = parameter.data.flatten()
+
+
+def test_groups_are_those_of_the_parameters_before_they_are_sharded() -> None:
+    options: dict[str, Any] = {"attention": "se", "attention_lr": 0.1, "layer_decay": 0.5, "norm_weight_decay": False}
+    found = []
+    for kind in (ClassificationTask, Sharded):
+        task = kind(Network(), 3, image_shape=[1, 4, 4], **options)
+        fit(task, max_epochs=0)
+        groups = task.trainer.optimizers[0].param_groups
+        found.append({group["name"]: (group["lr"], names(task, group["params"])) for group in groups})
+    assert found[0] == found[1]
+    assert len(found[0]) == 2 * (4 + 1)
 
 
 def test_without_options_there_is_one_group_without_a_name() -> None:
