@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dia_lightning.datamodules._sampling import ClassificationSamples, Positions, Role
+from dia_lightning.datamodules._sampling import ClassificationSamples, Positions, Role, Samples
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.image_folder import ImageFolderDataModule
 from dia_lightning.datamodules.sources import FileSource, Source
@@ -66,6 +66,10 @@ class ImageTableDataModule(ImageFolderDataModule):
         if not isinstance(source, TableSource):
             return samples
         return MultilabelSamples(source, positions, transform=samples._transform, role=role)
+
+    def _classes_of(self, samples: Samples) -> set[int]:
+        labels = samples.labels
+        return set(np.flatnonzero(labels.any(0)).tolist()) if labels.ndim > 1 else super()._classes_of(samples)
 
     def _table(self, split: str) -> Path:
         return self.root / f"{split}.csv"

@@ -44,6 +44,13 @@ def test_several_columns_are_labels_in_every_split(tmp_path: Path) -> None:
     assert data.sample_name(3) == str(tmp_path / "images" / "3.png")
 
 
+def test_labels_that_no_image_of_training_has_are_told(tmp_path: Path) -> None:
+    several(tmp_path, "val.csv")
+    write(tmp_path, "train.csv", "file,sun,sea,ship", [",".join(map(str, row)) for row in LABELS * [1, 1, 0]])
+    with pytest.warns(UserWarning, match=r"Class\(es\) ship of the validation part have no training sample"):
+        ImageTableDataModule(root=tmp_path, val_split=0, **OPTIONS).setup("fit")
+
+
 def test_a_multilabel_task_trains_on_them(tmp_path: Path) -> None:
     several(tmp_path)
     data = ImageTableDataModule(root=tmp_path, val_split=8, mixup=0.2, **OPTIONS)
