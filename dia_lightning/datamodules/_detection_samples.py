@@ -52,8 +52,10 @@ class DetectionSamples(Samples):
         return image, target
 
     def classes(self) -> set[int] | None:
-        """Return the labels of the objects in the samples; ``None`` where the source does not tell."""
-        return self._source.classes_in(self._positions) if hasattr(self._source, "classes_in") else None
+        """Return which classes have objects in the samples; ``None`` where the source does not tell."""
+        if not hasattr(self._source, "classes_in"):
+            return None
+        return {label - 1 for label in self._source.classes_in(self._positions)}
 
     def image_id(self, index: int) -> int:
         """Return the id of a sample's image in the user's annotation file, index + 1 where there is none."""

@@ -102,6 +102,10 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
         """Return the class index of every sample ``[N]``."""
         return self._source.labels[self._positions]
 
+    def classes(self) -> set[int] | None:
+        """Return which classes, as positions in ``class_names``, the samples have; ``None`` where nobody knows."""
+        return set(np.unique(self.labels).tolist())
+
     @property
     def inodes(self) -> Positions:
         """Return a number per sample that two names of the same file share; none where there are no files."""

@@ -315,12 +315,9 @@ class DIADataModule(LightningDataModule, ABC):
         train, other = self._samples["train"], self._samples[name]
         what = f"the {_NAMES[name]} part"
         warn_of_shared_files(train, other, what)
-        if self.limit is None:
-            warn_of_untrained_classes(self.class_names, self._classes_of(train), self._classes_of(other), what)
-
-    def _classes_of(self, samples: Samples) -> set[int]:
-        """Return which classes, as positions in ``class_names``, some samples have."""
-        return set(np.unique(samples.labels).tolist())
+        trained, seen = train.classes(), other.classes()
+        if self.limit is None and trained is not None and seen is not None:
+            warn_of_untrained_classes(self.class_names, trained, seen, what)
 
     def _chosen(self, name: _Loaded) -> tuple[Source, Positions]:
         source, positions = self._select(name)

@@ -12,7 +12,7 @@ from dia_lightning.datamodules._detection_samples import DetectionSamples, lists
 from dia_lightning.datamodules._detection_transforms import DetectionAugment, build_detection_transform
 from dia_lightning.datamodules._objects import AnnotatedFiles, Objects
 from dia_lightning.datamodules._options import check_choice
-from dia_lightning.datamodules._sampling import Positions, Role, Samples
+from dia_lightning.datamodules._sampling import Positions, Role
 from dia_lightning.datamodules.base import DIADataModule, Split
 from dia_lightning.datamodules.sources import Source
 
@@ -74,11 +74,6 @@ class DetectionDataModule(DIADataModule):
         transform = build_detection_transform(self.augment if role == "train" else "none")
         return DetectionSamples(source, positions, transform=transform, role=role)
 
-    def _classes_of(self, samples: Samples) -> set[int]:
-        """Return which classes have objects in some images; all where the source does not tell."""
-        labels = samples.classes() if isinstance(samples, DetectionSamples) else None
-        return set(range(self.num_classes)) if labels is None else {label - 1 for label in labels}
-
     def collate_function(self, role: Role) -> Callable[[list[Any]], Any]:
         """Make lists, because images have sizes of their own."""
         return lists if role == "train" else lists_and_index
@@ -86,10 +81,10 @@ class DetectionDataModule(DIADataModule):
     def check_test_data(self) -> None:
         """Check them as all data modules do, and that there is an object to find."""
         super().check_test_data()
-        source, positions = self._chosen("test")
-        if isinstance(source, AnnotatedFiles) and not source.classes_in(positions):
+        samples = self._dataset("test")
+        if samples.classes() == set():
             raise ValueError(
-                f"The {len(positions)} test images of {type(self).__name__} in {self.root} have no object, so there is "
+                f"The {len(samples)} test images of {type(self).__name__} in {self.root} have no object, so there is "
                 "nothing to score detections by. Give annotations with objects, or do not test."
             )
 

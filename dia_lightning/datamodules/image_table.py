@@ -1,6 +1,7 @@
 """Images that a CSV file lists with their labels."""
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dia_lightning.datamodules._sampling import ClassificationSamples, Positions, Role, Samples
+from dia_lightning._text import read_text
+from dia_lightning.datamodules._image_files import inode
+from dia_lightning.datamodules._sampling import ClassificationSamples, Positions, Role
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.image_folder import ImageFolderDataModule
 from dia_lightning.datamodules.sources import FileSource, Source
@@ -51,14 +54,16 @@ class ImageTableDataModule(ImageFolderDataModule):
         for line, path in enumerate(paths, 2):
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{table}, line {line}: there is no file {path}.")
+        inodes = [inode(os.stat(path)) for path in paths]
         if len(columns) > 1:
             if columns != self.class_names:
                 raise ValueError(f"{table} must have the label columns {self.class_names} of training, got {columns}.")
-            return TableSource(paths, _zeros_and_ones(table, rows))
+            return TableSource(paths, _zeros_and_ones(table, rows), bit_depth=self.bit_depth, inodes=inodes)
         unknown = sorted({row[1] for row in rows} - set(self.class_names))
         if unknown:
             raise ValueError(f"{table} has class(es) that training did not have: {', '.join(unknown)}.")
-        return FileSource(paths, [self.class_names.index(row[1]) for row in rows], channels=3)
+        labels = [self.class_names.index(row[1]) for row in rows]
+        return FileSource(paths, labels, channels=3, bit_depth=self.bit_depth, inodes=inodes)
 
     def make_samples(self, source: Source, positions: Positions, *, role: Role) -> ClassificationSamples:
         """Return normalised tensors, augmented for training, with a class index or several labels."""
@@ -66,10 +71,6 @@ class ImageTableDataModule(ImageFolderDataModule):
         if not isinstance(source, TableSource):
             return samples
         return MultilabelSamples(source, positions, transform=samples._transform, role=role)
-
-    def _classes_of(self, samples: Samples) -> set[int]:
-        labels = samples.labels
-        return set(np.flatnonzero(labels.any(0)).tolist()) if labels.ndim > 1 else super()._classes_of(samples)
 
     def _table(self, split: str) -> Path:
         return self.root / f"{split}.csv"
@@ -87,14 +88,18 @@ class TableSource(FileSource):
     Args:
         paths: the files.
         targets: 0 and 1 ``[N, K]``.
+        bit_depth: as :class:`FileSource` takes it.
+        inodes: as :class:`FileSource` takes them.
     """
 
-    def __init__(self, paths: list[str], targets: npt.NDArray[np.float32]) -> None:
+    def __init__(
+        self, paths: list[str], targets: npt.NDArray[np.float32], *, bit_depth: int, inodes: list[int]
+    ) -> None:
         self.targets = targets
         images = targets.sum(0)
         rarity = np.where(targets > 0, images, len(targets) + 1)
         rarest = np.where(targets.any(1), rarity.argmin(1), targets.shape[1])
-        super().__init__(paths, rarest.tolist(), channels=3)
+        super().__init__(paths, rarest.tolist(), channels=3, bit_depth=bit_depth, inodes=inodes)
 
 
 class MultilabelSamples(ClassificationSamples):
@@ -111,6 +116,10 @@ class MultilabelSamples(ClassificationSamples):
         """Return the labels of every sample ``[N, K]``."""
         return self._source.targets[self._positions]
 
+    def classes(self) -> set[int]:
+        """Return which labels at least one sample has."""
+        return set(np.flatnonzero(self.labels.any(0)).tolist())
+
 
 def _read(table: Path) -> tuple[list[str], list[list[str]]]:
     """Return the names of the columns after the first, and all rows."""
@@ -118,8 +127,8 @@ def _read(table: Path) -> tuple[list[str], list[list[str]]]:
         raise FileNotFoundError(
             f"There is no file {table}: expected a table of images with the columns file,label in root={table.parent}."
         )
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row] or [[]]
+    lines = csv.reader(io.StringIO(read_text(table), newline=""))
+    header, *rows = [[cell.strip() for cell in row] for row in lines if row] or [[]]
     if len(header) < 2 or len(set(header)) < len(header) or not rows:
         raise ValueError(
             f"{table} must begin with the names of different columns, file,label or file,label1,label2,..., and have "

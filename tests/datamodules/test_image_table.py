@@ -10,7 +10,7 @@ from PIL import Image
 
 from dia_lightning.datamodules import ImageTableDataModule
 from dia_lightning.tasks import ClassificationTask
-from tests.datamodules.tiny_data import pixels
+from tests.datamodules.tiny_data import pixels, warnings_of
 from tests.tasks.conftest import small_trainer
 
 LABELS = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1]] * 5)
@@ -34,6 +34,9 @@ def test_several_columns_are_labels_in_every_split(tmp_path: Path) -> None:
     several(tmp_path, "test.csv")
     data = ImageTableDataModule(root=tmp_path, val_split=8, **OPTIONS)
     assert data.class_names == ["sun", "sea", "ship"]
+    assert warnings_of(data) == []
+    assert data._dataset("val").classes() == {0, 1, 2}
+    assert any("12 of 20 images of the test part are training images" in told for told in warnings_of(data, "test"))
     images, labels, index = next(iter(data.test_dataloader()))
     assert images.shape == (4, 3, 8, 8)
     assert labels.dtype == torch.float32
@@ -97,6 +100,16 @@ def test_a_faulty_table_is_refused_with_its_line(tmp_path: Path, text: str, mess
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ImageTableDataModule(root=tmp_path, val_split=1, **OPTIONS).load_split("train")
+
+
+def test_tables_of_any_system_list_files_of_any_depth(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 4095, dtype=np.uint16)).save(tmp_path / "a.png")
+    (tmp_path / "train.csv").write_text("file,class\r\na.png,übung\r\n", encoding="utf-16")
+    data = ImageTableDataModule(root=tmp_path, bit_depth=12, val_split=0, **OPTIONS)
+    source = data.load_split("train")
+    assert source is not None
+    assert np.asarray(source.image(0)).tolist() == [[[255] * 3] * 8] * 8
+    assert data.class_names == ["übung"]
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
