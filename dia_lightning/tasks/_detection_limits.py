@@ -1,20 +1,20 @@
 """How many objects of an image can be found, and how many count."""
 
-from typing import Any
-
 from torch import nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from dia_lightning.tasks._mean_average_precision import Crowd
 
 
 def detector_limits(detector: nn.Module) -> dict[str, int]:
     """Return how many detections of an image a detector of torchvision keeps, by the names of its arguments."""
-    found: Any = detector
-    if hasattr(detector, "roi_heads") and hasattr(detector, "rpn"):
-        kept, proposed = found.roi_heads.detections_per_img, found.rpn._post_nms_top_n["testing"]
-        return {"box_detections_per_img": kept, "rpn_post_nms_top_n_test": proposed}
+    heads, proposals = getattr(detector, "roi_heads", None), getattr(detector, "rpn", None)
+    if isinstance(heads, RoIHeads) and isinstance(proposals, RegionProposalNetwork):
+        proposed = proposals._post_nms_top_n["testing"]
+        return {"box_detections_per_img": heads.detections_per_img, "rpn_post_nms_top_n_test": proposed}
     names = ("detections_per_img", "topk_candidates")
-    return {name: getattr(found, name) for name in names if hasattr(detector, name)}
+    return {name: getattr(detector, name) for name in names if isinstance(getattr(detector, name, None), int)}
 
 
 def crowding(crowd: Crowd, max_detections: int, limits: dict[str, int]) -> str | None:

@@ -208,7 +208,8 @@ class DetectionTask(DIATask):
         transform: Any = getattr(self.detector, "transform", None)
         if any(getattr(transform, "image_mean", [1])):  # else it leaves that to the user
             self.tell("range", not_in_unit_range(*ends))
-        if targets is not None and len(targets) == len(images):
+        if targets is not None:
+            check_targets(targets, images=len(images), num_classes=self.num_classes, masks=self.has_masks)
             self.tell("boxes", unusual_boxes(images, targets))
 
     # ---- losses

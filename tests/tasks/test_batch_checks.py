@@ -187,6 +187,7 @@ def test_a_detector_refuses_what_fits_in_no_way(tmp_path: Path) -> None:
             (images, [corners_and_sizes(target) for target in far], index),
             "x1 < x2 and y1 < y2: torchvision.ops.box_convert",
         ),
+        ((images, [{"labels": target["labels"]} for target in targets], index), "has no boxes"),
         ((images, floats, index), r"labels of image 0 of the batch are floats"),
         ((images, [{**target, "labels": target["labels"] + 3} for target in targets], index), "labels must be 1 to 3"),
     ):
