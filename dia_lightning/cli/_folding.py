@@ -80,11 +80,11 @@ def _features(task: Any, batch: Any) -> Any:
 
 
 def _accuracy(task: Any, batches: Sequence[Any]) -> float:
-    kind = task._kind  # of one class per image, several labels, or yes and no
-    accuracy = kind.accuracy()
+    kind = task._kind
+    metric = kind.accuracy()
     for images, labels, *_ in batches:
-        accuracy.update(kind.scores(kind.logits(task(images))), kind.hard(labels))
-    return float(accuracy.compute())
+        metric.update(kind.scores(kind.logits(task(images))), kind.hard(labels))
+    return float(metric.compute())
 
 
 def _mean_average_precision(task: Any, batches: Sequence[Any]) -> float:
