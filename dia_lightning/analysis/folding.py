@@ -82,8 +82,8 @@ def fold_constant_maps(
 
     Args:
         network: with attention, not compiled. Maps are those of evaluation mode; modes stay.
-        batches: representative data, which are gone through twice: a list or a loader, and no iterator. Two images at
-            least.
+        batches: representative data of two images at least, which are gone through twice: a list, or a loader that does
+            not shuffle, and no iterator.
         tolerance: in [0, 1); 0 folds maps that are exactly the same for all images.
         run: runs the network on a batch; by default the network is given the batch, or its first item. Tensors in what
             it returns are compared before and after.

@@ -131,7 +131,8 @@ def fold(network: nn.Module, maps: Mapping[Slot, Tensor]) -> None:
 
 def _multiply(block: nn.Module, slot: Slot, attention_map: Tensor) -> None:
     target: Any = _target(block.get_submodule(slot.path), slot.channels)
-    factor = attention_map.double()
+    weights = _weights(target)
+    factor = attention_map.to(weights[0].device, torch.float64)
     if slot.branch_norm is not None:
         norm: Any = block.get_submodule(slot.branch_norm)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -142,10 +143,8 @@ def _multiply(block: nn.Module, slot: Slot, attention_map: Tensor) -> None:
         bias = shift if target.bias is None else target.bias.double() * factor + shift
         target.bias = nn.Parameter(bias.to(target.weight), target.weight.requires_grad)
         weights = [target.weight]
-    else:
-        weights = _weights(target)
     for weight in weights:
-        weight.copy_(weight.double() * _over(factor.to(weight.device), weight))
+        weight.copy_(weight.double() * _over(factor, weight))
 
 
 def _take_out(block: nn.Module, slots: Sequence[Slot]) -> None:
