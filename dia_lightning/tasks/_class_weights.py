@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from dia_lightning.tasks._batch_checks import class_numbers
 
@@ -87,8 +94,9 @@ def training_labels(trainer: Trainer) -> Tensor:
     labels = None
     if isinstance(loader, DataLoader) and loader.batch_size is not None:  # else a sample may be a whole batch
         labels = _labels_of(loader.dataset)
-        if labels is not None and isinstance(loader.sampler, SubsetRandomSampler):
-            labels = labels[list(loader.sampler.indices)]
+        sampler = _sampler_of(loader)
+        if labels is not None and isinstance(sampler, SubsetRandomSampler):
+            labels = labels[list(sampler.indices)]
     if labels is None:
         kind = type(getattr(loader, "dataset", loader)).__name__
         raise ValueError(
@@ -96,6 +104,25 @@ def training_labels(trainer: Trainer) -> Tensor:
             "an attribute `targets`, one label per image, or give class_weights as a list of numbers."
         )
     return labels
+
+
+def warn_of_balanced_sampling(trainer: Trainer) -> None:
+    """Say so if the data make up for rare classes already."""
+    name = ""
+    if getattr(getattr(trainer, "datamodule", None), "sampling", None) == "balanced":
+        name = "sampling='balanced' of the data"
+    elif isinstance(_sampler_of(trainer.train_dataloader), WeightedRandomSampler):
+        name = "the WeightedRandomSampler of the loader"
+    if name:
+        rank_zero_warn(
+            f"class_weights='balanced' and {name} both make up for rare classes, which then count too much. Leave one "
+            "of them out."
+        )
+
+
+def _sampler_of(loader: Any) -> Any:
+    sampler = getattr(loader, "sampler", None)
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning wraps it in distributed runs
 
 
 def _labels_of(data: Any) -> Tensor | None:

@@ -190,7 +190,7 @@ class Multilabel(LabelKind):
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-        return each.flatten(1).mean(1) if each.ndim == 2 else each
+        return each.mean(1) if each.ndim == 2 else each
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()

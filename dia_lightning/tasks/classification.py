@@ -3,7 +3,7 @@
 from typing import Any, Literal, TypeAlias
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -16,6 +16,7 @@ from dia_lightning.tasks._class_weights import (
     ClassWeights,
     check_class_weights,
     training_labels,
+    warn_of_balanced_sampling,
     without_arrays,
 )
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
@@ -184,15 +185,12 @@ class ClassificationTask(DIATask):
     def _weigh_classes(self) -> None:
         weights = self._class_weights
         if weights == "balanced":
-            if getattr(getattr(self.trainer, "datamodule", None), "sampling", None) == "balanced":
-                rank_zero_warn(
-                    "class_weights='balanced' and sampling='balanced' of the data both make up for rare classes, which "
-                    "then count too much. Leave one of them out."
-                )
+            warn_of_balanced_sampling(self.trainer)
             names = self.class_names or [str(label) for label in range(self.num_classes)]
             weights = self._kind.balanced(training_labels(self.trainer), names)
         if weights is not None:
-            self._loss_weight = at_least_float32(torch.tensor(weights, device=self.device).to(self.dtype))
+            dtype = torch.promote_types(self.dtype, torch.float32)  # type: ignore[arg-type]
+            self._loss_weight = torch.tensor(weights, device=self.device, dtype=dtype)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""

@@ -1,19 +1,30 @@
 """Weights of classes in the training loss."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import Callback
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.tasks import ClassificationTask
+from dia_lightning.tasks._class_weights import training_labels
 from tests.tasks.conftest import Given, small_task, small_trainer
 from tests.tasks.test_classification import Scores
 
@@ -106,9 +117,20 @@ def test_plain_loaders_tell_the_labels_where_their_data_do(tmp_path: Path, data:
 
 
 def test_samples_that_a_sampler_leaves_out_do_not_count(tmp_path: Path) -> None:
-    loader = DataLoader(Targets([*LABELS, 1, 1]), 7, sampler=SubsetRandomSampler(range(7)))
+    data, sampler = Targets([*LABELS, 1, 1]), SubsetRandomSampler(range(7))
     task = ClassificationTask(Scores(), 3, class_weights="balanced")
-    assert first_loss(tmp_path, task, loader).weights.tolist() == pytest.approx(sklearns(LABELS, 3))
+    seen = first_loss(tmp_path, task, DataLoader(data, 7, sampler=sampler))
+    assert seen.weights.tolist() == pytest.approx(sklearns(LABELS, 3))
+    wrapped = DistributedSamplerWrapper(sampler, num_replicas=2, rank=1)  # as Lightning does with several processes
+    trainer: Any = SimpleNamespace(train_dataloader=DataLoader(data, 7, sampler=wrapped))
+    assert training_labels(trainer).tolist() == LABELS.tolist()
+
+
+def test_a_sampler_that_makes_up_for_rare_classes_is_one_remedy_too_many(tmp_path: Path) -> None:
+    loader = DataLoader(Targets(LABELS), 7, sampler=WeightedRandomSampler([1.0] * 7, 7))
+    task = ClassificationTask(Scores(), 3, class_weights="balanced")
+    with pytest.warns(UserWarning, match="'balanced' and the WeightedRandomSampler of the loader both make up"):
+        first_loss(tmp_path, task, loader)
 
 
 def test_class_probabilities_count_in_parts(tmp_path: Path) -> None:
