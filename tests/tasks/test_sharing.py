@@ -178,7 +178,7 @@ def edit(folder: Path, **hyperparameters: Any) -> None:
         ({"backbone_args": {"depth": 20}}, "does not hold a ClassificationTask .*Missing key"),
         ({"backbone_args": 11}, "does not hold a ClassificationTask"),
         ({"backbone": "os.system"}, "Unknown model 'os.system'"),
-        ({"attention": "os.system"}, "Unknown attention 'os.system'"),
+        ({"attention": "os.system"}, "Attention 'os.system' is no nn.Module class"),
         ({"attention": "se"}, "does not hold a ClassificationTask"),
         ({"lr": "fast"}, "does not hold a ClassificationTask"),
     ],
