@@ -131,12 +131,17 @@ def test_the_rate_of_every_step_is_the_documented_one(
     options: dict[str, Any], training: dict[str, Any], steps: int, share: Callable[[int], float]
 ) -> None:
     expected = [share(step) for step in range(steps)]
-    assert fit(tiny_task(**options), **training).first == pytest.approx([LR * each for each in expected])
-    # a rate that was found, and one that a callable brings
-    found = fit(tiny_task(**options), callbacks=[Finds(0.002)], **training)
-    assert found.first == pytest.approx([0.002 * each for each in expected])
+    train = partial(fit, limit_val_batches=0, **training)
+    assert train(tiny_task(**options)).first == pytest.approx([LR * each for each in expected])
+    # a rate that was found, in place of one that a callable brings
     own = tiny_task(**options, optimizer=partial(SGD, lr=0.3))
-    assert fit(own, **training).first == pytest.approx([0.3 * each for each in expected])
+    assert train(own, callbacks=[Finds(0.002)]).first == pytest.approx([0.002 * each for each in expected])
+
+
+def test_the_rate_that_a_callable_brings_is_the_full_one() -> None:
+    task = tiny_task(optimizer=partial(SGD, lr=0.3), schedule="cosine", warmup_steps=2)
+    found = fit(task, max_steps=4, limit_val_batches=0)
+    assert found.first == pytest.approx([0.3 * rise(step, 2) * cosine(step / 4) for step in range(4)])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -336,9 +341,9 @@ def test_checkpoints_with_schedules_of_torch_go_on(tmp_path: Path, schedule: str
     """As version 0.1 wrote them: the state of what torch had for the schedule."""
     options = {"milestones": [2], "gamma": 0.5} if schedule == "step" else {}
     task = partial(tiny_task, schedule=schedule, warmup_epochs=warmup_epochs, **options)
-    whole = fit(task(), max_epochs=4)
+    whole = fit(task(), max_epochs=4, limit_val_batches=0)
     saves: dict[str, Any] = {"callbacks": [ModelCheckpoint(tmp_path, save_last=True)], "enable_checkpointing": True}
-    fit(task(), max_epochs=1, **saves)
+    fit(task(), max_epochs=1, limit_val_batches=0, **saves)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
     main: Any = {  # type: ignore[no-untyped-call]
@@ -353,4 +358,5 @@ def test_checkpoints_with_schedules_of_torch_go_on(tmp_path: Path, schedule: str
     checkpoint["lr_schedulers"] = [main.state_dict()]
     checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    assert fit(task(), max_epochs=4, ckpt_path=tmp_path / "old.ckpt").first == pytest.approx(whole.first[4:])
+    rest = fit(task(), max_epochs=4, limit_val_batches=0, ckpt_path=tmp_path / "old.ckpt")
+    assert rest.first == pytest.approx(whole.first[4:])
