@@ -201,8 +201,8 @@ def test_mistakes_are_one_line_and_leave_nothing(run_folder: Path, fails: Fails,
         (
             {"class_path": "DigitScenesDataModule", "init_args": {}},
             "the data module 'DigitScenesDataModule' is none of CIFAR10DataModule, CIFAR100DataModule, "
-            "DigitsDataModule, FashionMNISTDataModule, ImageFolderDataModule, STL10DataModule. Give a config with one "
-            "of them, which ClassificationTask takes: -c CONFIG.",
+            "DigitsDataModule, FashionMNISTDataModule, ImageFolderDataModule, ImageTableDataModule, STL10DataModule. "
+            "Give a config with one of them, which ClassificationTask takes: -c CONFIG.",
         ),
         ({"init_args": {"image_sise": 8}}, "the options of DigitsDataModule do not fit"),
         ({"init_args": {"image_size": 4}}, "image_size must be"),
