@@ -131,11 +131,12 @@ def test_the_rate_of_every_step_is_the_documented_one(
     options: dict[str, Any], training: dict[str, Any], steps: int, share: Callable[[int], float]
 ) -> None:
     expected = [share(step) for step in range(steps)]
-    train = partial(fit, limit_val_batches=0, **training)
-    assert train(tiny_task(**options)).first == pytest.approx([LR * each for each in expected])
+    training = {**training, "limit_val_batches": 0}
+    assert fit(tiny_task(**options), **training).first == pytest.approx([LR * each for each in expected])
     # a rate that was found, in place of one that a callable brings
     own = tiny_task(**options, optimizer=partial(SGD, lr=0.3))
-    assert train(own, callbacks=[Finds(0.002)]).first == pytest.approx([0.002 * each for each in expected])
+    found = fit(own, callbacks=[Finds(0.002)], **training)
+    assert found.first == pytest.approx([0.002 * each for each in expected])
 
 
 def test_the_rate_that_a_callable_brings_is_the_full_one() -> None:
