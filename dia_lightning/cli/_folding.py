@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dia_lightning.attention._attached_block import is_attached
-from dia_lightning.cli import _network_argument
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.analysis import FoldReport
@@ -34,7 +33,7 @@ def folded(task: "DIATask", batches: Sequence[Any], options: argparse.Namespace)
 
     is_detector = isinstance(task, DetectionTask)
     tolerance: float = options.fold_constant_maps
-    network = _network_argument.network_of(task)
+    network = task.network_body()
     keys = set(network.state_dict())
     run: Callable[[Any], Any] = partial(_features, task) if is_detector else lambda batch: task(batch[0])
     score = _mean_average_precision if is_detector else _accuracy

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,6 @@ def task_of(options: argparse.Namespace) -> "DIATask | None":
     if name not in ("last", "best") and Path(name).suffix != ".ckpt":
         return None
     return _checkpoint_argument.task_of(_checkpoint_argument.resolved(name, options.runs))
-
-
-def network_of(task: "DIATask") -> nn.Module:
-    """Return what a task attaches attention to."""
-    from dia_lightning.tasks import DetectionTask
-
-    network: Any = task.detector.backbone if isinstance(task, DetectionTask) else task.backbone
-    return getattr(network, "body", network)  # type: ignore[no-any-return]
 
 
 def network_and_images(

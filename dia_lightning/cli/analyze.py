@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning.cli import _checkpoint_argument, _network_argument
+from dia_lightning.cli import _checkpoint_argument
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder
@@ -141,7 +141,7 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     from dia_lightning.attention._attached_block import is_attached
     from dia_lightning.cli._analysis import Analysis
 
-    network = _network_argument.network_of(task)
+    network = task.network_body()
     # in the shares of the classes: the first images in the order of the data would be those of a few classes
     batches = partial(data.evaluation_dataloader, options.split)
     recorder = _record(task, network, batches(count=options.images), keep=KEPT_IMAGES, seed=options.seed)

@@ -93,7 +93,7 @@ def _subject(options: argparse.Namespace) -> tuple[nn.Module, Any, str]:
         shape = None if size is None else [3, size, size]
         network = build_on_meta(partial(get_model, name))
     else:
-        network, shape = _network_argument.network_of(task), _shape(task, options.image_size)
+        network, shape = task.network_body(), _shape(task, options.image_size)
     example = None if shape is None else torch.empty(2, *shape, device="meta")
     return network, example, name or " ".join(options.config)
 

@@ -64,7 +64,7 @@ class TrainableModule(LightningModule):
     # ---- what is trained
 
     def network_body(self) -> nn.Module:
-        """Return the network whose layers ``layer_decay`` counts, and after which the head comes."""
+        """Return the network that attention is attached to, and whose layers ``layer_decay`` counts."""
         backbone = getattr(self, "backbone", None)
         return backbone if isinstance(backbone, nn.Module) else self
 
