@@ -13,7 +13,7 @@ from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._folding import attached_chains, finding_obstacles, fold, slots_of
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._watch import watched_layers, watching
-from dia_lightning.models._export import in_evaluation
+from dia_lightning.models._evaluating import evaluating
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def fold_constant_maps(
     def see(number: int, attention_map: Tensor, state: Any) -> None:
         moments[number].add(attention_map, state)
 
-    with in_evaluation(network), torch.no_grad():
+    with evaluating(network):
         with watching(watched, see), finding_obstacles(network) as obstacles:
             before = [_outputs(run, batch) for batch in batches]
         if max((each.images for each in moments), default=0) < 2:

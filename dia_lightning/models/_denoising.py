@@ -2,8 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,19 +147,6 @@ def ddpm_variance(steps: int, total: int) -> str:
         arXiv 2010.02502 (DDIM), table 1: the larger one is better with all the steps, and much worse with few.
     """
     return "fixed_large" if steps == total else "fixed_small"
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Switch all modules to evaluation, and each back to what it was."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def check_least(name: str, value: int, least: int) -> None:

@@ -2,8 +2,7 @@
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.models._evaluating import evaluating
 from dia_lightning.models._example import require_images
 
 _SNIPPETS = {
@@ -95,7 +95,7 @@ def export_network(
         )
     require_images(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with in_evaluation(network), torch.no_grad():
+    with evaluating(network):
         expected = network(images)
         if not isinstance(expected, Tensor):
             raise ValueError(f"The network must return one tensor, got {type(expected).__name__}. Wrap it.")
@@ -104,18 +104,6 @@ def export_network(
     attached = "then attach(...)" if is_attached(network) else "without attach(...)"
     snippet = _SNIPPETS[path.suffix].format(path=str(path), shape=["B", *images.shape[1:]], attached=attached)
     return Exported(path, difference, snippet)
-
-
-@contextmanager
-def in_evaluation(network: nn.Module) -> Iterator[None]:
-    """Let a network be in evaluation mode within the context."""
-    modes = {module: module.training for module in network.modules()}  # a frozen norm has its own
-    try:
-        network.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _write_onnx(network: nn.Module, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
@@ -132,7 +120,7 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path, metadata: dict[s
 
 def _write_program(network: nn.Module, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
     program = torch.export.export(network, (_two(images),), dynamic_shapes=_free_batch())
-    torch.export.save(program, path, extra_files=dict(metadata))
+    torch.export.save(program, path, extra_files=metadata)
     output: Tensor = torch.export.load(path).module()(images)
     return output
 

@@ -14,7 +14,8 @@ from torch.onnx.operators import shape_as_tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from dia_lightning.attention._attached_block import is_attached
-from dia_lightning.models._export import in_evaluation, require_packages, written_weights
+from dia_lightning.models._evaluating import evaluating
+from dia_lightning.models._export import require_packages, written_weights
 
 Detection: TypeAlias = dict[str, Tensor]
 
@@ -130,7 +131,7 @@ def export_detector(
         shapes = [list(image.shape) for image in images]
         raise ValueError(f"images must be a list of tensors [3, H, W], at least one, got shapes {shapes}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with in_evaluation(detector), torch.no_grad():
+    with evaluating(detector):
         found: Detection = detector([images[0]])[0]
         names = sorted(found, key=["boxes", "labels", "scores", *found].index)
         one = _OneImage(detector, names).eval()

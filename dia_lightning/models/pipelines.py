@@ -18,6 +18,7 @@ from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._description import arguments_of, descriptions
 from dia_lightning.attention._roles import plain_class
 from dia_lightning.models import _denoising
+from dia_lightning.models._evaluating import evaluating
 from dia_lightning.models.denoisers import DIFFUSERS_MISSING, keep_labels
 
 try:
@@ -276,7 +277,7 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         labels = _denoising.class_labels(count, chosen, first=0, no_class=self.no_class)
         labels = None if labels is None else labels.to(self.unet.device)
-        with self.progress_bar(total=denoising.steps) as bar, _denoising.evaluating(self.unet):
+        with self.progress_bar(total=denoising.steps) as bar, evaluating(self.unet):
             images = denoising.run(range(count), labels, shape, after_step=bar.update, generator=generators)
         found: Any = images
         if output_type != "pt":
