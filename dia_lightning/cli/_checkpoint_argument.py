@@ -11,6 +11,7 @@ import torch
 from dia_lightning.cli import _checkpoints
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli._own_classes import load_task_of_run
+from dia_lightning.cli._run_places import config_of, run_folder_of
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask
@@ -80,11 +81,6 @@ def device_of(options: argparse.Namespace) -> str:
     return device
 
 
-def run_folder_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that wrote a checkpoint."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-
-
 def task_of(checkpoint: Path) -> "DIATask":
     """Return the task of a checkpoint; its class and attention may be the user's own, if the config of its run says so.
 
@@ -92,7 +88,7 @@ def task_of(checkpoint: Path) -> "DIATask":
         ValueError: if it cannot be loaded.
         UserError: if a class cannot be imported.
     """
-    return load_task_of_run(checkpoint, run_folder_of(checkpoint) / "config.yaml")
+    return load_task_of_run(checkpoint, config_of(checkpoint))
 
 
 def new_folder(options: argparse.Namespace, checkpoint: Path, name: str) -> Path:

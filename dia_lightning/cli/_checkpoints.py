@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dia_lightning.cli._run_places import config_of
+
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
 NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})
 # What decides which weights a network has: what it is made of, and where attention goes.
@@ -146,7 +148,7 @@ def misfit(message: str, path: str | None) -> str:
 
 
 def _own_config(path: str, otherwise: str) -> str:
-    config = Path(path).parent.parent / "config.yaml"
+    config = config_of(Path(path))
     return f"use the config of its run, -c {config}" if config.is_file() else otherwise
 
 

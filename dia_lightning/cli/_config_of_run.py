@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dia_lightning.cli import _checkpoints
-from dia_lightning.cli._checkpoint_argument import run_folder_of
+from dia_lightning.cli._run_places import config_of
 
 _COMMANDS = ("validate", "test", "predict")
 
@@ -28,7 +28,7 @@ def with_config_of_run(args: Sequence[str]) -> tuple[list[str], Path | None]:
     if not args or args[0] not in _COMMANDS or given.ckpt_path is None or is_complete:
         return list(args), None
     checkpoint = _checkpoints.resolve(given.ckpt_path, [Path("runs")])
-    config = run_folder_of(Path(checkpoint)) / "config.yaml"
+    config = config_of(Path(checkpoint))
     if not config.is_file():
         return list(args), None
     return [args[0], f"--config={config}", *args[1:], f"--ckpt_path={checkpoint}"], config

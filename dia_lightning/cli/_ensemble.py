@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dia_lightning.cli import _checkpoints
-from dia_lightning.tasks import ClassificationTask, EnsembleTask, load_task
+from dia_lightning.cli._checkpoint_argument import task_of
+from dia_lightning.tasks import ClassificationTask, EnsembleTask
 
 
 def member_paths(given: str | Sequence[str], roots: Iterable[Path]) -> list[str]:
@@ -20,7 +21,8 @@ def member_paths(given: str | Sequence[str], roots: Iterable[Path]) -> list[str]
     names = given.split(",") if isinstance(given, str) else given
     places = list(roots)
     paths = [_checkpoints.resolve(str(name).strip(), places) for name in names]
-    twice = [path for i, path in enumerate(paths) if Path(path).resolve() in map(Path.resolve, map(Path, paths[:i]))]
+    files = [Path(path).resolve() for path in paths]
+    twice = [path for path, file in zip(paths, files, strict=True) if files.count(file) > 1]
     if twice or len(paths) < 2:
         wrong = f"{twice[0]} comes twice" if twice else f"there is only {', '.join(paths) or 'nothing'}"
         raise ValueError(f"--ensemble: {wrong}. Give two or more different checkpoints: --ensemble a.ckpt,b.ckpt.")
@@ -32,10 +34,11 @@ def ensemble_of(paths: Sequence[str]) -> EnsembleTask:
 
     Raises:
         ValueError: if one holds something else than a classifier, or classifiers do not know the same classes.
+        UserError: if a class of the user's own, which the config of a run names, cannot be imported.
     """
     members = []
     for path in paths:
-        member = load_task(path)
+        member = task_of(Path(path))
         if not isinstance(member, ClassificationTask):
             raise ValueError(f"--ensemble is for classification, but {path} holds a {type(member).__name__}.")
         members.append(member)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-CONFIG = "config.yaml"
+from dia_lightning.cli._run_places import CHECKPOINTS, CONFIG, checkpoints_of, config_of
+
 RECORD = "dia_run"  # key of what every checkpoint knows about its run
 
 
@@ -47,7 +48,7 @@ class RunSource:
     @property
     def place(self) -> Path:
         """The folder of the run's checkpoints."""
-        return _place(self.checkpoint)
+        return checkpoints_of(self.checkpoint)
 
 
 def source_of(path: str, checkpoint: Mapping[str, Any]) -> RunSource:
@@ -83,14 +84,9 @@ def is_same(one: str | Path, other: str | Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _place(file: Path) -> Path:
-    # a metric's name in that of a file, "epoch=1-val/acc=0.9.ckpt", makes a folder
-    return next((folder for folder in file.parents if folder.name == "checkpoints"), file.parent)
-
-
 def _folder(file: Path, checkpoint: Mapping[str, Any], recorded: str | None) -> Path | None:
-    place = _place(file)
-    if place.name == "checkpoints" and (place.parent / CONFIG).is_file():
+    place = checkpoints_of(file)
+    if place.name == CHECKPOINTS and config_of(file).is_file():
         return place.parent  # also where a run was moved to
     written_to = [state["dirpath"] for state in _checkpoint_states(checkpoint)]
     if recorded is not None and any(is_same(folder, place) for folder in written_to):
@@ -106,7 +102,7 @@ def _checkpoint_states(checkpoint: Mapping[str, Any]) -> Iterator[dict[str, Any]
 
 def _later(file: Path, step: int) -> Path | None:
     """Return the checkpoint that the run would go on with, as ``last`` would find it, if it is a later one."""
-    folder = _place(file)
+    folder = checkpoints_of(file)
     candidates = list(folder.rglob("last*.ckpt")) or list(folder.rglob("*.ckpt"))
     steps = {path: int(head(path).get("global_step", 0)) for path in candidates if path != file}
     newest = max(steps, key=lambda path: steps[path], default=file)
@@ -119,7 +115,8 @@ def _newer_states(file: Path, step: int) -> dict[str, Any]:
     The file knows nothing of a best checkpoint that was written after it.
     """
     written = file.stat().st_mtime_ns
-    others = [path for path in _place(file).rglob("*.ckpt") if path != file and path.stat().st_mtime_ns >= written]
+    place = checkpoints_of(file)
+    others = [path for path in place.rglob("*.ckpt") if path != file and path.stat().st_mtime_ns >= written]
     heads = [(head(path), path.stat().st_mtime_ns) for path in others]
     heads = [item for item in heads if int(item[0].get("global_step", -1)) >= step]
     heads.sort(key=lambda item: (item[0]["global_step"], item[1]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning.cli import _checkpoint_argument
+from dia_lightning.cli._run_places import config_of
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder
@@ -111,7 +112,7 @@ def _from_checkpoint(path: Path, options: argparse.Namespace) -> "tuple[DIATask,
     from dia_lightning.cli._run_data import data_module_of
 
     task = _checkpoint_argument.task_of(path)
-    config = Path(*options.config) if options.config else _checkpoint_argument.run_folder_of(path) / "config.yaml"
+    config = Path(*options.config) if options.config else config_of(path)
     return task, data_module_of(config, task, options.root), config
 
 

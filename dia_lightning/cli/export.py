@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dia_lightning.cli import _checkpoint_argument, _checkpoints, _network_argument
+from dia_lightning.cli import _checkpoints, _network_argument
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli._file_metadata import metadata_of
+from dia_lightning.cli._run_places import config_of
 from dia_lightning.models import Exported, ExportedDetector, export_detector, export_network
 
 if TYPE_CHECKING:  # imports Lightning
@@ -126,8 +127,8 @@ def _batches(task: "DIATask", options: argparse.Namespace) -> list[Any]:
 
     is_asked = options.fold_constant_maps is not None or options.config is not None or options.root is not None
     count = options.images if options.fold_constant_maps is not None else COMPARED_IMAGES
-    folder = _checkpoint_argument.run_folder_of(Path(_checkpoints.resolve(options.network, [Path(options.runs)])))
-    config = Path(options.config or folder / "config.yaml")
+    checkpoint = Path(_checkpoints.resolve(options.network, [Path(options.runs)]))
+    config = Path(options.config or config_of(checkpoint))
     try:
         data = data_module_of(config, task, options.root, download=None if is_asked else False)
         return list(data.evaluation_dataloader(options.split, count=count))

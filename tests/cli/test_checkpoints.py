@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from dia_lightning.cli._checkpoints import check_fits, misfit, resolve
+from dia_lightning.cli._run_places import run_folder_of
 from tests.cli.conftest import Run
 
 Fails = Callable[..., str]
@@ -265,3 +266,12 @@ def test_a_run_that_was_never_validated_has_no_best_checkpoint(tmp_path: Path) -
     torch.save({"callbacks": record}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="has no best checkpoint, perhaps because it was never validated"):
         resolve("best", [tmp_path])
+
+
+def test_the_folder_of_a_run_is_found_from_any_of_its_checkpoints(tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints" / "version_0"  # a folder above of the same name is another one
+    (run / "checkpoints").mkdir(parents=True)
+    assert run_folder_of(run / "checkpoints" / "last.ckpt") == run
+    assert run_folder_of(run / "copy.ckpt") == run
+    (run / "config.yaml").touch()
+    assert run_folder_of(run / "checkpoints" / "epoch=1-val" / "acc=0.9.ckpt") == run
