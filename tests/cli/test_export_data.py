@@ -107,6 +107,7 @@ def test_the_accuracy_is_that_of_the_kind_of_labels(kind: Literal["binary", "mul
     if kind == "binary":
         logits, labels = logits[:, :1], torch.tensor([1, 1, 0, 1])
     assert _accuracy(task, [(logits[:3], labels[:3]), (logits[3:], labels[3:])]) == expected
+    assert "softmax" not in metadata_of(task, (3, 8, 8))["output"]
 
 
 @pytest.mark.slow
