@@ -19,7 +19,7 @@ def load_task(path: str | Path) -> DIATask:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no checkpoint of a task of this package.
+        ValueError: if the file is no checkpoint of a task of this package, or names code to build it with.
 
     Example:
         >>> task = load_task("runs/digits/version_0/checkpoints/last.ckpt")  # doctest: +SKIP
@@ -34,8 +34,13 @@ def load_task(path: str | Path) -> DIATask:
             f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({type(error).__name__})."
         ) from error
     kind = task_named(name, str(path))
+    known = checkpoint.get("hyper_parameters", {})
+    if "_instantiator" in known:  # Lightning's own lets its parser import what stands beside it
+        raise ValueError(
+            f"{str(path)!r} names code to run (_instantiator). If you trust it, use {name}.load_from_checkpoint(path)."
+        )
     # to look at a network, minutes of compiling and a compiler are not needed
-    options: dict[str, Any] = {"compile": False} if checkpoint.get("hyper_parameters", {}).get("compile") else {}
+    options: dict[str, Any] = {"compile": False} if known.get("compile") else {}
     task = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **options)
     return task.eval()
 

@@ -1,5 +1,6 @@
 """Starting from the weights of a file."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_a_checkpoint_of_something_else_is_no_task(tmp_path: Path) -> None:
     torch.save({"dia_task": "SegmentationTask"}, tmp_path / "later.ckpt")
     with pytest.raises(ValueError, match="was written by SegmentationTask, which is not imported"):
         load_task(tmp_path / "later.ckpt")
+
+
+def test_a_checkpoint_that_names_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "planted.py").write_text("def optimizer(): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "optimizer": "planted.optimizer"}
+    task = small_task()
+    checkpoint = {"dia_task": "ClassificationTask", "hyper_parameters": {**task.hparams, **named}}
+    checkpoint |= {"state_dict": task.state_dict(), "pytorch-lightning_version": "2.6.6"}
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a\.ckpt' names code to run \(_instantiator\)"):
+        load_task(tmp_path / "a.ckpt")
+    assert "planted" not in sys.modules
 
 
 @pytest.mark.parametrize("options", [{"identity": True}, {"share": "block"}, {"attention_args": {"cells": 2}}])
