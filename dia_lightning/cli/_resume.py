@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dia_lightning.callbacks import run_folder
+from dia_lightning.cli._run_lock import RunLock
 from dia_lightning.cli._run_source import RECORD, RunSource, is_same
 from dia_lightning.loggers._continued import drop_rows, go_on, go_on_with_a_copy
 from dia_lightning.loggers.wandb import WandbLogger
@@ -23,12 +24,21 @@ class KeepRunTogether(Callback):
 
     def __init__(self) -> None:
         self.source: RunSource | None = None
+        self.lock = RunLock()
         self.has_trained = False
         self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run folder while all ranks can still talk to each other."""
         self._folder = run_folder(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep other trainings away from the run folder until this one ends; by now its config is there."""
+        if trainer.is_global_zero and not self.lock.take(self._folder):
+            rank_zero_warn(
+                f"Another training is writing to {self._folder}, and this one does too: checkpoints and metrics of "
+                "both will mix. Stop one of them, and give it another name or version of its logger."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the best checkpoints along, wherever the run is now."""
@@ -84,7 +94,8 @@ def take_up(trainer: Trainer, source: RunSource) -> str:
         there, else one of its own, with a copy of the metrics.
 
     Raises:
-        ValueError: if the loggers' options ask for the folder of a run that has a later checkpoint.
+        ValueError: if the loggers' options ask for the folder of a run that has a later checkpoint, or another
+            training writes to.
     """
     _check_does_not_mix(trainer, source)
     first = trainer.loggers[0] if trainer.loggers else None
@@ -106,15 +117,14 @@ def take_up(trainer: Trainer, source: RunSource) -> str:
 
 
 def _check_does_not_mix(trainer: Trainer, source: RunSource) -> None:
-    if source.later is None or source.folder is None:
+    if source.folder is None or not (source.busy or source.later):
         return
     for logger in trainer.loggers:
         place = _folder_of(logger)
         if place is not None and is_same(place, source.folder):
             raise ValueError(
-                f"The options of {type(logger).__name__} ask for {source.folder}, which has a later checkpoint than "
-                f"{source.checkpoint.name}, {source.later.name}: both trainings would mix. Give the logger another "
-                "version or id, or leave it out."
+                f"The options of {type(logger).__name__} ask for {place}, but {source.obstacle}: both trainings would "
+                "mix. Give the logger another version or id, or leave it out."
             )
 
 

@@ -26,6 +26,7 @@ class RunSource:
         versions: those of the run's loggers, by their ``root_dir``; empty where the run was moved.
         states: of the callbacks, by their keys; the latest that the run has left on the disk.
     """
+        busy: whether another training is writing to its folder.
 
     checkpoint: Path
     step: int
@@ -34,6 +35,7 @@ class RunSource:
     versions: Mapping[str, int | str] = field(default_factory=dict)
     states: Mapping[str, Any] = field(default_factory=dict)
 
+    busy: bool = False
     @property
     def obstacle(self) -> str | None:
         """Why no training can go on in the folder of the run; ``None`` where nothing is in the way."""
@@ -42,6 +44,8 @@ class RunSource:
         if self.later is not None:
             return f"{self.folder} has a later checkpoint, {self.later.name}"
         if not all(os.access(place, os.W_OK) for place in (self.folder, self.place)):
+        if self.busy:
+            return f"another training is writing to {self.folder}"
             return f"{self.folder} is write-protected"
         return None
 

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -219,6 +220,8 @@ class DIACLI(LightningCLI):
         source = self._together.source
         if source is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if self.trainer.is_global_zero and source.folder is not None and not self._together.lock.take(source.folder):
+            source = self._together.source = replace(source, busy=True)
         run_id = wandb_id(source.folder) if source.folder is not None and source.obstacle is None else None
         for logger in self.trainer.loggers:
             if run_id is not None and isinstance(logger, WandbLogger) and logger.version is None:
@@ -258,6 +261,8 @@ class DIACLI(LightningCLI):
                 self._say_how_to_resume()
             # Lightning ends with 0 after SIGTERM, as if all was done
             raise SystemExit(128 + (SIGTERM if isinstance(stop, SIGTERMException) else SIGINT)) from stop
+        finally:
+            self._together.lock.release()
 
     def _say_how_to_resume(self) -> None:
         saved = [callback.last_model_path or callback.best_model_path for callback in self._checkpoint_callbacks()]

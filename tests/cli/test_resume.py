@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from dia_lightning.cli._run_lock import RunLock
 from tests.cli.conftest import Run, call
 
 FIT = ["fit", "-c", "tiny.yaml"]
@@ -117,7 +118,7 @@ def test_the_best_checkpoint_of_before_stays_the_best(
     assert rows(run_folder) == before
 
 
-@pytest.mark.parametrize("how", ["other name", "copied file", "older", "write-protected"])
+@pytest.mark.parametrize("how", ["other name", "copied file", "older", "write-protected", "in use"])
 def test_in_another_folder_the_best_and_the_metrics_are_taken_along(
     run: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
@@ -132,6 +133,9 @@ def test_in_another_folder_the_best_and_the_metrics_are_taken_along(
         checkpoint = Path(shutil.copy(LAST, LAST.with_name("older.ckpt")))
         later = torch.load(LAST, weights_only=True)
         torch.save({**later, "global_step": later["global_step"] + 1}, LAST)
+    elif how == "in use":
+        other = RunLock()  # of a training that goes on
+        assert other.take(run_folder)
     else:
         access = os.access
         protected = Path("runs/tiny/version_0")  # root may write everywhere
@@ -143,7 +147,8 @@ def test_in_another_folder_the_best_and_the_metrics_are_taken_along(
     said = capsys.readouterr().err
     assert "going on in a new run folder, with a copy of the best checkpoint" in said
     reason = {"other name": "the options do not lead to", "copied file": "mine.ckpt is not in the folder of a run"}
-    assert reason.get(how, "has a later checkpoint, last.ckpt" if how == "older" else "is write-protected") in said
+    reason |= {"older": "has a later checkpoint, last.ckpt", "write-protected": "is write-protected"}
+    assert reason.get(how, "another training is writing to runs/tiny/version_0") in said
     assert best_of(target / "checkpoints/last.ckpt")["best_model_path"] == f"{target}/checkpoints/best-e000.ckpt"
     assert (target / "checkpoints/best-e000.ckpt").is_file()
     steps = [step for _, step, names in rows(target) if "train/loss" in names]
@@ -157,7 +162,8 @@ def test_an_older_checkpoint_is_not_mixed_into_a_folder_that_the_options_ask_for
     later = torch.load(LAST, weights_only=True)
     torch.save({**later, "global_step": later["global_step"] + 1}, LAST)
     message = fails(*FIT, "--ckpt_path", str(older), "--trainer.logger.init_args.version", "0")
-    assert message.startswith("The options of CSVLogger ask for runs/tiny/version_0, which has a later checkpoint")
+    assert message.startswith("The options of CSVLogger ask for runs/tiny/version_0, but ")
+    assert "runs/tiny/version_0 has a later checkpoint, last.ckpt: both trainings would mix" in message
 
 
 def test_tensorboard_beside_the_csv_file_goes_on_too_and_hides_what_comes_again(run: Run, workplace: Path) -> None:
