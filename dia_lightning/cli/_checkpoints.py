@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dia_lightning.cli._run_places import config_of
+from dia_lightning.cli._run_source import config_of
 
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
 NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})

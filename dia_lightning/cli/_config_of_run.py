@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dia_lightning.cli import _checkpoints
-from dia_lightning.cli._run_places import config_of
+from dia_lightning.cli._run_source import config_of
 
 _COMMANDS = ("validate", "test", "predict")
 

@@ -79,7 +79,7 @@ class KeepRunTogether(Callback):
         _save_logs(trainer)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
         versions = {logger.root_dir: logger.version for logger in loggers}
-        checkpoint[RECORD] = {"folder": str(self._folder), "versions": versions}
+        checkpoint.setdefault(RECORD, {}).update({"folder": str(self._folder), "versions": versions})
 
 
 def take_up(trainer: Trainer, source: RunSource) -> str:

@@ -1,6 +1,7 @@
 """The config of a run, written beside its results and sent to W&B, without secrets."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -8,6 +9,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from dia_lightning.callbacks import run_folder
+from dia_lightning.cli._run_source import RECORD
 from dia_lightning.loggers._redact import redact
 
 WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next one may go on
@@ -16,8 +18,11 @@ WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next 
 class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run's folder; never over another run's, never with a secret in it.
 
-    Lightning's own callback stops the second run in a folder when no logger makes a folder per run.
+    Lightning's own callback stops the second run in a folder when no logger makes a folder per run. Every checkpoint
+    notes which config it was trained with: a run that goes on with other options has several.
     """
+
+    _name: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it, before training, validation, test or prediction starts."""
@@ -28,13 +33,20 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             self._write(folder, trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the name of the config."""
+        if self._name is not None:
+            checkpoint.setdefault(RECORD, {})["config"] = self._name
+
     def _write(self, folder: Path, trainer: Trainer) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         header = [line for line in text.splitlines() if line.startswith("#")]
         config = redact(yaml.safe_load(text))
         folder.mkdir(parents=True, exist_ok=True)
         body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        _unused(folder / self.config_filename).write_text("\n".join([*header, body]), encoding="utf-8")
+        file = _unused(folder / self.config_filename)
+        file.write_text("\n".join([*header, body]), encoding="utf-8")
+        self._name = file.name
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams({"cli": config})

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO
 
-from dia_lightning.cli._run_source import CONFIG, is_same
+from dia_lightning.cli._run_places import CONFIG
 
 try:
     import fcntl

@@ -17,8 +17,3 @@ def run_folder_of(checkpoint: Path) -> Path:
     """Return the folder of the run that wrote a checkpoint."""
     place = checkpoints_of(checkpoint)
     return place.parent if place.name == CHECKPOINTS else place
-
-
-def config_of(checkpoint: Path) -> Path:
-    """Return the config of the run that wrote a checkpoint, which may not be there."""
-    return run_folder_of(checkpoint) / CONFIG

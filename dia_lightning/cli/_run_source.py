@@ -1,6 +1,7 @@
 """Where the run of a checkpoint is, and whether it can go on there."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dia_lightning.cli._run_places import CHECKPOINTS, CONFIG, checkpoints_of, config_of
+from dia_lightning.cli._run_places import CHECKPOINTS, CONFIG, checkpoints_of, run_folder_of
 
 RECORD = "dia_run"  # key of what every checkpoint knows about its run
 
@@ -25,8 +26,8 @@ class RunSource:
         later: a checkpoint of the same run with which it would go on, if that is a later one.
         versions: those of the run's loggers, by their ``root_dir``; empty where the run was moved.
         states: of the callbacks, by their keys; the latest that the run has left on the disk.
-    """
         busy: whether another training is writing to its folder.
+    """
 
     checkpoint: Path
     step: int
@@ -34,8 +35,8 @@ class RunSource:
     later: Path | None = None
     versions: Mapping[str, int | str] = field(default_factory=dict)
     states: Mapping[str, Any] = field(default_factory=dict)
-
     busy: bool = False
+
     @property
     def obstacle(self) -> str | None:
         """Why no training can go on in the folder of the run; ``None`` where nothing is in the way."""
@@ -43,9 +44,9 @@ class RunSource:
             return f"{self.checkpoint} is not in the folder of a run"
         if self.later is not None:
             return f"{self.folder} has a later checkpoint, {self.later.name}"
-        if not all(os.access(place, os.W_OK) for place in (self.folder, self.place)):
         if self.busy:
             return f"another training is writing to {self.folder}"
+        if not all(os.access(place, os.W_OK) for place in (self.folder, self.place)):
             return f"{self.folder} is write-protected"
         return None
 
@@ -63,14 +64,14 @@ def source_of(path: str, checkpoint: Mapping[str, Any]) -> RunSource:
         checkpoint: what it holds.
     """
     file, step = Path(path), int(checkpoint.get("global_step", 0))
-    record = checkpoint.get(RECORD, {})
+    record = _record(checkpoint)
     folder = _folder(file, checkpoint, record.get("folder"))
     later = None if folder is None else _later(file, step)
     states = dict(checkpoint.get("callbacks", {}))
     if folder is not None and later is None:
         states |= _newer_states(file, step)
     stayed = folder is not None and "folder" in record and is_same(record["folder"], folder)
-    return RunSource(file, step, folder, later, record["versions"] if stayed else {}, states)
+    return RunSource(file, step, folder, later, record.get("versions", {}) if stayed else {}, states)
 
 
 def head(path: Path) -> dict[str, Any]:
@@ -83,14 +84,28 @@ def head(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def config_of(checkpoint: Path) -> Path:
+    """Return the config of the run that wrote a checkpoint, that of its latest start by then; it may not be there."""
+    folder = run_folder_of(checkpoint)
+    name = str(_record(head(checkpoint)).get("config"))
+    # a name is not taken from a checkpoint as a way to another file
+    is_later = re.fullmatch(r"config-v\d+\.yaml", name) and (folder / name).is_file()
+    return folder / (name if is_later else CONFIG)
+
+
 def is_same(one: str | Path, other: str | Path) -> bool:
     """Tell whether two paths mean one place."""
     return os.path.realpath(one) == os.path.realpath(other)
 
 
+def _record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    record = checkpoint.get(RECORD)
+    return record if isinstance(record, dict) else {}
+
+
 def _folder(file: Path, checkpoint: Mapping[str, Any], recorded: str | None) -> Path | None:
     place = checkpoints_of(file)
-    if place.name == CHECKPOINTS and config_of(file).is_file():
+    if place.name == CHECKPOINTS and (place.parent / CONFIG).is_file():
         return place.parent  # also where a run was moved to
     written_to = [state["dirpath"] for state in _checkpoint_states(checkpoint)]
     if recorded is not None and any(is_same(folder, place) for folder in written_to):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning.cli import _checkpoint_argument
-from dia_lightning.cli._run_places import config_of
+from dia_lightning.cli._run_source import config_of
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder

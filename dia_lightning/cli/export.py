@@ -13,7 +13,7 @@ from torch import Tensor
 from dia_lightning.cli import _checkpoints, _network_argument
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli._file_metadata import metadata_of
-from dia_lightning.cli._run_places import config_of
+from dia_lightning.cli._run_source import config_of
 from dia_lightning.models import Exported, ExportedDetector, export_detector, export_network
 
 if TYPE_CHECKING:  # imports Lightning

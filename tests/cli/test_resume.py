@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from dia_lightning.cli._run_lock import RunLock
+from dia_lightning.cli._run_source import config_of, source_of
 from tests.cli.conftest import Run, call
 
 FIT = ["fit", "-c", "tiny.yaml"]
@@ -164,6 +165,41 @@ def test_an_older_checkpoint_is_not_mixed_into_a_folder_that_the_options_ask_for
     message = fails(*FIT, "--ckpt_path", str(older), "--trainer.logger.init_args.version", "0")
     assert message.startswith("The options of CSVLogger ask for runs/tiny/version_0, but ")
     assert "runs/tiny/version_0 has a later checkpoint, last.ckpt: both trainings would mix" in message
+
+
+@pytest.mark.parametrize("place", ["runs/a/checkpoints/val", "scratch/checkpoints/a", "checkpoints"])
+def test_the_run_of_a_checkpoint_is_found(workplace: Path, place: str) -> None:
+    run = Path(place).parents[1] if place.startswith("runs") else Path("runs/a")
+    for folder in (Path(place), run):
+        folder.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").touch()
+    checkpoint = Path(place, "a.ckpt")
+    checkpoint.touch()
+    written = {"callbacks": {"best": {"dirpath": place}}, "dia_run": {"folder": str(run)}}
+    assert source_of(str(checkpoint), written).folder == run
+
+
+def test_commands_take_the_config_of_the_latest_start(
+    run: Run, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*FIT, "--ckpt_path", "last", "--trainer.max_epochs", "2", "--data.image_size", "16")
+    assert config_of(LAST) == Path("runs/tiny/version_0/config-v1.yaml")
+    run("validate", "--ckpt_path", str(LAST))
+    assert "config runs/tiny/version_0/config-v1.yaml\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["config-v1.yaml", "../config-v1.yaml", "config.yaml/../../config-v1.yaml", ["a"], None]
+)
+def test_a_checkpoint_leads_to_no_config_but_those_of_its_run(workplace: Path, name: Any) -> None:
+    checkpoint = Path("runs/a/checkpoints/last.ckpt")
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"dia_run": {"config": name}}, checkpoint)
+    for place in ("runs", "runs/a"):
+        Path(place, "config-v1.yaml").touch()
+        Path(place, "config.yaml").touch()
+    expected = "runs/a/config-v1.yaml" if name == "config-v1.yaml" else "runs/a/config.yaml"
+    assert config_of(checkpoint) == Path(expected)
 
 
 def test_tensorboard_beside_the_csv_file_goes_on_too_and_hides_what_comes_again(run: Run, workplace: Path) -> None:
