@@ -42,7 +42,8 @@ class KeepRunTogether(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the best checkpoints along, wherever the run is now."""
-        if self.source is None or trainer.state.fn != TrainerFn.FITTING:
+        is_dry = getattr(trainer, "fast_dev_run", False)  # saves no checkpoint, so none is copied
+        if self.source is None or trainer.state.fn != TrainerFn.FITTING or is_dry:
             return
         for callback in trainer.checkpoint_callbacks:
             state = self.source.states.get(callback.state_key)

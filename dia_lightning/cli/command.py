@@ -234,7 +234,9 @@ class DIACLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint if asked to."""
         ckpt_path = self.config.fit.ckpt_path
-        if ckpt_path is not None and not self._together.has_trained:
+        if self.trainer.fast_dev_run and ckpt_path is not None:  # type: ignore[attr-defined]
+            _say(f"fast_dev_run looks at the first epoch alone: how training goes on from {ckpt_path} was not tried")
+        elif ckpt_path is not None and not self._together.has_trained:
             _say(
                 f"nothing was left to train: {ckpt_path} is at the end of the training "
                 f"(--trainer.max_epochs {self.trainer.max_epochs}, --trainer.max_steps {self.trainer.max_steps}). "

@@ -59,6 +59,17 @@ def test_nothing_is_written_by_a_fast_dev_run(run: Run, workplace: Path) -> None
     assert sorted(path.name for path in workplace.rglob("*") if path.is_file()) == ["bare.yaml", "tiny.yaml"]
 
 
+def test_a_fast_dev_run_of_a_checkpoint_copies_nothing(
+    run: Run, run_folder: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(workplace.rglob("*"))
+    run("fit", "-c", "tiny.yaml", "--trainer.fast_dev_run", "true", "--ckpt_path", "last")
+    assert sorted(workplace.rglob("*")) == before
+    assert (
+        "how training goes on from runs/tiny/version_0/checkpoints/last.ckpt was not tried" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("key", ["api_key", "WANDB_API_KEY", "token", "hf_token", "client_secret", "Password"])
 def test_secrets_are_redacted_at_any_depth(key: str) -> None:
     config = {"a": [{key: "abc", "lr": 0.1}], key: {"b": ["abc"]}, "data": {key: None}}
