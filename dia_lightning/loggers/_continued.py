@@ -10,6 +10,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from dia_lightning._text import read_text
+
+_NUMBER = re.compile(r"\d+(\.0)?")  # a spreadsheet may have written the latter
+
 
 class _AppendingWriter(ExperimentWriter):
     """Lightning's writer deletes a file that is there; this one adds to it, with new columns too."""
@@ -90,10 +94,20 @@ def _is_test(row: dict[str, str], step: int) -> bool:
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the columns and the rows of a file, without a last row that a killed program has left half written."""
+    """Return the columns and the rows of a file, without a last row that a killed program has left half written.
+
+    Raises:
+        ValueError: if it is no table that a logger of Lightning wrote.
+    """
     if not path.is_file():
         return [], []
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        columns = next(lines, [])
-        return columns, [dict(zip(columns, line, strict=True)) for line in lines if len(line) == len(columns)]
+    text = read_text(path).replace("\0", "")  # which a lost disk or a power cut leaves at the end
+    lines = csv.reader(text.splitlines(keepends=True))
+    columns = next(lines, [])
+    rows = [dict(zip(columns, line, strict=True)) for line in lines if len(line) == len(columns)]
+    if columns and not ("step" in columns and all(_NUMBER.fullmatch(row["step"]) for row in rows)):
+        raise ValueError(
+            f"{path} is not as a CSVLogger wrote it: it has no column step of whole numbers. Move it elsewhere to go "
+            "on without what was logged before."
+        )
+    return columns, rows

@@ -202,6 +202,27 @@ def test_a_checkpoint_leads_to_no_config_but_those_of_its_run(workplace: Path, n
     assert config_of(checkpoint) == Path(expected)
 
 
+@pytest.mark.parametrize("text", ["epoch;step\n0;1\n", "epoch,step,a\n0,,1\n", "epoch,a\n0,1\n"])
+def test_a_table_of_metrics_that_is_none_is_refused_before_training(
+    fails: Callable[..., str], run_folder: Path, text: str
+) -> None:
+    metrics = run_folder / "metrics.csv"
+    metrics.write_text(text)
+    before = contents(run_folder)
+    message = fails(*FIT, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert "runs/tiny/version_0/metrics.csv is not as a CSVLogger wrote it" in message
+    assert contents(run_folder) == before
+
+
+def test_a_table_of_metrics_goes_on_after_a_power_cut_and_a_spreadsheet(run: Run, run_folder: Path) -> None:
+    metrics = run_folder / "metrics.csv"
+    before = rows(run_folder)
+    metrics.write_bytes(b"\xef\xbb\xbf" + metrics.read_bytes().replace(b"\n", b"\r\n") + bytes(100))
+    run(*FIT, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert rows(run_folder)[: len(before)] == before
+    assert [step for _, step, names in rows(run_folder) if "train/loss" in names] == ["0", "1", "2", "3"]
+
+
 def test_tensorboard_beside_the_csv_file_goes_on_too_and_hides_what_comes_again(run: Run, workplace: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
