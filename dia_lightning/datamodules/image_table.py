@@ -1,18 +1,22 @@
 """Images that a CSV file lists with their labels."""
 
 import csv
-import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dia_lightning._text import read_text
+from dia_lightning.datamodules._account import named
+from dia_lightning.datamodules._class_folders import warn_of_similar
 from dia_lightning.datamodules._image_files import inode
+from dia_lightning.datamodules._names import FileFinder, plain
 from dia_lightning.datamodules._sampling import ClassificationSamples, Positions, Role
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.image_folder import ImageFolderDataModule
@@ -26,7 +30,7 @@ class ImageTableDataModule(ImageFolderDataModule):
     has the class of each image by name, which makes batches like those of :class:`ImageFolderDataModule`. Several more
     columns are labels, 1 where an image has the label and 0 where not, for ``ClassificationTask(task="multilabel")``:
     labels of batches are then ``[B, K]`` float32, and for ``val_split`` and ``limit`` an image belongs to the rarest of
-    its labels.
+    its labels. Columns are parted by commas, semicolons or tabs; paths may be those of another system.
 
     Args:
         **options: as :class:`ImageFolderDataModule` takes them.
@@ -39,7 +43,7 @@ class ImageTableDataModule(ImageFolderDataModule):
             return self.trained_classes
         if self._class_names is None:
             columns, rows = _read(self._table("train"))
-            self._class_names = columns if len(columns) > 1 else sorted({row[1] for row in rows})
+            self._class_names = columns if len(columns) > 1 else sorted({row.labels[0] for row in rows})
         return self._class_names
 
     def load_split(self, split: Split) -> Source | None:
@@ -50,20 +54,20 @@ class ImageTableDataModule(ImageFolderDataModule):
         if split == "val" and self.val_split > 0:
             raise ValueError(f"val_split must be 0 beside {table}, got {self.val_split}. Or move the file.")
         columns, rows = _read(table)
-        paths = [str(self.root / row[0]) for row in rows]
-        for line, path in enumerate(paths, 2):
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"{table}, line {line}: there is no file {path}.")
-        inodes = [inode(os.stat(path)) for path in paths]
+        paths, inodes = _find(table, rows)
+        if split == "train":
+            warn_of_similar(self.class_names, table)
+        more: dict[str, Any] = {"bit_depth": self.bit_depth, "inodes": inodes}
         if len(columns) > 1:
             if columns != self.class_names:
                 raise ValueError(f"{table} must have the label columns {self.class_names} of training, got {columns}.")
-            return TableSource(paths, _zeros_and_ones(table, rows), bit_depth=self.bit_depth, inodes=inodes)
-        unknown = sorted({row[1] for row in rows} - set(self.class_names))
+            _warn_of_contradictions(table, paths, inodes, rows)
+            return TableSource(paths, _zeros_and_ones(table, rows), **more)
+        unknown = sorted({row.labels[0] for row in rows} - set(self.class_names))
         if unknown:
             raise ValueError(f"{table} has class(es) that training did not have: {', '.join(unknown)}.")
-        labels = [self.class_names.index(row[1]) for row in rows]
-        return FileSource(paths, labels, channels=3, bit_depth=self.bit_depth, inodes=inodes)
+        _warn_of_contradictions(table, paths, inodes, rows)
+        return FileSource(paths, [self.class_names.index(row.labels[0]) for row in rows], channels=3, **more)
 
     def make_samples(self, source: Source, positions: Positions, *, role: Role) -> ClassificationSamples:
         """Return normalised tensors, augmented for training, with a class index or several labels."""
@@ -88,18 +92,15 @@ class TableSource(FileSource):
     Args:
         paths: the files.
         targets: 0 and 1 ``[N, K]``.
-        bit_depth: as :class:`FileSource` takes it.
-        inodes: as :class:`FileSource` takes them.
+        **more: as :class:`FileSource` takes them.
     """
 
-    def __init__(
-        self, paths: list[str], targets: npt.NDArray[np.float32], *, bit_depth: int, inodes: list[int]
-    ) -> None:
+    def __init__(self, paths: list[str], targets: npt.NDArray[np.float32], **more: Any) -> None:
         self.targets = targets
         images = targets.sum(0)
         rarity = np.where(targets > 0, images, len(targets) + 1)
         rarest = np.where(targets.any(1), rarity.argmin(1), targets.shape[1])
-        super().__init__(paths, rarest.tolist(), channels=3, bit_depth=bit_depth, inodes=inodes)
+        super().__init__(paths, rarest.tolist(), channels=3, **more)
 
 
 class MultilabelSamples(ClassificationSamples):
@@ -121,32 +122,68 @@ class MultilabelSamples(ClassificationSamples):
         return set(np.flatnonzero(self.labels.any(0)).tolist())
 
 
-def _read(table: Path) -> tuple[list[str], list[list[str]]]:
+@dataclass(frozen=True)
+class _Row:
+    line: int
+    file: str
+    labels: list[str]
+
+
+def _read(table: Path) -> tuple[list[str], list[_Row]]:
     """Return the names of the columns after the first, and all rows."""
     if not table.is_file():
         raise FileNotFoundError(
             f"There is no file {table}: expected a table of images with the columns file,label in root={table.parent}."
         )
-    lines = csv.reader(io.StringIO(read_text(table), newline=""))
-    header, *rows = [[cell.strip() for cell in row] for row in lines if row] or [[]]
-    if len(header) < 2 or len(set(header)) < len(header) or not rows:
+    text = read_text(table)
+    mark = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=mark)
+    cells = [(reader.line_num, [plain(cell.strip()) for cell in row]) for row in reader if any(row)]
+    header = cells[0][1] if cells else []
+    if len(header) < 2 or len(set(header)) < len(header) or len(cells) < 2:
         raise ValueError(
             f"{table} must begin with the names of different columns, file,label or file,label1,label2,..., and have "
-            f"a line per image; it begins with {','.join(header)!r} and has {len(rows)} more line(s)."
+            f"a line per image; it begins with {','.join(header)!r} and has {max(0, len(cells) - 1)} more line(s)."
         )
-    for line, row in enumerate(rows, 2):
+    for line, row in cells[1:]:
         if len(row) != len(header):
             raise ValueError(f"{table}, line {line}: {len(row)} values for {len(header)} columns.")
         if not all(row):
             raise ValueError(f"{table}, line {line}: a value is empty. Give the file, and a class name or 0 and 1.")
-        if os.path.isabs(row[0]) or os.path.normpath(row[0]).startswith(".."):
-            raise ValueError(f"{table}, line {line}: {row[0]!r} is not below {table.parent}. Give paths from there.")
-    return header[1:], rows
+    return header[1:], [_Row(line, row[0], row[1:]) for line, row in cells[1:]]
 
 
-def _zeros_and_ones(table: Path, rows: list[list[str]]) -> npt.NDArray[np.float32]:
-    for line, row in enumerate(rows, 2):
-        wrong = [value for value in row[1:] if value not in ("0", "1")]
-        if wrong:
-            raise ValueError(f"{table}, line {line}: labels of several columns must be 0 or 1, got {wrong[0]!r}.")
-    return np.array([row[1:] for row in rows]).astype(np.float32)
+def _find(table: Path, rows: list[_Row]) -> tuple[list[str], list[int]]:
+    """Return the files of all rows, as they are spelled here, and their inodes."""
+    finder, root = FileFinder(), str(table.parent)
+    paths: list[str] = []
+    for row in rows:
+        here = os.path.normpath(row.file.replace("\\", "/"))  # as written on another system
+        if os.path.isabs(here) or here.split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{table}, line {row.line}: {row.file!r} is not below {root}. Give paths from there.")
+        place = os.path.join(root, row.file)
+        found = finder.find(place) or finder.find(os.path.join(root, here))
+        if found is None or not os.path.isfile(found):
+            raise FileNotFoundError(f"{table}, line {row.line}: there is no file {place}.")
+        paths.append(found)
+    return paths, [inode(os.stat(path)) for path in paths]
+
+
+def _warn_of_contradictions(table: Path, paths: list[str], inodes: list[int], rows: list[_Row]) -> None:
+    """Say which images are listed several times with different labels."""
+    labels: dict[int, list[str]] = {}
+    entries = zip(paths, inodes, rows, strict=True)
+    several = [path for path, number, row in entries if labels.setdefault(number, row.labels) != row.labels]
+    if several:
+        rank_zero_warn(
+            f"{table} lists {len(set(several))} image(s) with different labels in several lines "
+            f"({named(sorted(set(several)))}): every line is a sample. For several labels per image give them columns."
+        )
+
+
+def _zeros_and_ones(table: Path, rows: list[_Row]) -> npt.NDArray[np.float32]:
+    values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+    for row in rows:
+        if wrong := [value for value in row.labels if value not in values]:
+            raise ValueError(f"{table}, line {row.line}: labels of several columns must be 0 or 1, got {wrong[0]!r}.")
+    return np.array([[values[value] for value in row.labels] for row in rows]).astype(np.float32)

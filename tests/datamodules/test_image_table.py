@@ -81,6 +81,44 @@ def test_one_column_is_the_class_by_name(tmp_path: Path) -> None:
         ImageTableDataModule(root=tmp_path, **OPTIONS).val_dataloader()
 
 
+def test_tables_of_other_systems_are_read(tmp_path: Path) -> None:
+    write(tmp_path, "train.csv", "file,class", ["A\u0308", "b"])  # in two characters, as a Mac writes
+    (tmp_path / "val.csv").write_text("file;class\r\nIMAGES\\1.PNG;b\r\nimages\\0.png;\u00c4\r\n", encoding="utf-16")
+    data = ImageTableDataModule(root=tmp_path, drop_last=False, **OPTIONS)
+    with pytest.warns(UserWarning, match="2 of 2 images of the validation part are training images"):
+        data.setup("fit")
+    assert next(iter(data.val_dataloader()))[1].tolist() == data._dataset("train").labels[::-1].tolist()
+    write(tmp_path, "test.csv", "file,a,b", ["1.0,0.0", "0.0,1.0"])
+    (tmp_path / "test.csv").rename(tmp_path / "train.csv")
+    assert ImageTableDataModule(root=tmp_path, **OPTIONS)._dataset("train").labels.tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("labels", ["sea", "1,0"])
+def test_images_of_12_bits_are_scaled(tmp_path: Path, labels: str) -> None:
+    write(tmp_path, "train.csv", "file,a" if labels == "sea" else "file,a,b", [labels])
+    Image.fromarray(np.full((8, 8), 4095, dtype=np.uint16)).save(tmp_path / "images" / "0.png")
+    source = ImageTableDataModule(root=tmp_path, bit_depth=12, **OPTIONS).load_split("train")
+    assert source is not None
+    assert source.image(0).getextrema() == ((255, 255),) * 3
+
+
+def test_what_is_doubtful_in_a_table_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "train.csv", "file,class", ["sea", "Sea"])
+    with open(tmp_path / "train.csv", "a") as file:
+        file.write("./images/0.png,Sea\n")
+    data = ImageTableDataModule(root=tmp_path, **OPTIONS)
+    different = pytest.warns(UserWarning, match=r"lists 1 image\(s\) with different labels in several lines")
+    with pytest.warns(UserWarning, match=r"classes \['Sea', 'sea'\], which differ in letter case"), different:
+        data.load_split("train")
+
+
+def test_labels_that_no_training_image_has_are_told(tmp_path: Path) -> None:
+    write(tmp_path, "train.csv", "file,a,b,c", ["1,0,0", "1,0,1"] * 2)
+    write(tmp_path, "val.csv", "file,a,b,c", ["0,1,1"])
+    with pytest.warns(UserWarning, match=r"Class\(es\) b of the validation part have no training sample"):
+        ImageTableDataModule(root=tmp_path, **OPTIONS).setup("fit")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -92,6 +130,8 @@ def test_one_column_is_the_class_by_name(tmp_path: Path) -> None:
         ("file,a,b\na.png,1,2", "line 2: labels of several columns must be 0 or 1, got '2'"),
         ("file,a,b\na.png,1,", "line 2: a value is empty"),
         ("file,a\n../a.png,x", r"line 2: '../a.png' is not below"),
+        ("file,a\n..\\a.png,x", "line 2: .* is not below"),
+        ("file;a\n\na.png;x\na.png", "line 4: 1 values for 2 columns"),
         ("file,a\nb.png,x", r"line 2: there is no file .*b\.png"),
     ],
 )
