@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dia_lightning.cli._run_places import CONFIG
+from dia_lightning.cli._run_source import is_same
 
 try:
     import fcntl
