@@ -33,6 +33,7 @@ from dia_lightning.tasks._schedule_options import (
     lightning_config,
     make_schedule,
     make_warmup,
+    planned_curve,
     warn_of_long_warmup,
     warn_of_other_end,
 )
@@ -160,6 +161,7 @@ class TrainableModule(LightningModule):
             return  # a finder at work
         is_resumed = self.trainer.global_step > 0
         if isinstance(rates.schedule, NamedSchedule):
+            self._plan_again(rates, rates.schedule, is_resumed=is_resumed)
             self.trainer.lr_scheduler_configs[0].interval = rates.schedule.curve.unit
             if is_resumed:
                 warn_of_other_end(rates.schedule.curve, rates.schedule.planned)
@@ -171,6 +173,14 @@ class TrainableModule(LightningModule):
             )
         warn_of_long_warmup(self.trainer, self._options)
         self._note_unfrozen()  # those of a callback that was resumed
+
+    def _plan_again(self, rates: GroupRates, schedule: NamedSchedule, *, is_resumed: bool) -> None:
+        """Count the steps of the training again, since ``BatchSizeFinder`` has changed how many an epoch has."""
+        curve = planned_curve(self._options, schedule.planned.name, self.trainer)
+        if curve != schedule.planned and not is_resumed:
+            schedule.follow(curve)
+            rates.start_from(rates.full)
+        schedule.planned = curve
 
     def on_train_epoch_start(self) -> None:
         """Keep what is frozen frozen, whatever callbacks have done, and say what is trained by no optimizer."""

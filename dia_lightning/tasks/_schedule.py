@@ -66,6 +66,11 @@ class NamedSchedule(LRScheduler):
                 self.base_lrs[number] = group["lr"] / before
         return [rate * self.curve(self.last_epoch) for rate in self.base_lrs]
 
+    def follow(self, curve: Curve) -> None:
+        """Take another curve; the rates of the optimizer stay as they are."""
+        self.curve = curve
+        self._last_lr = [rate * curve(self.last_epoch) for rate in self.base_lrs]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain types."""
         names = ("last_epoch", "_step_count", "base_lrs", "_last_lr")

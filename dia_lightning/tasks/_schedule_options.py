@@ -20,7 +20,8 @@ def make_schedule(options: Options, trainer: Trainer, optimizer: Optimizer) -> t
         ValueError: if it needs a length of the training that is not known, or is no schedule of torch.
     """
     if isinstance(options.schedule, str):
-        return _named_schedule(options, options.schedule, trainer, optimizer)
+        curve = planned_curve(options, options.schedule, trainer)
+        return NamedSchedule(optimizer, curve), curve.unit
     schedule = options.schedule(optimizer)
     if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
         raise ValueError(f"schedule must return an LRScheduler of torch, got a {type(schedule).__name__}.")
@@ -39,7 +40,12 @@ def make_warmup(options: Options, optimizer: Optimizer) -> tuple[Warmup | None, 
     return None, "epoch"
 
 
-def _named_schedule(options: Options, name: str, trainer: Trainer, optimizer: Optimizer) -> tuple[LRScheduler, Unit]:
+def planned_curve(options: Options, name: str, trainer: Trainer) -> Curve:
+    """Return the curve of a schedule by name, for a training as long as it is now.
+
+    Raises:
+        ValueError: if it needs a length of the training that is not known.
+    """
     ends_by, length = training_length(trainer) if name == "cosine" else ("epoch", None)
     if name == "cosine" and length is None:
         raise ValueError(
@@ -58,7 +64,7 @@ def _named_schedule(options: Options, name: str, trainer: Trainer, optimizer: Op
         )
     unit: Unit = "step" if by_step else "epoch"
     milestones = [int(time) for time in options.milestones]
-    return NamedSchedule(optimizer, Curve(name, unit, milestones, float(options.gamma), warmup, length)), unit
+    return Curve(name, unit, milestones, float(options.gamma), warmup, length)
 
 
 def lightning_config(options: Options, schedule: LRSchedulerTypeUnion, interval: Unit) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -29,8 +30,10 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchPlateau
+from torch.utils.data import DataLoader
 
-from tests.tasks.tiny_training import fit, loader, tiny_task
+from dia_lightning.tasks._schedule import Curve
+from tests.tasks.tiny_training import StepRates, fit, loader, tiny_task
 
 LR = 0.05
 
@@ -243,6 +246,30 @@ def test_weight_averaging_of_lightning_has_its_own_rates_and_the_factors_of_grou
     task = tiny_task(attention="se", attention_lr=attention_lr)
     found = fit(task, callbacks=[averaging], max_epochs=4)
     assert found.seen[-1] == pytest.approx(last)
+
+
+class Data(LightningDataModule):
+    """16 images, two in a batch unless a finder says otherwise."""
+
+    batch_size = 2
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(loader(8).dataset, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.train_dataloader()
+
+
+def test_a_schedule_in_steps_counts_those_that_the_batch_size_finder_leaves() -> None:
+    task = tiny_task(schedule="cosine", schedule_interval="step", warmup_epochs=1, attention="se", attention_lr=0.1)
+    rates = StepRates()
+    callbacks = [rates, BatchSizeFinder(max_trials=2, steps_per_trial=1)]
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=3, callbacks=callbacks, enable_model_summary=False, **quiet)
+    trainer.fit(task, Data())
+    expected = [LR * Curve("cosine", "step", warmup=4, length=12)(step) for step in range(12)]
+    assert rates.first[-12:] == pytest.approx(expected)
+    assert [step[1] for step in rates.seen[-12:]] == pytest.approx([0.1 * rate for rate in expected])
 
 
 # ---- ReduceLROnPlateau
