@@ -92,7 +92,7 @@ def training_labels(trainer: Trainer) -> Tensor:
     """
     loader = trainer.train_dataloader
     labels = None
-    if isinstance(loader, DataLoader) and loader.batch_size is not None:  # else a sample may be a whole batch
+    if isinstance(loader, DataLoader) and loader.batch_sampler is not None:  # else a sample may be a whole batch
         labels = _labels_of(loader.dataset)
         sampler = _sampler_of(loader)
         if labels is not None and isinstance(sampler, SubsetRandomSampler):
@@ -121,7 +121,7 @@ def warn_of_balanced_sampling(trainer: Trainer) -> None:
 
 
 def _sampler_of(loader: Any) -> Any:
-    sampler = getattr(loader, "sampler", None)
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
     return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning wraps it in distributed runs
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
@@ -119,8 +120,12 @@ def test_plain_loaders_tell_the_labels_where_their_data_do(tmp_path: Path, data:
 def test_samples_that_a_sampler_leaves_out_do_not_count(tmp_path: Path) -> None:
     data, sampler = Targets([*LABELS, 1, 1]), SubsetRandomSampler(range(7))
     task = ClassificationTask(Scores(), 3, class_weights="balanced")
-    seen = first_loss(tmp_path, task, DataLoader(data, 7, sampler=sampler))
-    assert seen.weights.tolist() == pytest.approx(sklearns(LABELS, 3))
+    for loader in (
+        DataLoader(data, 7, sampler=sampler),
+        DataLoader(data, batch_sampler=BatchSampler(sampler, 7, False)),
+    ):
+        seen = first_loss(tmp_path, task, loader)
+        assert seen.weights.tolist() == pytest.approx(sklearns(LABELS, 3))
     wrapped = DistributedSamplerWrapper(sampler, num_replicas=2, rank=1)  # as Lightning does with several processes
     trainer: Any = SimpleNamespace(train_dataloader=DataLoader(data, 7, sampler=wrapped))
     assert training_labels(trainer).tolist() == LABELS.tolist()
