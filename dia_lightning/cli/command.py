@@ -28,7 +28,7 @@ from dia_lightning.cli._list_options import notes_on_lists
 from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._null_options import refuse_null
 from dia_lightning.cli._own_classes import import_attention
-from dia_lightning.cli._resume import KeepRunTogether, take_up
+from dia_lightning.cli._resume import KeepRunTogether, left_by_slurm, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.cli._run_source import head, source_of
 from dia_lightning.datamodules import DIADataModule
@@ -127,6 +127,7 @@ class DIACLI(LightningCLI):
         if config.get("ensemble") is not None:
             self._find_members(config)
             return
+        self._find_requeued(config)
         if config.get("ckpt_path") is None:
             if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
                 _say("no --ckpt_path: using the network as it is built; for the trained one add --ckpt_path best")
@@ -141,6 +142,19 @@ class DIACLI(LightningCLI):
         if not sharded:
             self._trained_classes = _checkpoints.class_names(checkpoint)
             self._take_hyper_parameters(config, checkpoint)
+
+    def _find_requeued(self, config: Namespace) -> None:
+        """Go on as with ``--ckpt_path`` where Lightning would load a checkpoint without a word."""
+        requeued = left_by_slurm(Path(config.trainer.default_root_dir or "."))
+        if config.get("ckpt_path") is not None or requeued is None:
+            return
+        if self.config.subcommand != "fit":
+            raise UserError(
+                f"Lightning would load {requeued}, which a training in a job of SLURM has left. Say what you want: "
+                "--ckpt_path best, last or a file; or move it elsewhere to use the network as it is built."
+            )
+        _say(f"the job was queued again: going on from {requeued}; to begin anew move it elsewhere")
+        config.ckpt_path = requeued
 
     def _find_members(self, config: Namespace) -> None:
         """Find the checkpoints of an ensemble, and build the network of the first in place of what the config says."""

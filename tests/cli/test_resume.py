@@ -167,6 +167,21 @@ def test_an_older_checkpoint_is_not_mixed_into_a_folder_that_the_options_ask_for
     assert "runs/tiny/version_0 has a later checkpoint, last.ckpt: both trainings would mix" in message
 
 
+def test_a_job_that_slurm_queues_again_keeps_its_best_checkpoint(
+    run: Run, run_folder: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_perfect(LAST)
+    shutil.copy(LAST, "hpc_ckpt_2.ckpt")
+    Path("hpc_ckpt_10.ckpt").write_bytes(Path("hpc_ckpt_2.ckpt").read_bytes())
+    Path("hpc_ckpt_2.ckpt").write_text("older")
+    for name, value in {"NTASKS": "1", "JOB_NAME": "train", "NTASKS_PER_NODE": "1", "NODELIST": "localhost"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    run(*FIT, "--trainer.max_epochs", "2")
+    best = best_of(Path("runs/tiny/version_1/checkpoints/last.ckpt"))
+    assert best["best_model_path"] == "runs/tiny/version_1/checkpoints/best-e000.ckpt"
+    assert fails("test", "-c", "tiny.yaml").startswith("Lightning would load hpc_ckpt_10.ckpt")
+
+
 @pytest.mark.parametrize("place", ["runs/a/checkpoints/val", "scratch/checkpoints/a", "checkpoints"])
 def test_the_run_of_a_checkpoint_is_found(workplace: Path, place: str) -> None:
     run = Path(place).parents[1] if place.startswith("runs") else Path("runs/a")
