@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 
 # What each layer may import from this package ...
 BELOW = {
-    "attention": set(),
+    "attention": {"_hyperparameters"},
     "models": {"attention", "_torchvision_guard"},
     "analysis": {"attention", "models"},
     "datamodules": {"_coco_tools", "_hyperparameters", "_text", "_torchvision_guard"},

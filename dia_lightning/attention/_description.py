@@ -8,16 +8,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dia_lightning._hyperparameters import OBJECT, primitive
 from dia_lightning.attention._links import Link
 
-#: Marks what was an object and cannot be written down.
-OBJECT = "object:"
 #: Under which names a config holds what is attached, and how that is loaded.
 DESCRIPTION, LOADS_WITH = "dia", "dia_loads_with"
 _LARGEST_EXAMPLE = 2**28  # entries; a file may ask for anything
@@ -35,7 +33,7 @@ def describe(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
         for name, value in arguments.items()
         if name not in defaults or not (value is defaults[name] or (isinstance(value, str) and value == defaults[name]))
     }
-    return {name: _example_words(value) if name == "example" else _words(value) for name, value in kept.items()}
+    return {name: _example_words(value) if name == "example" else primitive(value) for name, value in kept.items()}
 
 
 def remember(network: nn.Module, description: dict[str, Any]) -> None:
@@ -141,18 +139,6 @@ def _in_config(network: Any) -> Iterator[None]:
                 vars(config).pop(entry, None)
 
 
-def _words(value: Any) -> Any:
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Real):
-        return int(value) if isinstance(value, Integral) else float(value)
-    if isinstance(value, list | tuple):
-        return [_words(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _words(item) for key, item in value.items()}
-    return f"{OBJECT}{getattr(value, '__qualname__', type(value).__qualname__)}"
-
-
 def _example_words(value: Any) -> Any:
     """Return the shapes and types of an example; its contents do not count."""
     if isinstance(value, Tensor):
@@ -163,7 +149,7 @@ def _example_words(value: Any) -> Any:
         return [_example_words(item) for item in value]
     if isinstance(value, Mapping):
         return {"dict": {str(name): _example_words(item) for name, item in value.items()}}
-    return _words(value)
+    return primitive(value)
 
 
 def _example(words: Any) -> Any:
