@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -26,8 +27,8 @@ def check_freeze(freeze: Any) -> None:
         )
 
 
-def frozen_names(module: nn.Module, freeze: Sequence[str] | str | None, kept: Set[nn.Parameter]) -> set[str]:
-    """Return the names of parameters and buffers that are frozen.
+def frozen_names(module: nn.Module, freeze: Sequence[str] | str, kept: Set[nn.Parameter]) -> set[str]:
+    """Return the names of parameters that are frozen.
 
     Args:
         module: whose parameters they are.
@@ -38,8 +39,6 @@ def frozen_names(module: nn.Module, freeze: Sequence[str] | str | None, kept: Se
         ValueError: if a pattern matches no parameter.
     """
     names = dict(module.named_parameters())
-    if freeze is None:
-        return set()
     if freeze == ALL_BUT:
         return {name for name, parameter in names.items() if parameter not in kept}
     found: set[str] = set()
@@ -94,21 +93,24 @@ def put_back(module: nn.Module, statistics: Mapping[str, Tensor]) -> None:
         module.get_buffer(name).copy_(value)
 
 
-def keep_trained(module: nn.Module, callbacks: Iterable[Callback], kept: Set[nn.Parameter]) -> None:
+def finetuning(trainer: Trainer) -> list[BaseFinetuning]:
+    """Return the callbacks of a trainer that freeze and unfreeze parameters."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+
+
+def keep_trained(module: nn.Module, callbacks: Iterable[BaseFinetuning], kept: Set[nn.Parameter]) -> None:
     """Train attention and head, although a finetuning callback has frozen the whole network that they are a part of.
 
     Args:
         module: whose ``backbone`` Lightning's ``BackboneFinetuning`` freezes.
-        callbacks: of the trainer.
+        callbacks: that have frozen something.
         kept: parameters of attention and the head.
     """
-    found = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
-    if not found:
-        return
     norms = [part for part in module.modules() if isinstance(part, _NormBase)]  # which it may train
     in_norms = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
     is_all_frozen = not any(each.requires_grad for each in module.parameters() if each not in in_norms)
-    if is_all_frozen or any(isinstance(callback, BackboneFinetuning) for callback in found):
+    if is_all_frozen or any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
         train_parameters(module, kept)
 
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerTypeUnion
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,6 +15,7 @@ from typing_extensions import Self
 from dia_lightning.attention import attention_parameters
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.tasks._freezing import (
+    finetuning,
     freeze_parameters,
     frozen_names,
     keep_trained,
@@ -93,10 +93,10 @@ class TrainableModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Train what a finetuning callback must not have frozen, and freeze what the task was told to."""
+        callbacks = finetuning(self.trainer) if stage == "fit" else []
+        if callbacks:
+            keep_trained(self, callbacks, self._attention().union(self.head_parameters()))
         if stage == "fit":
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
-                keep_trained(self, callbacks, self._attention().union(self.head_parameters()))
             self._group_plan = self._plan_groups()  # before a strategy shards parameters
         self.freeze_parameters()
         self._statistics = {}
@@ -149,7 +149,7 @@ class TrainableModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Use the rate that a finder has found, and train what a finetuning callback trained before it was resumed."""
-        if any(isinstance(callback, BaseFinetuning) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        if finetuning(self.trainer):
             groups = self.trainer.optimizers[0].param_groups
             train_parameters(self, {parameter for group in groups for parameter in group["params"]})
         self._take_found_rate()
