@@ -1,8 +1,30 @@
-"""Dropout before the classifier of any network."""
+"""The classifier of any network, and dropout before it."""
+
+from collections.abc import Set
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def classifiers(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[nn.Module]:
+    """Return the modules that a network ends with: several in distilled networks, none where there is no layer.
+
+    Args:
+        network: one of timm, which knows its classifiers; of others it is the last linear or convolutional layer.
+        left_out: parameters of attention, whose layers are no classifier.
+    """
+    get: Any = getattr(network, "get_classifier", None)
+    found = get() if callable(get) else None
+    several = found if isinstance(found, tuple) else (found,)
+    known = [module for module in several if isinstance(module, nn.Module) and any(True for _ in module.parameters())]
+    outside = [layer for layer in _layers(network) if left_out.isdisjoint(layer.parameters())]
+    return known or outside[-1:]
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
 
 
 class DropoutLinear(nn.Linear):
@@ -16,9 +38,9 @@ class DropoutLinear(nn.Linear):
 
 
 def drop_before_head(network: nn.Module, outputs: int, dropout: float) -> None:
-    """Let the last linear layer drop values of its input in training, in place.
+    """Let the last linear layer, or layers, drop values of their input in training, in place.
 
-    The layer stays the object it is, with its weights and their names; only its type becomes a subclass.
+    A layer stays the object it is, with its weights and their names; only its type becomes a subclass.
 
     Args:
         network: without attention yet, whose layers could come last.
@@ -32,12 +54,13 @@ def drop_before_head(network: nn.Module, outputs: int, dropout: float) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
     if dropout == 0:
         return
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    head = layers[-1] if layers else network
-    if type(head) is not nn.Linear or head.out_features != outputs:
+    heads = [layer for module in classifiers(network) for layer in _layers(module)[-1:]]
+    wrong = [head for head in heads if type(head) is not nn.Linear or head.out_features != outputs]
+    if wrong or not heads:
         raise ValueError(
             f"dropout={dropout} needs a network whose last layer is a linear one with {outputs} output(s), but that of "
-            f"{type(network).__name__} is {head if layers else 'none'}. Use an option of its own: backbone_args."
+            f"{type(network).__name__} is {wrong[0] if wrong else 'none'}. Use an option of its own: backbone_args."
         )
-    head.__class__ = DropoutLinear
-    head.dropout = dropout  # type: ignore[assignment]
+    for head in heads:
+        head.__class__ = DropoutLinear
+        head.dropout = dropout  # type: ignore[assignment]

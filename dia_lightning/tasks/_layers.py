@@ -1,11 +1,11 @@
 """Layers of a network, as a decay of learning rates counts them, and its head."""
 
 from collections.abc import Iterator, Set
-from typing import Any
 
 from torch import nn
 
 from dia_lightning.attention._roles import plain_class
+from dia_lightning.models._head import classifiers
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -36,25 +36,8 @@ def layers(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> lis
 
 
 def head_of(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[nn.Parameter]:
-    """Return the parameters of the layer, or layers, that a network ends with.
-
-    Args:
-        network: one of timm, which knows its classifier; of others it is the last linear or convolutional layer.
-        left_out: parameters of attention, whose layers are no head.
-    """
-    get: Any = getattr(network, "get_classifier", None)
-    found = get() if callable(get) else None
-    modules = [module for module in (found if isinstance(found, tuple) else [found]) if isinstance(module, nn.Module)]
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    if not parameters:
-        plain = [
-            list(module.parameters())
-            for module in network.modules()
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        ]
-        outside = [own for own in plain if own and left_out.isdisjoint(own)]
-        parameters = outside[-1] if outside else []
-    return parameters
+    """Return the parameters of the layer, or layers, that a network ends with, but for those that are left out."""
+    return [parameter for module in classifiers(network, left_out) for parameter in module.parameters()]
 
 
 def _parts(module: nn.Module, left_out: Set[nn.Parameter]) -> Iterator[tuple[list[nn.Parameter], bool]]:

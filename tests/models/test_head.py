@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dia_lightning.models import get_model
-from dia_lightning.models._head import drop_before_head
+from dia_lightning.models._head import DropoutLinear, drop_before_head
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,13 @@ def test_values_before_the_classifier_are_dropped_in_training_only(
     weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
     torch.manual_seed(0)
     torch.testing.assert_close(logits, F.linear(F.dropout(seen[-1], 0.5), weight, bias))
+
+
+def test_a_distilled_network_drops_before_both_of_its_classifiers() -> None:
+    network = get_model("timm/deit_tiny_distilled_patch16_224", num_classes=7, img_size=32)
+    drop_before_head(network, 7, 0.5)
+    assert isinstance(network.head, DropoutLinear)
+    assert isinstance(network.head_dist, DropoutLinear)
 
 
 def test_a_network_without_a_linear_classifier_is_refused() -> None:
