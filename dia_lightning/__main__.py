@@ -32,8 +32,8 @@ commands:
   reproduce  train the arms of a comparison over seeds, and table them with intervals; goes on where it was stopped:
              dia-lightning reproduce configs/reproduce/digits_sharing.yaml --jobs 2
 
-Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. What the command
-line says counts before the config, the config before the checkpoint of --ckpt_path (a file, 'last' or 'best').
+Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. The command line
+overrides the config, and the config overrides the checkpoint of --ckpt_path (a file, 'last' or 'best').
 `dia-lightning COMMAND --help` lists the options. DIA_TRACEBACK=1 shows the whole trace of an error.
 """
 

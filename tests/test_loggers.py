@@ -133,7 +133,7 @@ def test_a_table_of_predictions_has_the_most_confident_mistakes_first(logged: Pa
 def test_training_goes_on_in_the_run_of_the_checkpoint_and_steps_do_not_go_backwards(logged: Path) -> None:
     first, second = offline_runs(logged)
     assert summary(second)["run_id"] == "run-7"
-    assert (logged / "stderr.txt").read_text().count("going on in the Weights & Biases run run-7") == 1
+    assert (logged / "stderr.txt").read_text().count("resuming the Weights & Biases run run-7") == 1
     steps = [[item["trainer/global_step"] for item in history(run) if "train/loss" in item] for run in (first, second)]
     assert min(steps[1]) > max(steps[0])
     assert [path.name for path in (logged / "runs" / "tiny").iterdir()] == ["version_0"]

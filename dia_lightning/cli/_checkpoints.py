@@ -188,7 +188,7 @@ def _best(newest: Path) -> Path:
         recorded = str(record.get("best_model_path") or "")
         if not recorded:  # it was never validated
             continue
-        # the run may have been moved: the file beside this one counts before the path of that time
+        # the run may have been moved: the file beside this one comes before the recorded path
         for candidate in (newest.with_name(os.path.basename(recorded)), Path(recorded)):
             if candidate.is_file():
                 return candidate

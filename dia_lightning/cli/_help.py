@@ -6,14 +6,14 @@ import re
 _ROLE = re.compile(r":[a-z]+(?::[a-z]+)*:`(~?)([^`<]+?)(?:\s*<[^>`]*>)?`")
 _LINK = re.compile(r"`([^`<]+?)\s*<[^>`]*>`_+")
 _RESUME = (
-    "Checkpoint to go on from: a file, or 'last' or 'best' of the newest run. Optimizer, schedule and epoch go on as "
-    "they were; for the weights alone, use --model.init_from."
+    "Checkpoint to resume from: a file, or 'last' or 'best' of the newest run. Optimizer, schedule and epoch are "
+    "restored; to take the weights alone, use --model.init_from."
 )
 _USE = (
-    "Checkpoint to use: a file, or 'last' or 'best' of the newest run. Without -c, the config of its run is taken; "
-    "other options count before it."
+    "Checkpoint to use: a file, or 'last' or 'best' of the newest run. Without -c, the config of its run is used; "
+    "other options override it."
 )
-_WEIGHTS_ONLY = "Refuse checkpoints that hold more than tensors and plain values; null means true: they could run code."
+_WEIGHTS_ONLY = "Refuse checkpoints with more than tensors and plain values, which could run code; null means true."
 
 
 def plain(text: str) -> str:

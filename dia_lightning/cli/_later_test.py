@@ -8,17 +8,17 @@ from dia_lightning.datamodules import DIADataModule
 
 
 class CheckLaterTest(Callback):
-    """Refuse a fit with ``test_after_fit`` whose test could not even begin."""
+    """Refuse a fit with ``test_after_fit`` whose test could not even start."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look when data have been fetched, in every process, before anything is trained."""
         if stage != "fit":
             return
-        advice = "Mend it, or leave test_after_fit out"
+        advice = "Fix this, or leave test_after_fit out"
         if not is_overridden("test_step", pl_module):
             raise UserError(f"test_after_fit: {type(pl_module).__name__} has no test_step to run. {advice}.")
         data: DIADataModule = trainer.datamodule  # type: ignore[attr-defined]
         try:
             data.check_test_data()
         except (ValueError, OSError) as error:
-            raise UserError(f"test_after_fit: {str(error).rstrip('.')}. {advice}, and test by itself.") from error
+            raise UserError(f"test_after_fit: {str(error).rstrip('.')}. {advice} and run test separately.") from error

@@ -107,15 +107,15 @@ def take_up(trainer: Trainer, source: RunSource) -> str:
                 continue
             if logger is first or _adopts(logger, source.versions.get(logger.root_dir)):
                 go_on(logger, source.step)
-        return f"going on in the run folder {source.folder}"
+        return f"continuing in the run folder {source.folder}"
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and source.folder is not None:
             go_on_with_a_copy(logger, source.folder)
     reason = source.obstacle or f"the options do not lead to {source.folder}"
     if first is None:
-        return f"{reason}: going on in {trainer.default_root_dir}, the one folder of all runs without a logger"
+        return f"{reason}: continuing in {trainer.default_root_dir}, the one folder of all runs without a logger"
     metrics = "" if source.folder is None else " and of the metrics up to now"
-    return f"{reason}: going on in a new run folder, with a copy of the best checkpoint{metrics}"
+    return f"{reason}: continuing in a new run folder, with a copy of the best checkpoint{metrics}"
 
 
 def left_by_slurm(folder: Path) -> str | None:

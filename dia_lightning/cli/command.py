@@ -41,8 +41,8 @@ _PACKING = ("Does not validate against", "Call to compute_fn of link")
 class DIACLI(LightningCLI):
     """LightningCLI for the tasks and datamodules of this package (or subclasses of their bases).
 
-    A value given on the command line counts before one from a config file, that before one in the checkpoint of
-    ``--ckpt_path``, that before the default. Class paths that a checkpoint holds are never imported.
+    The command line overrides config files, these override the checkpoint of ``--ckpt_path``, and that the defaults.
+    Class paths that a checkpoint holds are never imported.
 
     Args:
         args: arguments as in a shell, the command first.
@@ -240,7 +240,7 @@ class DIACLI(LightningCLI):
         for logger in self.trainer.loggers:
             if run_id is not None and isinstance(logger, WandbLogger) and logger.version is None:
                 logger.resume(run_id)
-                _say(f"going on in the Weights & Biases run {run_id}; for one of its own add a new id to the logger")
+                _say(f"resuming the Weights & Biases run {run_id}; to start a new one, give the logger a new id")
         _say(take_up(self.trainer, source))
         # of Lightning; where it is so, it is meant
         warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
@@ -254,7 +254,7 @@ class DIACLI(LightningCLI):
             _say(
                 f"nothing was left to train: {ckpt_path} is at the end of the training "
                 f"(--trainer.max_epochs {self.trainer.max_epochs}, --trainer.max_steps {self.trainer.max_steps}). "
-                "To go on give more of them."
+                "To train longer, raise them."
             )
         if not self.config.fit.test_after_fit:
             return

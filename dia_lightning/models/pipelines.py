@@ -188,7 +188,7 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         _check_names(names, unet.config)
         if unet.config.get("dia") and not is_attached(unet):
             raise ValueError(
-                f"This {type(unet).__name__} was loaded without the attention that its config tells of "
+                f"This {type(unet).__name__} was loaded without the attention that its config describes "
                 f"(dia={unet.config.dia}). Load it with dia_lightning.models.from_pretrained, and give it: unet=..."
             )
         if isinstance(scheduler, DDPMScheduler):

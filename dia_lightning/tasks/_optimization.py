@@ -167,8 +167,8 @@ class TrainableModule(LightningModule):
                 warn_of_other_end(rates.schedule.curve, rates.schedule.planned)
         if is_resumed and not math.isclose(rates.full, rates.planned):
             rank_zero_warn(
-                f"lr is {rates.planned:.4g}, but the checkpoint goes on with its own, {rates.full:.4g}: resuming "
-                "restores the optimizer and the schedule as they were. For another rate, start anew from the weights: "
+                f"lr is {rates.planned:.4g}, but the rate of the checkpoint, {rates.full:.4g}, is used: resuming "
+                "restores the optimizer and the schedule as they were. For another rate, start from the weights alone: "
                 "init_from in place of ckpt_path."
             )
         warn_of_long_warmup(self.trainer, self._options)

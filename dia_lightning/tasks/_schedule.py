@@ -98,7 +98,7 @@ def _from_torch(state: Mapping[str, Any]) -> dict[str, Any]:
         curve = Curve("step" if milestones else "constant", "epoch", milestones, main["gamma"], warmup)
     else:
         raise ValueError(
-            "The checkpoint was trained with a schedule of its own, which cannot go on as 'step', 'cosine' or "
+            "The checkpoint was trained with a schedule of its own, which cannot continue as 'step', 'cosine' or "
             "'constant'. Pass the same schedule, or start anew from the weights with init_from."
         )
     kept = {name: state[name] for name in ("last_epoch", "_last_lr")}

@@ -86,7 +86,7 @@ def test_a_stopped_training_that_goes_on_leaves_what_a_straight_one_does(
         with open("runs/tiny/version_0/metrics.csv", "a") as file:
             file.write("2,4,0.")  # half a row
     run(*FIT, "--trainer.max_epochs", "4", "--ckpt_path", "last")
-    assert "going on in the run folder runs/tiny/version_0\n" in capsys.readouterr().err
+    assert "continuing in the run folder runs/tiny/version_0\n" in capsys.readouterr().err
     here, straight = Path("runs/tiny/version_0"), stopped / "straight/tiny/version_0"
     assert rows(here) == rows(straight)
     assert [path.name for path in here.parent.iterdir()] == ["version_0"]
@@ -146,7 +146,7 @@ def test_in_another_folder_the_best_and_the_metrics_are_taken_along(
 
     assert {path: text for path, text in contents(Path("runs")).items() if path in before} == before
     said = capsys.readouterr().err
-    assert "going on in a new run folder, with a copy of the best checkpoint" in said
+    assert "continuing in a new run folder, with a copy of the best checkpoint" in said
     reason = {"other name": "the options do not lead to", "copied file": "mine.ckpt is not in the folder of a run"}
     reason |= {"older": "has a later checkpoint, last.ckpt", "write-protected": "is write-protected"}
     assert reason.get(how, "another training is writing to runs/tiny/version_0") in said

@@ -358,7 +358,7 @@ def test_a_warm_up_longer_than_the_training_is_warned_of(
 def test_resuming_says_which_rate_counts(tmp_path: Path) -> None:
     saves: dict[str, Any] = {"callbacks": [ModelCheckpoint(tmp_path, save_last=True)], "enable_checkpointing": True}
     fit(tiny_task(), max_epochs=1, **saves)
-    with pytest.warns(UserWarning, match=r"lr is 0.2, but the checkpoint goes on with its own, 0.05"):
+    with pytest.warns(UserWarning, match=r"lr is 0.2, but the rate of the checkpoint, 0.05, is used"):
         found = fit(tiny_task(lr=0.2), max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert found.first == [LR] * 4
 
