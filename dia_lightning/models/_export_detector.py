@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,11 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._evaluating import evaluating
 from dia_lightning.models._export import require_packages, written_weights
-
-Detection: TypeAlias = dict[str, Tensor]
-
-#: Objects of the network and of the file are the same one if they have one label and differ by no more than this.
-PIXELS, SCORE = 0.1, 1e-3
+from dia_lightning.models._exported_detector import Detection, ExportedDetector, compared
 
 _OPSET = 17  # the first that torch exports RoiAlign to as torchvision computes it is 16
 
@@ -37,49 +32,6 @@ _SNIPPETS = {
         "(found,) = detector.eval()([image])  # float32 [3, height, width] in [0, 1]"
     ),
 }
-
-
-@dataclass(frozen=True)
-class ExportedDetector:
-    """A file that a detector was written to.
-
-    Args:
-        path: the file.
-        images: how many were compared.
-        objects: how many the network finds in these images.
-        matched: for how many of them the file has one of the same label, with corners within 0.1 pixels and a score
-            within 0.001.
-        extra: how many of the file the network does not find. Objects of almost equal scores or overlaps can be lost or
-            won by rounding.
-        differences: largest difference over the matched objects, by output: ``boxes`` in pixels, ``scores``, ...
-        snippet: Python code that loads the file without this package's training code.
-    """
-
-    path: Path
-    images: int
-    objects: int
-    matched: int
-    extra: int
-    differences: dict[str, float]
-    snippet: str
-
-    @property
-    def agreement(self) -> str:
-        """How well network and file agree, in words."""
-        if self.objects + self.extra == 0:
-            return (
-                f"neither network nor file finds an object in {self.images} images, which says little. Compare on "
-                "images with objects."
-            )
-        units = {"boxes": " pixels"}
-        listed = ", ".join(
-            f"{name} {value:.1e}{units.get(name, '')}" for name, value in self.differences.items() if name != "labels"
-        )
-        extra = f", and {self.extra} that the network does not find" if self.extra else ""
-        return (
-            f"{self.matched} of the network's {self.objects} objects in {self.images} images are in the file{extra}; "
-            f"largest difference: {listed}"
-        )
 
 
 def export_detector(
@@ -139,7 +91,7 @@ def export_detector(
         pairs = [(one(image), run(image)) for image in images]
     attached = "then attach(detector.backbone.body, ...)" if is_attached(detector) else "without attach(...)"
     snippet = _SNIPPETS[path.suffix].format(path=str(path), names=", ".join(names), attached=attached)
-    return _compared(path, names, pairs, snippet)
+    return compared(path, names, pairs, snippet)
 
 
 class _OneImage(nn.Module):
@@ -221,39 +173,3 @@ def _exact_sizes(detector: nn.Module) -> Iterator[None]:
 
 def _write_weights(one: _OneImage, image: Tensor, path: Path, metadata: dict[str, str]) -> _Run:
     return _OneImage(written_weights(one.detector, path, metadata), one.names).eval()
-
-
-def _compared(
-    path: Path, names: Sequence[str], pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]], snippet: str
-) -> ExportedDetector:
-    differences = dict.fromkeys(names, 0.0)
-    objects = matched = in_file = 0
-    for expected, found in pairs:
-        one, other = (dict(zip(names, [value.cpu() for value in values], strict=True)) for values in (expected, found))
-        rows, columns = matches(one, other)
-        objects, matched, in_file = objects + len(one["labels"]), matched + len(rows), in_file + len(other["labels"])
-        for name in names if rows else ():
-            difference = (one[name][rows].double() - other[name][columns].double()).abs().max().item()
-            differences[name] = max(differences[name], difference)
-    return ExportedDetector(path, len(pairs), objects, matched, in_file - matched, differences, snippet)
-
-
-def matches(one: Detection, other: Detection) -> tuple[list[int], list[int]]:
-    """Return the numbers of the objects that two detections of an image have in common.
-
-    Args:
-        one: ``boxes [N, 4]``, ``labels [N]`` and ``scores [N]``.
-        other: the same of M objects.
-    """
-    distance = torch.cdist(one["boxes"].detach().double(), other["boxes"].double(), p=torch.inf)  # [N, M]
-    scores = (one["scores"][:, None] - other["scores"]).abs()
-    is_same = (one["labels"][:, None] == other["labels"]) & (scores <= SCORE) & (distance <= PIXELS)
-    distance[~is_same] = torch.inf
-    rows, columns = [], []
-    for row, near in enumerate(distance):
-        column = int(near.argmin()) if len(near) else 0
-        if len(near) and near[column].isfinite():
-            rows.append(row)
-            columns.append(column)
-            distance[:, column] = torch.inf  # each belongs to one
-    return rows, columns

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.models import export_detector
-from dia_lightning.models._export_detector import matches
+from dia_lightning.models._exported_detector import matches
 from tests.tasks.tiny_detection import tiny_batch, tiny_task
 
 IMAGES = tiny_batch(3, 2)[0]  # 64 x 64 and 64 x 80
