@@ -58,7 +58,7 @@ def unknown_class(match: re.Match[str], message: str) -> str:
         nested = re.search(r"NestedArg\(key='(\w+)'", body(message)) or re.search(r"'init_args': {'(\w+)'", message)
         if f"'{literal[2]}'" in literal[1] and nested is not None:
             return option_of_a_name(nested[1], message)
-        return f"{place(message)}: '{literal[2]}' is neither of {literal[1]}, nor the path of a class."
+        return f"{place(message)}: '{literal[2]}' is none of {literal[1]}, and no path of a class."
     return f"{place(message)}: there is no class '{name}'{nearest(name.rpartition('.')[2], known)}"
 
 

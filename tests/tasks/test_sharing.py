@@ -15,20 +15,11 @@ from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.models import get_model
 from dia_lightning.models._libraries import without_weights
 from dia_lightning.tasks import ClassificationTask, DIATask, DiffusionTask
+from tests.models.test_pretrained import moved
 from tests.tasks.conftest import small_task, small_trainer
 from tests.tasks.tiny_detection import tiny_task
 
 UNET = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
-
-
-def moved(task: Any) -> Any:
-    """Give every weight and statistic a value that it does not start with."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in task.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
-    return task.eval()
 
 
 def assert_equal(loaded: DIATask, task: DIATask) -> None:
