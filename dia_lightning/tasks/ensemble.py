@@ -1,6 +1,8 @@
 """Several trained classifiers as one."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,17 @@ class EnsembleTask(ClassificationTask):
         super().setup(stage)
         for member in self.members:
             self.on_load_checkpoint({"dia_data": member._data, "global_step": self.trained_steps})
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, metrics: Mapping[str, float] | None = None) -> Path:
+        """Refuse to write what could not be loaded.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "An ensemble is made of its members, which a folder has no place for. Save them one by one, and load "
+            "them by EnsembleTask([ClassificationTask.from_pretrained(folder), ...])."
+        )
 
     def member_logits(self, images: Tensor) -> Tensor:
         """Return the logits of all members ``[M, B, K]``, or ``[M, B]`` of a binary task."""

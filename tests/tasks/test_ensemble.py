@@ -102,6 +102,9 @@ def test_members_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         EnsembleTask([one, Linear(3)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="An ensemble is not trained"):
         small_trainer(tmp_path).fit(EnsembleTask([one, two]), batches(torch.randint(3, (20,)))[1])
+    with pytest.raises(ValueError, match="Save them one by one"):
+        EnsembleTask([one, two]).save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_data_of_other_classes_than_the_members_are_refused(tmp_path: Path, digits: Any) -> None:
