@@ -14,7 +14,7 @@ BELOW = {
     "models": {"attention", "_torchvision_guard"},
     "analysis": {"attention", "models"},
     "datamodules": {"_coco_tools", "_hyperparameters", "_text", "_torchvision_guard"},
-    "loggers": set(),
+    "loggers": {"_text"},
     "callbacks": {"_coco_tools", "analysis", "tasks", "datamodules", "models", "attention"},
     "tasks": {"_coco_tools", "_hyperparameters", "models", "attention"},
     "cli": {

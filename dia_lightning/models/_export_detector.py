@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.onnx.operators import shape_as_tensor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._evaluating import evaluating
@@ -151,6 +150,8 @@ def _exact_sizes(detector: nn.Module) -> Iterator[None]:
 
     torchvision computes the new size in float32 there, which is a pixel off for one size in six.
     """
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
     transform: Any = getattr(detector, "transform", None)
     if not isinstance(transform, GeneralizedRCNNTransform) or transform.fixed_size is not None:
         yield
