@@ -170,6 +170,7 @@ def edit(folder: Path, **hyperparameters: Any) -> None:
         ({"backbone_args": 11}, "does not hold a ClassificationTask"),
         ({"backbone": "os.system"}, "Unknown model 'os.system'"),
         ({"attention": "os.system"}, "Attention 'os.system' is no nn.Module class"),
+        ({"attention": "antigravity.Gate"}, "Attention .antigravity.Gate. is not imported"),
         ({"attention": "se"}, "does not hold a ClassificationTask"),
         ({"lr": "fast"}, "does not hold a ClassificationTask"),
     ],
