@@ -120,7 +120,7 @@ def _start(run: Run, root: Path, environment: Mapping[str, str], lock: IO[str]) 
 
 
 def _result_of(child: _Child, experiment: Experiment) -> Result:
-    from dia_lightning.tasks.base import NonFiniteLossError  # imports Lightning, which --help does without
+    from dia_lightning.tasks import NonFiniteLossError  # imports Lightning, which --help does without
 
     code = child.process.returncode
     metrics = last_values(child.folder / "metrics.csv")

@@ -10,22 +10,13 @@ from torch import Tensor, nn
 
 from dia_lightning._hyperparameters import primitive
 from dia_lightning.tasks._compilation import compile_in_place
+from dia_lightning.tasks._finite import FiniteModule
 from dia_lightning.tasks._freezing import Freeze
-from dia_lightning.tasks._optimization import TrainableModule
 from dia_lightning.tasks._optimizers import Options
 from dia_lightning.tasks._shareable import Shareable
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite. Raised before the weights are changed by it.
-
-    The program ends with a code of its own on it, so that others can tell a run that diverged from one that failed.
-    """
-
-    exit_code = 3
-
-
-class DIATask(TrainableModule, Shareable):
+class DIATask(FiniteModule, Shareable):
     """Base class of the tasks: optimizer and schedule, hyperparameters that reload, class names in the checkpoint.
 
     Precision: losses, their sums and probabilities are float32 or better in every precision of the trainer. With the
@@ -97,7 +88,6 @@ class DIATask(TrainableModule, Shareable):
         self._compiled: list[nn.Module] = []
         #: Optimizer steps behind the weights of a checkpoint that was loaded; ``None`` while it trains on.
         self.trained_steps: int | None = None
-        self._last_finite_loss: Tensor | None = None
         self._seen = 0
         self._told: set[str] = set()
 
@@ -219,29 +209,6 @@ class DIATask(TrainableModule, Shareable):
         self.trained_steps = None
 
     # ---- losses
-
-    def check_loss(self, loss: Tensor, batch_index: int, parts: Mapping[str, Tensor] | None = None) -> None:
-        """Stop before a loss that is NaN or infinite reaches the weights.
-
-        Args:
-            loss: what is to be minimised.
-            batch_index: of the batch in its epoch, for the message.
-            parts: the terms of a sum, by name, so that the message can tell which of them it was.
-
-        Raises:
-            NonFiniteLossError: with the batch and the last finite loss.
-        """
-        if torch.isfinite(loss):
-            self._last_finite_loss = loss.detach()
-            return
-        last = "none" if self._last_finite_loss is None else f"{self._last_finite_loss.item():.4g}"
-        wrong = [name for name, part in (parts or {}).items() if not torch.isfinite(part)]
-        cause = f" (from {', '.join(wrong)})" if wrong else ""
-        raise NonFiniteLossError(
-            f"The loss is {loss.item()}{cause} at batch {batch_index} of epoch {self.current_epoch}; the last finite "
-            f"loss was {last}. Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this "
-            "batch."
-        )
 
     def evaluation_loss(self, batch: Any) -> Tensor:
         """Return the loss of a batch of validation or test, summed over its images: the same number at every call.
