@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGINT
 from typing import Any, get_args, get_origin
 
 from jsonargparse import Namespace
@@ -275,8 +275,8 @@ class DIACLI(LightningCLI):
                 raise
             if subcommand == "fit":
                 self._say_how_to_resume()
-            # Lightning ends with 0 after SIGTERM, as if all was done
-            raise SystemExit(128 + (SIGTERM if isinstance(stop, SIGTERMException) else SIGINT)) from stop
+            # Lightning ends with 1 after Ctrl-C
+            raise SystemExit(stop.code if isinstance(stop, SIGTERMException) else 128 + SIGINT) from stop
         finally:
             self._together.lock.release()
 

@@ -49,11 +49,11 @@ class FiniteModule(TrainableModule):
         is_finite = torch.isfinite(loss.detach())
         if self._largest_gradient is not None:  # one look at the accelerator for both
             is_finite = is_finite & torch.isfinite(self._largest_gradient).to(is_finite.device)
-        all_are = bool(is_finite)
-        trainer = self._trainer
-        if trainer is not None and trainer.world_size > 1:  # else the others would wait for the one that stops
-            all_are = trainer.strategy.reduce_boolean_decision(all_are, all=True)
-        if all_are:
+        if self._trainer is not None and self._trainer.world_size > 1:
+            # else the others would wait for the one that stops
+            is_finite = is_finite.int()
+            torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)
+        if is_finite:
             self._last_finite_loss, self._largest_gradient = loss.detach(), None
             return
         self._check_last_gradients()

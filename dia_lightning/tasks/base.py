@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dia_lightning.tasks._finite import FiniteModule
 from dia_lightning.tasks._freezing import Freeze
 from dia_lightning.tasks._optimizers import Options
 from dia_lightning.tasks._shareable import Shareable
+from dia_lightning.tasks._stop import StopOnSignal
 
 
 class DIATask(FiniteModule, Shareable):
@@ -126,6 +128,10 @@ class DIATask(FiniteModule, Shareable):
     def normalization(self) -> tuple[list[float], list[float]] | None:
         """Mean and deviation per channel that images were normalised by, from the data module or the checkpoint."""
         return (self._data["mean"], self._data["std"]) if {"mean", "std"} <= set(self._data) else None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Save and stop on SIGTERM and Ctrl-C; Lightning adds what this returns to the callbacks of the trainer."""
+        return [StopOnSignal()]
 
     # ---- data
 
