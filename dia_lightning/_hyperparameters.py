@@ -1,5 +1,9 @@
-"""Hyperparameters that every checkpoint can hold."""
+"""Hyperparameters that every checkpoint can hold, and what of them may come back from one.
 
+Whoever wrote a file chose what is in it: values from files are data, and nothing in them may be imported or called.
+"""
+
+import inspect
 import os
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -7,6 +11,10 @@ from typing import Any
 
 #: Marks a hyperparameter that was an object and cannot be kept in a checkpoint.
 OBJECT = "object:"
+#: How Lightning and jsonargparse know a dictionary that stands for an object; either may read it out of a text, too.
+_CODE = ("class_path", "init_args", "dict_kwargs", "_instantiator")
+#: More levels or values than these are no options, but a list that holds itself, or something made to fill the memory.
+_MOST_LEVELS, _MOST_VALUES = 20, 100_000
 
 
 def check_is_no_mark(name: str, value: Any) -> None:
@@ -36,3 +44,74 @@ def primitive(value: Any) -> Any:
         return {str(key): primitive(item) for key, item in value.items()}
     name = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{OBJECT}{name}"
+
+
+def from_file(found: object, source: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Part hyperparameters from a file into plain data and the rest.
+
+    Plain are ``None``, booleans, numbers and texts, and lists and dictionaries of them that name no code at any depth.
+
+    Args:
+        found: what the file holds as hyperparameters.
+        source: the file, for messages.
+
+    Returns:
+        Plain values by name; and by name, what is wrong with each of the others. Names that begin with ``_`` are
+        Lightning's own, which would run what they say, and are in neither.
+
+    Raises:
+        ValueError: if it is no dictionary of names.
+    """
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ValueError(
+            f"{source} is no checkpoint of a task: its hyper_parameters must be a dictionary of names, got "
+            f"{found!r:.100}. Give another file, or its weights alone to init_from."
+        )
+    own = {name: value for name, value in found.items() if not name.startswith("_")}
+    strange = {name: wrong for name, value in own.items() if (wrong := _strange_in(value)) is not None}
+    return {name: value for name, value in own.items() if name not in strange}, strange
+
+
+def arguments_of(kind: type, found: object, given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the arguments of a constructor that a file holds, followed by those that are given in their place.
+
+    Args:
+        kind: the class that is built.
+        found: what the file holds as hyperparameters.
+        given: arguments by name.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: if one is no plain data and not given.
+    """
+    plain, strange = from_file(found, source)
+    for name, what in strange.items():
+        if name not in given:
+            raise ValueError(
+                f"{source} holds {what} as {name}, and checkpoints are data: no class is imported and nothing is "
+                f"called because a file says so. Pass what you trust: load_from_checkpoint(path, {name}=...)."
+            )
+    known = inspect.signature(kind).parameters
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in known.values())
+    return {**{name: value for name, value in plain.items() if takes_all or name in known}, **given}
+
+
+def _strange_in(value: Any) -> str | None:
+    """Return what in a value is no plain data; ``None`` if all is."""
+    pending, count = [(value, 0)], 0
+    while pending:
+        item, level = pending.pop()
+        count += 1
+        if level > _MOST_LEVELS or count > _MOST_VALUES:
+            return f"more than {_MOST_LEVELS} levels or {_MOST_VALUES} values"
+        if isinstance(item, str):
+            # a text with escapes may spell a word in another way
+            if any(word in item for word in _CODE) or ('"' in item and "\\" in item):
+                return f"the text {item[:60]!r}"
+        elif isinstance(item, Mapping):
+            pending += [(part, level + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple):
+            pending += [(part, level + 1) for part in item]
+        elif not (item is None or isinstance(item, bool | int | float)):
+            return f"a {type(item).__name__}"
+    return None

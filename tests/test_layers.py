@@ -13,13 +13,13 @@ BELOW = {
     "attention": {"_hyperparameters"},
     "models": {"attention", "_torchvision_guard"},
     "analysis": {"attention", "models"},
-    "datamodules": {"_coco_tools", "_hyperparameters", "_text", "_torchvision_guard"},
+    "datamodules": {"_checkpoint_file", "_coco_tools", "_hyperparameters", "_text", "_torchvision_guard"},
     "loggers": {"_text"},
     "callbacks": {"_coco_tools", "analysis", "tasks", "datamodules", "models", "attention"},
-    "tasks": {"_coco_tools", "_hyperparameters", "models", "attention"},
+    "tasks": {"_checkpoint_file", "_coco_tools", "_hyperparameters", "models", "attention"},
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),
-        *("_text", "_torchvision_guard"),
+        *("_hyperparameters", "_text", "_torchvision_guard"),
     },
 }
 # ... and which of the other packages it must do without.

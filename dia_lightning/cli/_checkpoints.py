@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dia_lightning._hyperparameters import from_file
 from dia_lightning.cli._run_source import config_of
 
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
@@ -15,6 +16,8 @@ NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})
 # What decides which weights a network has: what it is made of, and where attention goes.
 BACKBONE = ("backbone", "backbone_args", "detector")
 ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites", "existing", "identity", "branch_norm")
+# Options that hold names with dots, of weights and of layers, and take no objects.
+_OF_NAMES = frozenset({"backbone_args", "freeze", "sites"})
 
 
 def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
@@ -65,7 +68,7 @@ def read(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str) -> dict[str, Any]:
+def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str, path: str) -> tuple[dict[str, Any], list[str]]:
     """Return the hyper-parameters that may be taken from a checkpoint: plain values of the class that is being built.
 
     Class paths in a checkpoint are never imported: whoever wrote the file would choose which code runs here.
@@ -73,19 +76,25 @@ def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str) -> dict[str
     Args:
         checkpoint: what :func:`read` gave.
         class_path: the class that the command or its config names.
+        path: the checkpoint, for messages.
 
     Returns:
-        Values by name; empty for the checkpoint of another class.
+        Values by name, and the names of options that hold something else; nothing for the checkpoint of another class.
+
+    Raises:
+        ValueError: if the hyper-parameters are no dictionary.
     """
-    found = dict(checkpoint.get("hyper_parameters", {}))
-    written_by = str(found.pop("_class_path", class_path))
+    found = checkpoint.get("hyper_parameters", {})
+    plain, strange = from_file(found, path)
+    written_by = str(found.get("_class_path", class_path))
     if written_by.rpartition(".")[2] != class_path.rpartition(".")[2]:
-        return {}
-    return {
+        return {}, []
+    taken = {
         name: value
-        for name, value in found.items()
-        if name not in NOT_TAKEN and not name.startswith("_") and _is_plain(value)
+        for name, value in plain.items()
+        if name not in NOT_TAKEN and (name in _OF_NAMES or not _has_class_path(value))
     }
+    return taken, sorted(strange)
 
 
 def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) -> None:
@@ -158,15 +167,17 @@ def class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
 
 
-def _is_plain(value: Any) -> bool:
+def _has_class_path(value: Any) -> bool:
+    """Tell whether a text in a value could be a path such as "package.Class".
+
+    The config of a run keeps what the run took from a checkpoint. Where an option also takes an object, the next
+    command that reads that config would import such a text.
+    """
     if isinstance(value, str):
-        # Where an option also takes an object, jsonargparse would import a text such as "package.Class".
-        return re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) is None
+        return re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) is not None
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    if isinstance(value, dict):
-        return "class_path" not in value and all(_is_plain(item) for item in value.values())
-    return value is None or isinstance(value, (bool, int, float))
+        return any(map(_has_class_path, value))
+    return isinstance(value, dict) and any(map(_has_class_path, value.values()))
 
 
 def _newest(roots: Iterable[Path], patterns: Iterable[str], wanted: str) -> Path:

@@ -31,6 +31,7 @@ from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.cli._resume import KeepRunTogether, left_by_slurm, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.cli._run_source import head, source_of
+from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger, default_project
 from dia_lightning.tasks import DIATask
@@ -50,6 +51,7 @@ class DIACLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self._trained_classes: list[str] | None = None
+        self._from_checkpoint: TakenArguments | None = None
         self._command = args[0] if args else ""
         args, config = with_config_of_run(args)
         if config is not None:
@@ -165,16 +167,26 @@ class DIACLI(LightningCLI):
         config.ensemble = _ensemble.member_paths(config.ensemble, _run_roots(config.trainer))
         for number, path in enumerate(config.ensemble):
             _say(f"member{number} is {path}")
-        checkpoint = _checkpoints.read(config.ensemble[0])
+        first = config.ensemble[0]
+        checkpoint = _checkpoints.read(first)
         self._trained_classes = _checkpoints.class_names(checkpoint)
+        found = self._found_in(checkpoint, config.model.class_path, first)
         init_args = config.model.init_args
-        taken = {**_checkpoints.hyper_parameters(checkpoint, config.model.class_path), "init_from": None}
-        for name, value in taken.items():
-            if name in init_args:
-                init_args[name] = value
+        if "init_from" in init_args:
+            init_args.init_from = None
+        self._from_checkpoint = TakenArguments(first, {name: found[name] for name in found if name in init_args})
+
+    def _found_in(self, checkpoint: dict[str, Any], class_path: str, path: str) -> dict[str, Any]:
+        found, strange = _checkpoints.hyper_parameters(checkpoint, class_path, path)
+        if strange:
+            _say(
+                f"not taken from the checkpoint, because it is no plain data: {', '.join(strange)}. Options that need "
+                "classes come from the command or the config"
+            )
+        return found
 
     def _take_hyper_parameters(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
-        found = _checkpoints.hyper_parameters(checkpoint, config.model.class_path)
+        found = self._found_in(checkpoint, config.model.class_path, config.ckpt_path)
         if found:
             _checkpoints.check_attention_is_named(self._given, checkpoint, config.ckpt_path)
         _checkpoints.check_fits(self._given, found, config.ckpt_path)
@@ -185,8 +197,7 @@ class DIACLI(LightningCLI):
             if name in init_args and name not in self._given and init_args[name] != value
         }
         changed = {name: value for name, value in found.items() if self._given.get(name, value) != value}
-        for name, value in taken.items():
-            init_args[name] = value
+        self._from_checkpoint = TakenArguments(config.ckpt_path, taken)
         if taken:
             _say(f"from the checkpoint: {_listing(taken)}")
         if changed:
@@ -208,6 +219,12 @@ class DIACLI(LightningCLI):
         if config.trainer.logger is False:  # Lightning refuses to monitor rates that go nowhere
             callbacks = _as_list(config.trainer.callbacks)
             config.trainer.callbacks = [item for item in callbacks if not _is_rate_monitor(item)] or None
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        if self._from_checkpoint is not None:
+            maker = TaskMaker(self, self._from_checkpoint)
+            self.parser.add_instantiator(maker, DIATask, subclasses=True)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what these refuse is the user's to mend."""

@@ -4,14 +4,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dia_lightning._hyperparameters import primitive
+from dia_lightning._checkpoint_file import read_checkpoint
+from dia_lightning._hyperparameters import arguments_of, primitive
 from dia_lightning.datamodules._account import (
     warn_of_files_left_out,
     warn_of_shared_files,
@@ -48,6 +50,7 @@ _STAGES: dict[str | None, tuple[_Loaded, ...]] = {
     "predict": ("predict",),
     None: ("train", "val", "test", "predict"),
 }
+Data = TypeVar("Data", bound="DIADataModule")
 _NAMES = {"val": "validation", "test": "test"}
 _ROLES: dict[_Loaded, Role] = {"train": "train", "val": "eval", "test": "eval", "predict": "predict"}
 
@@ -189,6 +192,40 @@ class DIADataModule(LightningDataModule, ABC):
         return self._dataset("predict").name(index)
 
     # Lightning's hooks
+
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls: type[Data],  # noqa: N805  # Lightning has a decorator of its own
+        checkpoint_path: str | os.PathLike[str] | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Data:
+        """Build the data module of a checkpoint, which is data: no code is run from it and no class imported.
+
+        Args:
+            checkpoint_path: a path, or a file that is open for reading bytes.
+            map_location: as ``torch.load`` takes it.
+            hparams_file: not read.
+            weights_only: always ``True``.
+            **kwargs: options in place of those in the checkpoint: objects have to be given again.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else, code, or options that do not fit.
+        """
+        content, source = read_checkpoint(
+            checkpoint_path, map_location, hparams_file=hparams_file, weights_only=weights_only
+        )
+        arguments = arguments_of(cls, content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), kwargs, source)
+        try:
+            data = cls(**arguments)
+        except TypeError as error:  # values of other types fail in many ways
+            raise ValueError(f"The hyper-parameters of {source} do not fit {cls.__name__}: {error}.") from error
+        if cls.__qualname__ in content:
+            data.load_state_dict(content[cls.__qualname__])
+        return data
 
     def prepare_data(self) -> None:
         """Fetch and unpack what is missing; connects to nothing if all is there."""

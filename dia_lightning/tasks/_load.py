@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks.base import DIATask
 
 
@@ -34,15 +35,10 @@ def load_task(path: str | Path) -> DIATask:
             f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({type(error).__name__})."
         ) from error
     kind = task_named(name, str(path))
-    known = checkpoint.get("hyper_parameters", {})
-    if "_instantiator" in known:  # Lightning's own lets its parser import what stands beside it
-        raise ValueError(
-            f"{str(path)!r} names code to run (_instantiator). If you trust it, use {name}.load_from_checkpoint(path)."
-        )
     # to look at a network, minutes of compiling and a compiler are not needed
-    options: dict[str, Any] = {"compile": False} if known.get("compile") else {}
-    task = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **options)
-    return task.eval()
+    found = checkpoint.get("hyper_parameters")
+    options: dict[str, Any] = {"compile": False} if isinstance(found, dict) and found.get("compile") else {}
+    return build(kind, checkpoint, options, str(path)).eval()
 
 
 def task_named(name: str, source: str) -> type[DIATask]:

@@ -1,20 +1,18 @@
 """Tasks as folders, here and on the Hugging Face Hub."""
 
 import inspect
-import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import lightning
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dia_lightning._hyperparameters import OBJECT, primitive
 from dia_lightning.models import _hub
 from dia_lightning.models._libraries import without_weights
 from dia_lightning.models._pretrained import versions
+from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks._load import task_named
 from dia_lightning.tasks.base import DIATask, brief
 
@@ -96,13 +94,9 @@ def read(kind: type[Task], folder: Path, given: dict[str, Any]) -> Task:
         "global_step": config.get("trained_steps"),
         "state_dict": _hub.read_weights(folder),
         "hyper_parameters": _arguments(found, config["hyper_parameters"], given, path),
-        "pytorch-lightning_version": lightning.__version__,
     }
-    file = io.BytesIO()
-    torch.save(checkpoint, file)
-    file.seek(0)
     try:
-        task = found.load_from_checkpoint(file, map_location="cpu", weights_only=True, **given)
+        task = build(found, checkpoint, given, path)
     except ImportError:
         raise
     except Exception as error:  # values of wrong types and weights of wrong shapes fail in many ways

@@ -1,21 +1,28 @@
 """What all tasks have in common."""
 
+import os
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, Literal
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
+from dia_lightning._checkpoint_file import read_checkpoint
 from dia_lightning._hyperparameters import primitive
 from dia_lightning.tasks._compilation import compile_in_place
 from dia_lightning.tasks._finite import FiniteModule
 from dia_lightning.tasks._freezing import Freeze
+from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks._optimizers import Options
 from dia_lightning.tasks._shareable import Shareable
 from dia_lightning.tasks._stop import StopOnSignal
+
+Task = TypeVar("Task", bound="DIATask")
 
 
 class DIATask(FiniteModule, Shareable):
@@ -166,6 +173,35 @@ class DIATask(FiniteModule, Shareable):
                 raise ValueError(f"{message}. Labels would be mixed up: use the data the checkpoint was trained on.")
             rank_zero_warn(f"{message}. Results will differ from those of training.")
         self._data = {**stored, **self._data}
+
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls: type[Task],  # noqa: N805  # Lightning has a decorator of its own
+        checkpoint_path: str | os.PathLike[str] | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Task:
+        """Load a task from a checkpoint, which is data: no code is run from it and no class imported, in any case.
+
+        Args:
+            checkpoint_path: a path, or a file that is open for reading bytes.
+            map_location: as ``torch.load`` takes it; without a GPU, the CPU by default.
+            hparams_file: not read.
+            strict: whether the weights must be those of the task, all of them.
+            weights_only: always ``True``.
+            **kwargs: of the task, in place of those in the checkpoint: objects have to be given again.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else, code, or options that do not fit.
+        """
+        content, source = read_checkpoint(
+            checkpoint_path, map_location, hparams_file=hparams_file, weights_only=weights_only
+        )
+        return build(cls, content, kwargs, source, strict=strict)
 
     def tell(self, topic: str, message: str | None) -> None:
         """Warn of something in the data, once per topic; of ``None`` there is nothing to say."""

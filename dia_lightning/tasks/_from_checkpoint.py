@@ -1,0 +1,63 @@
+"""Tasks from what checkpoints hold: plain values go into the constructor as they are, and no parser sees them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from dia_lightning._hyperparameters import OBJECT, arguments_of, from_file
+from dia_lightning.models._libraries import without_weights
+
+if TYPE_CHECKING:  # imports this module
+    from dia_lightning.tasks.base import DIATask
+
+Task = TypeVar("Task", bound="DIATask")
+#: Needed to train on only: a task is built without, and asks for them then.
+_OF_TRAINING = ("optimizer", "schedule")
+
+
+def build(
+    kind: type[Task],
+    checkpoint: Mapping[str, Any],
+    given: Mapping[str, Any],
+    source: str,
+    *,
+    strict: bool | None = None,
+) -> Task:
+    """Build the task of a checkpoint and load its weights.
+
+    Args:
+        kind: the class.
+        checkpoint: what the file holds.
+        given: arguments in place of those that the checkpoint holds.
+        source: the file, for messages.
+        strict: whether the weights must be those of the task, all of them; ``None`` for what the task says.
+
+    Raises:
+        ValueError: if the file holds something else, or a hyperparameter that is no plain data and not given.
+    """
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{source} is no checkpoint of a task: it has no state_dict. Give one that a run wrote.")
+    found = _loadable(checkpoint.get("hyper_parameters", {}), source)
+    arguments = arguments_of(kind, found, given, source)
+    try:
+        task = kind(**arguments)
+    except TypeError as error:  # values of other types fail in many ways
+        raise ValueError(f"The hyper-parameters of {source} do not fit {kind.__name__}: {error}.") from error
+    task.configure_model()  # of a class of the user's own
+    task.on_load_checkpoint(dict(checkpoint))
+    task.load_state_dict(weights, strict=task.strict_loading if strict is None else strict)
+    first = next((value for value in weights.values() if isinstance(value, Tensor)), None)
+    return task if first is None else task.to(first.device)
+
+
+def _loadable(found: object, source: str) -> dict[str, Any]:
+    """Return hyperparameters that build the same network and read no other file."""
+    plain, strange = from_file(found, source)
+    marks = {name: f"{OBJECT}{name}" for name in _OF_TRAINING if name in strange}
+    loadable = {**dict(found), **marks}  # type: ignore[call-overload]  # from_file has looked
+    loadable.pop("init_from", None)  # the checkpoint brings its own weights
+    if isinstance(plain.get("backbone_args"), dict):
+        loadable["backbone_args"] = without_weights(str(plain.get("backbone")), plain["backbone_args"])
+    return loadable
