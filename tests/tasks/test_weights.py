@@ -91,7 +91,7 @@ def test_a_checkpoint_that_names_code_is_refused(tmp_path: Path, monkeypatch: py
     checkpoint = {"dia_task": "ClassificationTask", "hyper_parameters": {**task.hparams, **named}}
     checkpoint |= {"state_dict": task.state_dict(), "pytorch-lightning_version": "2.6.6"}
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="optimizer must be 'sgd', 'adamw' or a callable, got 'planted.optimizer'"):
+    with pytest.raises(ValueError, match=r"optimizer must be .*, got .planted\.optimizer"):
         load_task(tmp_path / "a.ckpt")
     assert "planted" not in sys.modules
 
