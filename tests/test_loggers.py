@@ -156,12 +156,14 @@ class Kill(Callback):
                 with suppress(OSError):  # ended by now
                     name, _, rest = stat.read_text().rpartition(") ")
                     if "wandb-core" in name and int(rest.split()[1]) == os.getpid():
-                        os.kill(int(name.split()[0]), signal.SIGKILL)
+                        os.kill(int(name.split()[0]), signal.SIGSTOP if "hang" in sys.argv else signal.SIGKILL)
                         print("killed")
 
 folder = Path(sys.argv[1])
 loggers = [CSVLogger(folder, name="csv"), WandbLogger(save_dir=folder / "runs", watch="all", log_model=True)]
-callbacks = [Kill()] if "kill" in sys.argv else []
+if "hang" in sys.argv:
+    loggers[1] = WandbLogger(save_dir=folder / "runs", offline=True, settings={"finish_timeout": 1})
+callbacks = [Kill()] if len(sys.argv) > 2 else []
 trainer = tiny_trainer(folder, *callbacks, logger=loggers, max_epochs=3, enable_checkpointing=True)
 trainer.fit(TinyTask(), datamodule=TinyData())
 loggers[1].experiment.config.update({"a": 1})
@@ -186,6 +188,14 @@ def test_without_a_key_a_run_is_offline_and_without_wandb_core_it_goes_on(tmp_pa
     assert result.stdout.count("killed") == 1
     assert result.stderr.count("Weights & Biases was lost (ConnectionResetError") == 1
     assert f" {run.name.rpartition('-')[2]}" in result.stdout  # the id stays, for folders are named after it
+
+
+@pytest.mark.slow
+def test_a_program_ends_although_wandb_core_hangs(tmp_path: Path) -> None:
+    result = run_python(tmp_path, "-c", FAULTY, str(tmp_path), "hang")
+    trained_with_csv(result, tmp_path)
+    (run,) = offline_runs(tmp_path)
+    assert result.stderr.count(f"did not end within 11 seconds and was stopped. What it has written is in {run}") == 1
 
 
 @pytest.mark.slow

@@ -1,13 +1,32 @@
 """How loaders run on this machine: processes, workers, memory."""
 
 import os
+import signal
 import warnings
 
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 
 WORKER_TIMEOUT = 300  # seconds; a hanging worker would otherwise be waited for without end
+
+
+GRACE = 5  # seconds for which a worker outlives the program's end
+
+
+def begin_worker(number: int) -> None:
+    """Let a worker serve the step that a signal to all processes of a group may still finish.
+
+    Args:
+        number: of the worker.
+    """
+    if int(os.environ.get("PL_SEED_WORKERS", "0")):
+        pl_worker_init_function(number)  # as Lightning does where there is no other function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # which Windows does not have
+        # but not for ever, as its own process ends a hanging worker by the same signal
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def replicas(trainer: Trainer | None) -> tuple[int, int]:

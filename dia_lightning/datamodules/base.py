@@ -25,6 +25,7 @@ from dia_lightning.datamodules._image_files import ImageFiles, find_images, inod
 from dia_lightning.datamodules._loading import (
     WORKER_TIMEOUT,
     automatic_workers,
+    begin_worker,
     replicas,
     runs_on_cuda,
     silence_worker_advice,
@@ -318,6 +319,7 @@ class DIADataModule(LightningDataModule, ABC):
             drop_last=train and self.drop_last,
             timeout=WORKER_TIMEOUT if workers > 0 else 0,
             persistent_workers=workers > 0,
+            worker_init_fn=begin_worker if workers > 0 else None,
         )
 
     def _padded_sampler(self, dataset: Samples) -> PaddedSampler | None:

@@ -3,7 +3,8 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
+from dia_lightning.loggers._core_watch import CoreWatch
 from dia_lightning.loggers._histograms import histograms
 from dia_lightning.loggers._redact import redact
 
@@ -127,6 +129,7 @@ class WandbLogger(LightningWandbLogger):
         self._histograms_every = watch_freq
         self._next_histograms = 0
         self._network: nn.Module | None = None
+        self._watch: CoreWatch | None = None
 
     @property
     @rank_zero_experiment
@@ -138,6 +141,7 @@ class WandbLogger(LightningWandbLogger):
             self._experiment = self._start()
             self._experiment.define_metric(STEP)
             self._experiment.define_metric("*", step_metric=STEP, step_sync=True)
+            self._begin_watch()
         return cast("Run", super().experiment)
 
     def resume(self, run_id: str) -> None:
@@ -191,8 +195,20 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def finish(self) -> None:
         """End the run, and wait until everything is written."""
-        with self._unless_lost():
+        with self._unless_lost(), self._watch or nullcontext():
             self.experiment.finish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the watch out of copies, which belongs to this process."""
+        return {**super().__getstate__(), "_watch": None}
+
+    def _begin_watch(self) -> None:
+        """See to it that the program ends although W&B's process may hang; other processes have no such process."""
+        service = getattr(import_module("wandb.sdk.wandb_setup").singleton()._connection, "_proc", None)
+        patience = float(self._settings.finish_timeout)
+        if service is not None and patience > 0 and self._watch is None and self._experiment is not None:
+            self._watch = CoreWatch(service._process, patience + 10, self._experiment.settings.sync_dir)
+            self._watch.start()
 
     def _start(self) -> "Run":
         """Return a run: online or as the user wants it; offline if that fails; without effect if that fails too."""

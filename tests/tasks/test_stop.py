@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,16 +39,16 @@ class Send(Callback):
         self.steps.append(trainer.global_step)
         self.send(trainer, "end")
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.validations.append((trainer.global_step, batch_idx))
-        if batch_idx == 1:
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.validations.append((trainer.global_step, args[-1]))
+        if args[-1] == 1:
             self.send(trainer, "validation")
 
     def on_train_epoch_end(self, trainer: Any, *args: Any) -> None:
         self.send(trainer, "epoch")
 
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.steps.append(batch_idx)
+    def on_predict_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.steps.append(args[-1])
         self.send(trainer, "predict")
 
 
@@ -135,7 +135,10 @@ def test_slurm_requeues_a_job_with_a_checkpoint_of_whole_steps(tmp_path: Path, m
     for name, value in {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
-    options = {"plugins": [SLURMEnvironment(requeue_signal=signal.SIGUSR2)], "default_root_dir": tmp_path}
+    options: dict[str, Any] = {
+        "plugins": [SLURMEnvironment(requeue_signal=signal.SIGUSR2)],
+        "default_root_dir": tmp_path,
+    }
     expected = train(tmp_path / "straight")
     train(tmp_path / "first", Send(signal.SIGUSR2, "optimizer", 5), **options)
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
