@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import tarfile
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,13 +56,27 @@ def obtain(archive: Archive, folder: Path, *, download: bool) -> None:
 
     Raises:
         FileNotFoundError: if it is not there and cannot or must not be fetched.
+        ValueError: if a name in it leads out of the folder.
     """
     path = folder / archive.filename
     if not check_integrity(path, archive.md5):
         if not download:
             raise archive.missing(folder, "download=False")
         _fetch(archive, path)
-    extract_archive(os.fspath(path), os.fspath(folder))
+    _unpack(path, folder)
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            try:  # else names with .., and links, could write anywhere
+                archive.extractall(folder, filter="data")
+            except tarfile.FilterError as error:
+                raise ValueError(
+                    f"{path} is not unpacked, because a file in it leads out of {folder} ({error}). Delete it."
+                ) from error
+    else:  # of zip files, Python keeps names inside of the folder
+        extract_archive(os.fspath(path), os.fspath(folder))
 
 
 def _fetch(archive: Archive, path: Path) -> None:
