@@ -11,6 +11,7 @@ from jsonargparse import Path, get_loader, set_loader  # type: ignore[attr-defin
 from dia_lightning._text import read_text
 
 MODE = "strict-yaml"
+_MOST_NODES = 1_000_000
 
 
 class StrictYAMLError(yaml.YAMLError):
@@ -38,6 +39,7 @@ def load(text: str, path: str = "") -> Any:
     """
     place = f"{path}: " if path else ""
     document = yaml.compose(text, Loader=yaml.SafeLoader)
+    _refuse_bombs(document, place)
     _refuse_duplicates(document, place)
     for start, end in sorted(_nones(document), reverse=True):
         text = f"{text[:start]}null{text[end:]}"
@@ -67,6 +69,29 @@ def _nones(node: yaml.Node | None) -> Iterator[tuple[int, int]]:
     elif isinstance(node, yaml.CollectionNode):
         for item in node.value:
             yield from _nones(item[1] if isinstance(node, yaml.MappingNode) else item)
+
+
+def _refuse_bombs(document: yaml.Node | None, place: str) -> None:
+    """Refuse aliases that hold themselves, or that make a short text a document without end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_NODES  # while it is counted: whoever meets it again is inside of it
+            items = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 + sum(map(size, items))
+        return sizes[id(node)]
+
+    try:
+        fits = document is None or size(document) < _MOST_NODES
+    except RecursionError:
+        fits = False
+    if not fits:
+        raise StrictYAMLError(
+            f"{place}its aliases (*name) hold themselves or make more than {_MOST_NODES} values. Write them out."
+        )
 
 
 def _refuse_duplicates(node: yaml.Node | None, place: str) -> None:
