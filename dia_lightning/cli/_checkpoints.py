@@ -47,6 +47,8 @@ def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
     inside = sorted(Path(ckpt_path).rglob("*.ckpt"))  # of a folder; one that is itself a sharded checkpoint has none
     if inside:
         raise ValueError(f"Checkpoint {ckpt_path} is a folder of checkpoints. Give one of them, such as {inside[-1]}.")
+    if Path(ckpt_path).is_dir() and not Path(ckpt_path, "meta.pt").is_file():
+        raise ValueError(f"Checkpoint {ckpt_path} is a folder without a checkpoint. Give a file, 'last' or 'best'.")
     return ckpt_path
 
 
@@ -66,6 +68,34 @@ def read(path: str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is no checkpoint of a training run, but holds a {type(checkpoint).__name__}.")
     return checkpoint
+
+
+def check_is_of_run(checkpoint: Mapping[str, Any], path: str, command: str) -> None:
+    """Refuse a file that Lightning would fail on with no word about the file.
+
+    Args:
+        checkpoint: what :func:`read` gave.
+        path: the file, for the message.
+        command: which will load it.
+
+    Raises:
+        ValueError: if it is none that a training run of this package wrote.
+    """
+    loop = f"{command}_loop"
+    expected: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "pytorch-lightning_version": str}
+    expected |= {"epoch": int, "global_step": int, "loops": dict} if command == "fit" else {}
+    expected |= {"optimizer_states": list, "lr_schedulers": list} if command == "fit" else {}
+    wrong = [name for name, kind in expected.items() if not isinstance(checkpoint.get(name), kind)]
+    loops = checkpoint.get("loops")
+    if loops is not None and not (isinstance(loops, dict) and isinstance(loops.get(loop), dict)):
+        wrong.append(f"loops.{loop}")
+    optional = ("callbacks", "dia_data", "dia_run")
+    wrong += [name for name in optional if not isinstance(checkpoint.get(name, {}), dict)]
+    if wrong:
+        raise ValueError(
+            f"{path} is no checkpoint of a training run that {command} can load: {', '.join(wrong)} is missing or of "
+            "another kind. Give a .ckpt that fit wrote; of other files --model.init_from takes the weights."
+        )
 
 
 def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str, path: str) -> tuple[dict[str, Any], list[str]]:

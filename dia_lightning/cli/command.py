@@ -139,6 +139,8 @@ class DIACLI(LightningCLI):
         # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
         sharded = Path(config.ckpt_path).is_dir()
         checkpoint = head(Path(config.ckpt_path)) if sharded else _checkpoints.read(config.ckpt_path)
+        if not sharded:
+            _checkpoints.check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
         if self.config.subcommand == "fit":
             self._together.source = source_of(config.ckpt_path, checkpoint)
         if not sharded:
@@ -212,6 +214,8 @@ class DIACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on other options."""
         config = self.config[self.config.subcommand]
+        if config.get("weights_only") is False and "weights_only" in config:
+            raise UserError("--weights_only false would run code from the checkpoint. Leave it out.")
         if config.get("weights_only", False) is None:
             config.weights_only = True  # else an environment variable could let a checkpoint run code
         if self.config.subcommand == "predict" and config.return_predictions is None:

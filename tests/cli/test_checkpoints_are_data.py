@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from dia_lightning.cli import _strict_yaml
+from dia_lightning.cli._checkpoints import check_is_of_run
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli.command import rehearse
 from dia_lightning.datamodules import DigitsDataModule
@@ -140,3 +143,30 @@ def test_names_with_dots_are_taken_from_a_checkpoint_where_they_name_layers(
     built = rehearse(["fit", "-c", "bare.yaml", "--model.backbone", "cifar_resnet", "--ckpt_path", path])
     assert built.model.hparams["freeze"] == ["backbone.layer1"]
     assert "not taken from the checkpoint, because it is no plain data: optimizer." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["test", "fit"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hyper_parameters": [1]}, "hyper_parameters is missing or of another kind"),
+        ({"loops": {}}, "loops.{}_loop is missing"),
+        ({"callbacks": 1, "dia_run": []}, "callbacks, dia_run is missing"),
+        ({"state_dict": None}, "state_dict is missing"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(command: str, change: Any, message: str) -> None:
+    checkpoint: dict[str, Any] = {"state_dict": {}, "hyper_parameters": {}, "callbacks": {}, "epoch": 0}
+    checkpoint |= {"global_step": 1, "optimizer_states": [], "lr_schedulers": [], "pytorch-lightning_version": "2.6"}
+    checkpoint["loops"] = {f"{command}_loop": {}}
+    check_is_of_run(checkpoint, "x.ckpt", command)
+    with pytest.raises(ValueError, match=message.format(command)):
+        check_is_of_run({**checkpoint, **change}, "x.ckpt", command)
+
+
+def test_a_short_text_that_stands_for_a_document_without_end_is_refused() -> None:
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+    for text in (bomb, "a: &x {me: *x}", "&x [*x]"):
+        with pytest.raises(yaml.YAMLError, match=r"aliases .* Write them out"):
+            _strict_yaml.load(text, "x.yaml")
+    assert _strict_yaml.load("a: &x {b: 1}\nc: *x") == {"a": {"b": 1}, "c": {"b": 1}}
