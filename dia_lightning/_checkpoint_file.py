@@ -1,11 +1,65 @@
-"""Checkpoints as data: whatever is read of one, no code is run from it."""
+"""Checkpoints on the disk: written whole, with a digest at the end, and read only if they are what was written."""
 
+import hashlib
 import os
+import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
+from zipfile import ZipFile
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from dia_lightning._whole_files import written_whole
+
+# The comment of the zip file that torch writes: torch skips it, and a copy of the file has it too.
+_MARK = b"dia-lightning sha256 "
+_SIZE = len(_MARK) + 64
+
+
+class DamagedFileError(ValueError):
+    """A checkpoint that cannot be read.
+
+    Args:
+        path: of the file.
+        reason: in a few words.
+
+    Attributes:
+        reason: as given.
+        instead: a sentence that names the newest older checkpoint that is whole, with a blank before it; "" without.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        older = newest_older(Path(path), _neighbours(Path(path)))
+        self.reason = reason
+        self.instead = "" if older is None else f" The newest older checkpoint that is whole is {older}."
+        super().__init__(
+            f"The checkpoint {os.fspath(path)} cannot be read ({reason}): it is damaged, or it holds more than "
+            f"weights.{self.instead}"
+        )
+
+
+def load(path: str | os.PathLike[str], *, map_location: Any = "cpu", weights_only: bool = True) -> Any:
+    """Read a file of ``torch.save`` after a look at its digest, or else at the checksums that every such file has.
+
+    Args:
+        path: of the file.
+        map_location: as for ``torch.load``.
+        weights_only: ``False`` would run code from the file.
+
+    Raises:
+        DamagedFileError: if the file is not what was written, or holds more than weights.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        damage = damage_of(path)
+        if damage is None:
+            return torch.load(path, map_location=map_location, weights_only=weights_only)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
+        raise DamagedFileError(path, type(error).__name__) from error
+    raise DamagedFileError(path, damage)
 
 
 def read_checkpoint(
@@ -45,10 +99,10 @@ def read_checkpoint(
     try:
         # said and not left to the default, which an environment variable changes
         if isinstance(path, str | Path):
-            content: Any = TorchCheckpointIO().load_checkpoint(path, place, weights_only=True)
+            content = load(path, map_location=place)
         else:
             content = torch.load(path, map_location=place, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedFileError):
         raise
     except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
         raise ValueError(
@@ -57,3 +111,94 @@ def read_checkpoint(
     if not isinstance(content, dict):
         raise ValueError(f"{name} is no checkpoint of a training run, but holds a {type(content).__name__}.")
     return content, name
+
+
+def save(content: Any, path: str | os.PathLike[str]) -> None:
+    """Write a file of ``torch.save`` with a digest; under its name there is never a part of one.
+
+    Raises:
+        OSError: if it cannot be written; the file of before is still there.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part, open(part, "w+b") as file:
+            torch.save(content, file)
+            _seal(file)
+    except (OSError, RuntimeError) as error:
+        # torch closes its archive, which fails too
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"The checkpoint {path} cannot be written ({cause.strerror}). {_left(Path(path))}") from error
+
+
+def damage_of(path: str | os.PathLike[str]) -> str | None:
+    """Say what is wrong with a file; ``None`` where nothing is, or it is of a torch without checksums."""
+    with open(path, "rb") as file:
+        start = file.read(256)
+        if not start.strip(b"\0"):
+            return "it is empty" if not start else "it is full of zeros"
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+            return "it is a page of the web, html, in place of a file"
+        if start.startswith(b"\x80"):
+            return None  # of torch before 1.6, without checksums
+        if not start.startswith(b"PK\x03\x04"):
+            return "it does not begin as a file of torch does"
+        try:
+            with ZipFile(file) as archive:
+                if archive.comment:
+                    same = archive.comment == _comment(file)
+                    return None if same else "its content is not what its digest says"
+                wrong = archive.testzip()
+        except Exception as error:  # zipfile raises anything too
+            return f"it was cut off, or its table of contents is wrong ({type(error).__name__})"
+    return None if wrong is None else f"the content of {wrong} is not what its checksum says"
+
+
+def newest_older(path: Path, candidates: Iterable[Path]) -> Path | None:
+    """Return the newest whole checkpoint that is not newer than a file; one beside it counts before all others."""
+    if not path.is_file():
+        return None
+    time = {place: place.stat().st_mtime_ns for place in {path, *candidates} if place.is_file()}
+    older = [place for place in time if time[place] <= time[path] and not place.samefile(path)]
+    older.sort(key=lambda place: (place.parent == path.parent, time[place], place), reverse=True)
+    return next(filter(_is_whole, older), None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return damage_of(path) is None and isinstance(torch.load(path, map_location="cpu", weights_only=True), dict)
+    except Exception:  # as in load
+        return False
+
+
+def _neighbours(path: Path) -> list[Path]:
+    """Return the checkpoints beside one, and those of the runs beside its own."""
+    found = list(path.parent.glob("*.ckpt"))
+    return found if path.parent.name != "checkpoints" else [*found, *path.parents[2].glob("*/checkpoints/*.ckpt")]
+
+
+def _left(path: Path) -> str:
+    files = sorted(path.parent.glob("*.ckpt"), key=lambda place: place.lstat().st_mtime_ns)
+    advice = "Make room, or give another folder."
+    return f"{advice} The last one is whole: go on with --ckpt_path {files[-1]}." if files else advice
+
+
+def _seal(file: BinaryIO) -> None:
+    file.seek(-2, os.SEEK_END)  # of the comment's length
+    file.write(struct.pack("<H", _SIZE))
+    file.write(b" " * _SIZE)
+    digest = _comment(file)
+    file.seek(-_SIZE, os.SEEK_END)
+    file.write(digest)
+
+
+def _comment(file: BinaryIO) -> bytes:
+    """Return the comment for the file, computed of all that comes before it."""
+    left = file.seek(0, os.SEEK_END) - _SIZE
+    digest = hashlib.sha256()
+    file.seek(0)
+    while left > 0 and (block := file.read(min(left, 1 << 20))):
+        digest.update(block)
+        left -= len(block)
+    return _MARK + digest.hexdigest().encode()

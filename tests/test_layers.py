@@ -11,15 +11,21 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 # What each layer may import from this package ...
 BELOW = {
     "attention": {"_hyperparameters"},
-    "models": {"attention", "_torchvision_guard"},
+    "models": {"attention", "_checkpoint_file", "_torchvision_guard", "_whole_files"},
     "analysis": {"attention", "models"},
-    "datamodules": {"_checkpoint_file", "_coco_tools", "_hyperparameters", "_text", "_torchvision_guard"},
-    "loggers": {"_text"},
-    "callbacks": {"_coco_tools", "analysis", "tasks", "datamodules", "models", "attention"},
-    "tasks": {"_checkpoint_file", "_coco_tools", "_hyperparameters", "models", "attention"},
+    "datamodules": {
+        *("_checkpoint_file", "_coco_tools", "_hyperparameters"),
+        *("_text", "_torchvision_guard", "_whole_files"),
+    },
+    "loggers": {"_text", "_whole_files"},
+    "callbacks": {
+        *("analysis", "tasks", "datamodules", "models", "attention"),
+        *("_checkpoint_file", "_coco_tools", "_whole_files"),
+    },
+    "tasks": {"_checkpoint_file", "_coco_tools", "_hyperparameters", "_whole_files", "models", "attention"},
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),
-        *("_hyperparameters", "_text", "_torchvision_guard"),
+        *("_checkpoint_file", "_hyperparameters", "_text", "_torchvision_guard", "_whole_files"),
     },
 }
 # ... and which of the other packages it must do without.
@@ -58,6 +64,8 @@ def test_imports_point_downwards(path: Path) -> None:
         assert own <= {"cli", "__version__", "_version", "_torchvision_guard"}
     elif layer == "__init__.py":  # attention is imported when it is asked for
         assert own <= {"_version", "__version__", "attention"}
+    elif layer == "_checkpoint_file.py":
+        assert own <= {"_whole_files"}
     else:  # what is imported with the package itself must stay light
         assert own <= {"_version", "__version__"}
 

@@ -1,6 +1,7 @@
 """Callbacks for pictures, averaged weights, predictions and attention maps."""
 
 from dia_lightning.callbacks._run_folder import run_folder
+from dia_lightning.callbacks.checkpoint_io import SafeCheckpointIO
 from dia_lightning.callbacks.confusion_matrix import ConfusionMatrix
 from dia_lightning.callbacks.detection_grid import DetectionGrid
 from dia_lightning.callbacks.detection_writer import DetectionWriter
@@ -26,6 +27,7 @@ __all__ = [
     "PredictionTable",
     "PredictionWriter",
     "RunSummary",
+    "SafeCheckpointIO",
     "StageGradients",
     "run_folder",
 ]

@@ -2,13 +2,14 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dia_lightning._checkpoint_file import damage_of, load, newest_older
 from dia_lightning._hyperparameters import from_file
+from dia_lightning.cli._errors import PROGRAM
 from dia_lightning.cli._run_source import config_of
 
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
@@ -20,13 +21,15 @@ ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites"
 _OF_NAMES = frozenset({"backbone_args", "freeze", "sites"})
 
 
-def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
+def resolve(ckpt_path: str, roots: Iterable[Path], *, announce: bool = True) -> str:
     """Find the file that a ``--ckpt_path`` value means.
 
     Args:
         ckpt_path: a path; ``"last"`` for the newest ``last*.ckpt``, or the newest checkpoint where there is none;
-            ``"best"`` for the best one of the newest run.
+            ``"best"`` for the best one of the newest run. Where the newest is damaged, the newest older one that is
+            whole takes its place.
         roots: folders below which runs are looked for.
+        announce: whether to say on stderr that it does.
 
     Returns:
         A path that exists: of a file, or of the folder that is a sharded checkpoint.
@@ -38,10 +41,11 @@ def resolve(ckpt_path: str, roots: Iterable[Path]) -> str:
         raise ValueError(
             f"Checkpoint {ckpt_path}: checkpoints are not loaded from URLs. Download it and give the file."
         )
+    roots = list(roots)
     if ckpt_path == "last":
-        return str(_newest(roots, ["last*.ckpt", "*.ckpt"], ckpt_path))
+        return str(_whole(_newest(roots, ["last*.ckpt", "*.ckpt"], ckpt_path), roots, announce))
     if ckpt_path == "best":
-        return str(_best(_newest(roots, ["*.ckpt"], ckpt_path)))
+        return str(_best(_whole(_newest(roots, ["*.ckpt"], ckpt_path), roots, announce)))
     if not Path(ckpt_path).exists():
         raise ValueError(f"Checkpoint {ckpt_path}: there is no such file. Give a path, 'last' or 'best'.")
     inside = sorted(Path(ckpt_path).rglob("*.ckpt"))  # of a folder; one that is itself a sharded checkpoint has none
@@ -58,13 +62,7 @@ def read(path: str) -> dict[str, Any]:
     Raises:
         ValueError: if the file is damaged or holds something else.
     """
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        kind = type(error).__name__
-        raise ValueError(
-            f"The checkpoint {path} cannot be read ({kind}): it is damaged, or it holds more than weights."
-        ) from error
+    checkpoint = load(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is no checkpoint of a training run, but holds a {type(checkpoint).__name__}.")
     return checkpoint
@@ -219,6 +217,18 @@ def _newest(roots: Iterable[Path], patterns: Iterable[str], wanted: str) -> Path
             return max(found, key=lambda path: (path.stat().st_mtime_ns, path))
     places = " or ".join(str(root) for root in folders)
     raise ValueError(f"Checkpoint {wanted}: there is no checkpoint below {places}. Train first or give a path.")
+
+
+def _whole(newest: Path, roots: Iterable[Path], announce: bool) -> Path:
+    """Return the newest checkpoint, or the newest older one that is whole if it is damaged and there is another."""
+    damage = damage_of(newest)
+    older = damage and newest_older(newest, (path for root in roots for path in root.rglob("*.ckpt")))
+    if not older:
+        return newest
+    if announce:
+        line = f"{newest} is damaged, {damage}: using {older}, the newest older one that is whole"
+        sys.stderr.write(f"{PROGRAM}: {line}\n")
+    return older
 
 
 def _best(newest: Path) -> Path:

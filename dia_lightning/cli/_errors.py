@@ -1,10 +1,13 @@
 """How the program ends on a mistake of its user: one line and exit code 2, no stack trace."""
 
+import errno
 import os
 import sys
 from typing import NoReturn
 
 PROGRAM = "dia-lightning"
+#: What a full or write-protected disk or folder says.
+_OF_THE_DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES")
 
 
 class UserError(Exception):
@@ -24,13 +27,21 @@ def is_for_the_user(error: BaseException) -> bool:
     kind = type(error)
     if kind.__module__.startswith("dia_lightning") or kind.__name__ == "MisconfigurationException":
         return True
-    return isinstance(error, (ValueError, OSError, ImportError)) and is_ours(error)
+    return isinstance(error, (ValueError, OSError, ImportError)) and (is_ours(error) or _is_of_the_disk(error))
 
 
 def message_of(error: BaseException) -> str:
     """Return an error's own words; what comes from a loader's process has that one's trace before them."""
     text = str(error)
+    if isinstance(error, OSError) and _is_of_the_disk(error):
+        place = "" if error.filename is None else f": {error.filename}"
+        text = f"{error.strerror}{place}. Make room, or give a folder that can be written to."
     return text.rpartition(f"{type(error).__name__}: ")[2] if "Original Traceback" in text else text
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Tell whether a disk or a folder refused something, wherever that was tried."""
+    return isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _OF_THE_DISK
 
 
 def is_ours(error: BaseException) -> bool:

@@ -13,12 +13,15 @@ from typing import Any, get_args, get_origin
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import dia_lightning.callbacks  # noqa: F401  its classes can then be given by their short names
+from dia_lightning._whole_files import remove_parts
+from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
 from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
@@ -247,6 +250,14 @@ class DIACLI(LightningCLI):
                 raise UserError(str(cause)) from cause
             raise cause from None
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, with safe checkpoints unless the options or its strategy have a way of their own."""
+        trainer = super().instantiate_trainer(**kwargs)
+        strategy = trainer.strategy
+        if strategy._checkpoint_io is None and type(strategy).checkpoint_io is Strategy.checkpoint_io:
+            strategy.checkpoint_io = SafeCheckpointIO()
+        return trainer
+
     def before_fit(self) -> None:
         """See to the test after it, and go on in the run of the checkpoint, unless the options say otherwise."""
         if self.config.fit.test_after_fit:
@@ -285,6 +296,9 @@ class DIACLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if self.trainer.is_global_zero:
+            for part in remove_parts(_run_roots(self.config[subcommand].trainer)):
+                _say(f"removed {part}, which a killed run had left")
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:

@@ -127,7 +127,7 @@ def _batches(task: "DIATask", options: argparse.Namespace) -> list[Any]:
 
     is_asked = options.fold_constant_maps is not None or options.config is not None or options.root is not None
     count = options.images if options.fold_constant_maps is not None else COMPARED_IMAGES
-    checkpoint = Path(_checkpoints.resolve(options.network, [Path(options.runs)]))
+    checkpoint = Path(_checkpoints.resolve(options.network, [Path(options.runs)], announce=False))
     config = Path(options.config or config_of(checkpoint))
     try:
         data = data_module_of(config, task, options.root, download=None if is_asked else False)

@@ -1,7 +1,6 @@
 """Networks from checkpoints of the DIANet authors' code."""
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dia_lightning._checkpoint_file import DamagedFileError, load
 from dia_lightning.attention import attach
 from dia_lightning.models._registry import get_model
 
@@ -140,10 +140,10 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint file at {os.fspath(path)!r}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = load(path)
+    except DamagedFileError as error:
         raise ValueError(
-            f"{os.fspath(path)!r} is damaged or holds more than weights and numbers ({type(error).__name__}). If you "
+            f"{os.fspath(path)!r} is damaged or holds more than weights and numbers ({error.reason}). If you "
             f"trust it, pass torch.load(path, weights_only=False)['state_dict'] instead of the path."
         ) from error
     if not isinstance(content, Mapping):

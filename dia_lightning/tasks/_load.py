@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dia_lightning._checkpoint_file import DamagedFileError, load
 from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks.base import DIATask
 
@@ -28,12 +27,13 @@ def load_task(path: str | Path) -> DIATask:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load(path)
         name = checkpoint["dia_task"]
     except Exception as error:  # a file that is none of ours fails in many ways
-        raise ValueError(
-            f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({type(error).__name__})."
-        ) from error
+        reason, instead = type(error).__name__, ""
+        if isinstance(error, DamagedFileError):
+            reason, instead = error.reason, error.instead
+        raise ValueError(f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({reason}).{instead}") from error
     kind = task_named(name, str(path))
     # to look at a network, minutes of compiling and a compiler are not needed
     found = checkpoint.get("hyper_parameters")

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from dia_lightning._checkpoint_file import DamagedFileError, load
 
 
 def load_weights(network: nn.Module, path: str) -> str:
@@ -105,10 +106,11 @@ def _read(path: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(file)
-        # weights_only is the default, unless an environment variable says otherwise.
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load(file)
     except ModuleNotFoundError:
         raise ValueError(f"Reading {path!r} needs safetensors: pip install safetensors.") from None
+    except DamagedFileError as error:
+        raise ValueError(f"{path!r} is damaged or not a weights file ({error.reason}).{error.instead}") from error
     except Exception as error:
         raise ValueError(f"{path!r} is damaged or not a weights file ({type(error).__name__}: {error}).") from error
 

@@ -1,0 +1,98 @@
+"""Files that appear under their names when they are complete, whatever happens to the program or the disk."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody can remove a file that is open
+    fcntl = None  # type: ignore[assignment]
+
+_PART = re.compile(r"\..*\.\d+\.part")
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path beside ``path`` to write to; what is there at the end of the context takes the place of ``path``.
+
+    After an error, a signal or a power cut ``path`` is what it was. What SIGKILL leaves is for :func:`remove_parts`.
+
+    Raises:
+        OSError: if the folder or the disk does not take the file.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name[:50]}.{os.getpid()}.part")  # short: names of files have limits
+    with _claimed(part):
+        try:
+            yield part
+            put_in_place(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, target: Path) -> None:
+    """Rename a complete file of the same folder or disk, so that after a power cut there is the old one or the new one.
+
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    with open(part, "r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    if fcntl is not None:  # Windows opens no folders
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_parts(roots: Iterable[Path]) -> list[Path]:
+    """Remove what programs that were killed have left below some folders; what is being written stays.
+
+    Returns:
+        What was removed.
+    """
+    found = {part for root in roots for part in root.rglob(".*.part") if _PART.fullmatch(part.name)}
+    return [part for part in sorted(found) if part.is_file() and _is_removed(part)]
+
+
+@contextmanager
+def _claimed(part: Path) -> Iterator[None]:
+    """Make a file and lock it as long as the process lives, whose number may be used again, or on another machine."""
+    while True:
+        file = open(part, "wb")  # noqa: SIM115  several ways out
+        if fcntl is None:
+            file.close()
+            break
+        _lock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # else it was removed in between
+            break
+        file.close()
+    with file:
+        yield
+
+
+def _is_removed(part: Path) -> bool:
+    try:
+        with open(part, "r+b") as file:
+            if fcntl is not None and not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+            if fcntl is not None:
+                part.unlink()
+        part.unlink(missing_ok=True)
+    except OSError:  # of somebody else, or gone
+        return False
+    return True
+
+
+def _lock(file: BinaryIO, how: int) -> bool:
+    try:
+        fcntl.flock(file, how)
+    except OSError:  # held, or a disk without locks
+        return False
+    return True
