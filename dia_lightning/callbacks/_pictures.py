@@ -1,6 +1,5 @@
 """The one way by which every picture of the package reaches the loggers and the disk."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks._run_folder import run_folder
 
 
@@ -138,12 +138,8 @@ def _render(figure: Figure) -> Image.Image:
 
 def _write_png(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        image.save(unfinished, format="PNG")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(path) as part:
+        image.save(part, format="PNG")
 
 
 def _send(logger: Logger, name: str, image: Image.Image, step: int) -> None:

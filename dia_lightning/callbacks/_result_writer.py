@@ -1,6 +1,5 @@
 """What the files of predictions have in common: one part per rank, which are merged when all are done."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks._run_folder import run_folder
 
 Row = TypeVar("Row")
@@ -167,15 +167,10 @@ def in_order(parts: Iterable[Iterable[tuple[int, Row]]], target: Path) -> list[R
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[TextIO]:
+def whole_text(target: Path) -> Iterator[TextIO]:
     """Open a text file that appears under its name when it is complete."""
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", **TEXT) as file:
-            yield file
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(target) as part, part.open("w", **TEXT) as file:
+        yield file
 
 
 def sample_owner(trainer: Trainer) -> Any:

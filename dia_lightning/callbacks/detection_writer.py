@@ -16,7 +16,7 @@ from dia_lightning.callbacks._class_names import ObjectClasses, object_classes
 from dia_lightning.callbacks._draw_objects import draw_objects
 from dia_lightning.callbacks._objects import Objects, detected_objects
 from dia_lightning.callbacks._pictures import write_picture
-from dia_lightning.callbacks._result_writer import ResultWriter, in_order, sample_name, sample_owner, written_whole
+from dia_lightning.callbacks._result_writer import ResultWriter, in_order, sample_name, sample_owner, whole_text
 from dia_lightning.callbacks._step_outputs import read_detections
 
 
@@ -113,7 +113,7 @@ class DetectionWriter(ResultWriter):
         lines = in_order(map(_lines, parts), target)
         images: dict[int, dict[str, Any]] = {}
         categories = self._classes.category_names
-        with written_whole(target) as file:
+        with whole_text(target) as file:
             separator = "["
             for part, position in lines:
                 record = _record_at(part, position)
@@ -124,7 +124,7 @@ class DetectionWriter(ResultWriter):
                     separator = ","
             file.write("[]\n" if separator == "[" else "\n]\n")
         named = [{"id": category_id, "name": name} for category_id, name in categories.items()]
-        with written_whole(_images_file(target)) as file:
+        with whole_text(_images_file(target)) as file:
             json.dump({"images": list(images.values()), "annotations": [], "categories": named}, file, indent=1)
 
 

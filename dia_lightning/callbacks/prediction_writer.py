@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from lightning.pytorch import LightningModule, Trainer
 
 from dia_lightning.callbacks._class_names import class_names, has_several_labels
-from dia_lightning.callbacks._result_writer import TEXT, ResultWriter, in_order, sample_name, written_whole
+from dia_lightning.callbacks._result_writer import TEXT, ResultWriter, in_order, sample_name, whole_text
 from dia_lightning.callbacks._step_outputs import read_step_outputs
 
 PROBABILITIES_UP_TO = 100  # classes
@@ -112,7 +112,7 @@ def _merge(parts: list[Path], target: Path) -> None:
                 yield int(row[0]), row[1:]
 
     rows = in_order(map(samples, parts), target)
-    with written_whole(target) as file:
+    with whole_text(target) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

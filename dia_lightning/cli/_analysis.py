@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dia_lightning import __version__
+from dia_lightning._whole_files import written_whole
 from dia_lightning.analysis import (
     GradientFlow,
     Protocol,
@@ -82,10 +83,12 @@ def write(
     )
     text = report(analysis, origin(checkpoint, config), [f"{name}.png" for name in pictures])
     try:
-        (folder / "result.json").write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-        (folder / "report.md").write_text(text, encoding="utf-8")
+        for name, content in (("result.json", json.dumps(result, allow_nan=False)), ("report.md", text)):
+            with written_whole(folder / name) as part:
+                part.write_text(content, encoding="utf-8")
         for name, figure in pictures.items():
-            figure.savefig(folder / f"{name}.png")
+            with written_whole(folder / f"{name}.png") as part:
+                figure.savefig(part, format="png")
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}). Give another folder: --out.") from error
 

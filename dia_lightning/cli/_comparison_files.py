@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from dia_lightning._whole_files import written_whole
 from dia_lightning.cli._comparison import Estimate, Row, compare
 from dia_lightning.cli._comparison_plot import draw_comparison
 from dia_lightning.cli._errors import PROGRAM
@@ -38,12 +39,14 @@ def write_comparison(experiment: Experiment, results: Mapping[Run, Result], fold
     """
     rows = {metric: compare(experiment, results, metric) for metric in experiment.metrics}
     path = folder / "table.md"
-    path.write_text(_markdown(experiment, rows, results), encoding="utf-8")
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as part:
+        part.write_text(_markdown(experiment, rows, results), encoding="utf-8")
+    with written_whole(folder / "table.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(_csv_row(metric, row) for metric, of_metric in rows.items() for row in of_metric)
-    draw_comparison(experiment.name, rows).savefig(folder / "table.png")
+    with written_whole(folder / "table.png") as part:
+        draw_comparison(experiment.name, rows).savefig(part, format="png")
     return path
 
 

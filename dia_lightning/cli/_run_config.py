@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
+from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks import run_folder
 from dia_lightning.cli._run_source import RECORD
 from dia_lightning.loggers._redact import redact
@@ -45,7 +46,8 @@ class SaveRunConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         file = _unused(folder / self.config_filename)
-        file.write_text("\n".join([*header, body]), encoding="utf-8")
+        with written_whole(file) as part:
+            part.write_text("\n".join([*header, body]), encoding="utf-8")
         self._name = file.name
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from dia_lightning import __version__
+from dia_lightning._whole_files import written_whole
 from dia_lightning.cli._experiment import Experiment, Run
 
 FILE = "result.json"
@@ -48,12 +48,8 @@ class Result:
 
 def write_result(result: Result, folder: Path) -> None:
     """Write the file in one step, so that a program that is killed leaves the whole file or none."""
-    partial = folder / f".{FILE}.part"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(asdict(result), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / FILE)
+    with written_whole(folder / FILE) as part:
+        part.write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
 
 
 def read_result(folder: Path) -> Result | None:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dia_lightning._whole_files import written_whole
 from dia_lightning.cli import _checkpoint_argument
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli._nearest import nearest
@@ -224,18 +225,19 @@ def _write(image: Tensor, path: Path) -> None:
 def _write_classes(task: "DiffusionTask", labels: Sequence[int], path: Path) -> None:
     lines = [["file", "label", "class"]]
     lines += [[f"{i:06d}.png", str(label), _names(task, [label])[0]] for i, label in enumerate(labels)]
-    with _writing(path), path.open("w", newline="") as file:
+    with _writing(path) as part, part.open("w", newline="") as file:
         csv.writer(file).writerows(lines)
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    with _writing(path):
-        image.save(path)
+    with _writing(path) as part:
+        image.save(part, format="PNG")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[Path]:
     try:
-        yield
+        with written_whole(path) as part:
+            yield part
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}). Give another folder: --out.") from error

@@ -1,7 +1,6 @@
 """Loggers that go on in the files of an earlier start, where Lightning's begin anew."""
 
 import csv
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from dia_lightning._text import read_text
+from dia_lightning._whole_files import written_whole
 
 _NUMBER = re.compile(r"\d+(\.0)?")  # a spreadsheet may have written the latter
 
@@ -75,12 +75,10 @@ def drop_rows(logger: CSVLogger, step: int, *, tests: bool = False) -> None:
     kept = [row for row in rows if _precedes(row, step) or (not tests and _is_test(row, step))]
     if not columns:
         return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(kept)
-    os.replace(unfinished, path)
 
 
 def _precedes(row: dict[str, str], step: int) -> bool:

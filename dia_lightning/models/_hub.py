@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dia_lightning._whole_files import written_whole
+
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 #: Names of weights in folders of this package and transformers, and of diffusers.
 _WEIGHTS = (WEIGHTS, "diffusion_pytorch_model.safetensors")
@@ -112,14 +114,11 @@ def write_folder(folder: str | os.PathLike[str], module: nn.Module, config: Mapp
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # other processes may write the same
     try:
-        write(unfinished)
-        unfinished.replace(path)
+        with written_whole(path) as part:
+            write(part)
     except RuntimeError as error:  # of safetensors
         raise ValueError(f"{path} cannot be written: {in_one_line(error)}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
