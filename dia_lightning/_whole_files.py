@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 try:
@@ -49,6 +50,25 @@ def put_in_place(part: Path, target: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def written_with_others(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path of the same name in a folder beside ``path``, for writers that choose a format by the name.
+
+    At the end of the context all that is in that folder is put in place, ``path`` last: some formats keep large weights
+    in other files.
+
+    Raises:
+        OSError: if the folder or the disk does not take a file.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name[:50]}.", dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        yield made
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == made):
+            put_in_place(file, target.with_name(file.name))
 
 
 def remove_parts(roots: Iterable[Path]) -> list[Path]:

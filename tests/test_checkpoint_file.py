@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dia_lightning._checkpoint_file import DamagedFileError, load, newest_older, save
-from dia_lightning._whole_files import remove_parts, written_whole
+from dia_lightning._whole_files import remove_parts, written_whole, written_with_others
 
 CONTENT: dict[str, Any] = {
     "state_dict": {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.ones(3)},
@@ -161,3 +161,19 @@ def test_a_disk_without_locks_takes_files_too(tmp_path: Path, monkeypatch: pytes
         part.write_text("1,2\n")
         assert remove_parts([tmp_path]) == []  # it could be somebody else's
     assert (tmp_path / "a.csv").read_text() == "1,2\n"
+
+
+def write_half(path: Path) -> None:
+    path.write_text("half")
+    raise InterruptedError
+
+
+def test_a_file_with_others_beside_it_appears_with_them_or_not_at_all(tmp_path: Path) -> None:
+    with written_with_others(tmp_path / "new" / "a.onnx") as made:
+        made.write_text("graph")
+        made.with_name("a.onnx.data").write_text("weights")
+    assert sorted(os.listdir(tmp_path / "new")) == ["a.onnx", "a.onnx.data"]
+    with pytest.raises(InterruptedError), written_with_others(tmp_path / "new" / "a.onnx") as made:
+        write_half(made)
+    assert (tmp_path / "new" / "a.onnx").read_text() == "graph"
+    assert sorted(os.listdir(tmp_path / "new")) == ["a.onnx", "a.onnx.data"]

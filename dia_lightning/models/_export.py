@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dia_lightning._whole_files import written_with_others
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._evaluating import evaluating
 from dia_lightning.models._example import require_images
@@ -94,12 +95,11 @@ def export_network(
             "diffusion tasks."
         )
     require_images(images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with evaluating(network):
+    with evaluating(network), written_with_others(path) as unfinished:
         expected = network(images)
         if not isinstance(expected, Tensor):
             raise ValueError(f"The network must return one tensor, got {type(expected).__name__}. Wrap it.")
-        found = writers[path.suffix](network, images, path, dict(metadata or {}))
+        found = writers[path.suffix](network, images, unfinished, dict(metadata or {}))
     difference = (expected - found).abs().max().item()
     attached = "then attach(...)" if is_attached(network) else "without attach(...)"
     snippet = _SNIPPETS[path.suffix].format(path=str(path), shape=["B", *images.shape[1:]], attached=attached)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.onnx.operators import shape_as_tensor
 
+from dia_lightning._whole_files import written_with_others
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._evaluating import evaluating
 from dia_lightning.models._export import require_packages, written_weights
@@ -81,12 +82,11 @@ def export_detector(
     if not images or any(image.ndim != 3 or image.numel() == 0 for image in images):
         shapes = [list(image.shape) for image in images]
         raise ValueError(f"images must be a list of tensors [3, H, W], at least one, got shapes {shapes}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with evaluating(detector):
+    with evaluating(detector), written_with_others(path) as unfinished:
         found: Detection = detector([images[0]])[0]
         names = sorted(found, key=["boxes", "labels", "scores", *found].index)
         one = _OneImage(detector, names).eval()
-        run = writers[path.suffix](one, images[0], path, dict(metadata or {}))
+        run = writers[path.suffix](one, images[0], unfinished, dict(metadata or {}))
         pairs = [(one(image), run(image)) for image in images]
     attached = "then attach(detector.backbone.body, ...)" if is_attached(detector) else "without attach(...)"
     snippet = _SNIPPETS[path.suffix].format(path=str(path), names=", ".join(names), attached=attached)
@@ -135,7 +135,7 @@ def _write_onnx(one: _OneImage, image: Tensor, path: Path, metadata: dict[str, s
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{type(one.detector).__name__} cannot be written to ONNX ({reason}). Write its weights, "
-            f"'{path.with_suffix('.safetensors')}', and run it with torch."
+            f"'{path.with_suffix('.safetensors').name}', and run it with torch."
         ) from error
     model: Any = onnx.load(path)
     onnx.helper.set_model_props(model, metadata)
