@@ -146,6 +146,8 @@ class DIACLI(LightningCLI):
             _checkpoints.check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
         if self.config.subcommand == "fit":
             self._together.source = source_of(config.ckpt_path, checkpoint)
+        if config.model.init_args.get("init_from") is not None:
+            config.model.init_args.init_from = None  # the checkpoint has all weights, and the file may be gone
         if not sharded:
             self._trained_classes = _checkpoints.class_names(checkpoint)
             self._take_hyper_parameters(config, checkpoint)

@@ -444,7 +444,7 @@ def _images_at(place: Path) -> ImageFiles:
     if place.is_dir():
         return find_images(place)
     if not place.is_file():
-        raise FileNotFoundError(f"predict_folder={place} is not a folder, and no file of an image either.")
+        raise FileNotFoundError(f"predict_folder={place} is neither a folder nor an image file.")
     return ImageFiles([str(place)], [inode(place.stat())])  # of any ending, because it was asked for
 
 

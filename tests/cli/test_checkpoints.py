@@ -115,6 +115,16 @@ def test_last_resumes_the_newest_run_where_it_stopped(
     assert load(run_folder / "checkpoints" / "last.ckpt")["epoch"] == 2
 
 
+def test_a_checkpoint_needs_no_file_that_its_training_started_from(run: Run, run_folder: Path) -> None:
+    torch.save(load(run_folder / "checkpoints" / "last.ckpt")["state_dict"], "start.pth")
+    run("fit", "-c", "tiny.yaml", "--model.init_from", "start.pth")
+    Path("start.pth").unlink()
+    run("test", "--ckpt_path", "runs/tiny/version_1/checkpoints/last.ckpt")
+    options = ["-c", "tiny.yaml", "--model.init_from", "start.pth", "--trainer.max_epochs", "2"]
+    run("fit", *options, "--ckpt_path", "runs/tiny/version_1/checkpoints/last.ckpt")
+    assert load(Path("runs/tiny/version_1/checkpoints/last.ckpt"))["epoch"] == 1
+
+
 def test_resuming_keeps_the_schedule_of_the_learning_rate(run: Run, workplace: Path) -> None:
     options = ["--model.schedule", "step", "--model.milestones", "[1,2]"]
     run("fit", "-c", "tiny.yaml", *options)

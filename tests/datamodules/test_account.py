@@ -213,5 +213,5 @@ def test_one_image_or_a_list_of_them_is_predicted_in_order(tmp_path: Path) -> No
         data.setup("predict")
         assert [data.sample_name(index) for index in range(len(samples_of(data.predict_dataloader())))] == expected
         assert data.hparams["predict_folder"] == given
-    with pytest.raises(FileNotFoundError, match=r"gone\.png is not a folder, and no file"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png is neither a folder nor an image"):
         DigitsDataModule(predict_folder=[*paths, "gone.png"]).setup("predict")
