@@ -213,7 +213,7 @@ class FakeRun(SimpleNamespace):
     """Keeps what it is told."""
 
     def __init__(self, sweep_id: str | None = None) -> None:
-        super().__init__(id="run-1", sweep_id=sweep_id, defined={}, logged=[])
+        super().__init__(id="run-1", sweep_id=sweep_id, defined={}, logged=[], settings=SimpleNamespace(sync_dir=""))
 
     def define_metric(self, name: str, **options: Any) -> None:
         self.defined[name] = options

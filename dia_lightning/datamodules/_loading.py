@@ -10,8 +10,6 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 
 WORKER_TIMEOUT = 300  # seconds; a hanging worker would otherwise be waited for without end
-
-
 GRACE = 5  # seconds for which a worker outlives the program's end
 
 

@@ -431,7 +431,7 @@ def test_folder_without_images_is_an_error_that_names_it(tmp_path: Path) -> None
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path} has no image"):
         _tiny(predict_folder=str(tmp_path)).setup("predict")
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor an image file"):
         _tiny(predict_folder=str(tmp_path / "gone")).setup("predict")
 
 
