@@ -2,15 +2,14 @@
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dia_lightning._hyperparameters import OBJECT, primitive
+from dia_lightning._hyperparameters import OBJECT, from_file, primitive
 from dia_lightning.models import _hub
-from dia_lightning.models._libraries import without_weights
 from dia_lightning.models._pretrained import versions
 from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks._load import task_named
@@ -28,8 +27,6 @@ _KINDS: dict[str, Any] = {
 }
 #: Facts about the data, and the type of their entries.
 _FACTS: dict[str, Any] = {"class_names": str, "image_shape": int, "mean": int | float, "std": int | float}
-#: Names that stand for code in configs of Lightning.
-_CODE = ("class_path", "_class_path", "_instantiator")
 _PIPELINES = {
     "ClassificationTask": "image-classification",
     "DetectionTask": "object-detection",
@@ -112,7 +109,7 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
     Raises:
         ValueError: if one is unknown, stands for code, or was an object that is not given.
     """
-    code = [name for name in _names_in(found) if name in _CODE]
+    code = [*from_file(found, path)[1], *(name for name in found if name.startswith("_"))]
     if code:
         raise ValueError(f"{path!r} names code to run ({code[0]}). Configs of tasks hold names and numbers only.")
     known = _parameters(kind)
@@ -120,9 +117,6 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
     if strange:
         raise ValueError(f"{path!r}: {kind.__name__} takes no {strange[0]!r}. Update dia-lightning, or take it out.")
     arguments = {name: value for name, value in found.items() if name != "compile" and name not in given}
-    named = arguments.get("backbone_args")
-    if isinstance(named, dict):
-        arguments["backbone_args"] = without_weights(str(arguments.get("backbone")), named) or None
     for name, value in list(arguments.items()):
         if OBJECT not in repr(value):
             continue
@@ -138,14 +132,6 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
                 f"again: {kind.__name__}.from_pretrained(..., {name}=...)."
             )
     return arguments
-
-
-def _names_in(value: Any) -> Iterator[str]:
-    """Yield all names in nested lists and mappings."""
-    if isinstance(value, dict):
-        yield from value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _names_in(item)
 
 
 def _parameters(kind: type[DIATask]) -> set[str]:

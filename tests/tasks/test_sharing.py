@@ -158,9 +158,9 @@ def edit(folder: Path, **hyperparameters: Any) -> None:
 @pytest.mark.parametrize(
     ("hyperparameters", "message"),
     [
-        ({"optimizer": {"class_path": "os.system", "init_args": {}}}, r"names code to run \(class_path\)"),
+        ({"optimizer": {"class_path": "os.system", "init_args": {}}}, r"names code to run \(optimizer\)"),
         ({"_instantiator": "os.system"}, r"names code to run \(_instantiator\)"),
-        ({"backbone_args": {"depth": [{"class_path": "x"}]}}, "names code to run"),
+        ({"backbone_args": {"depth": [{"class_path": "x"}]}}, r"names code to run \(backbone_args\)"),
         ({"init_from": "/etc/passwd"}, "ClassificationTask takes no 'init_from'"),
         ({"self": 1}, "takes no 'self'"),
         ({"later_option": 1}, "takes no 'later_option'. Update dia-lightning"),
