@@ -10,7 +10,7 @@ from typing import Any
 from dia_lightning._checkpoint_file import damage_of, load, newest_older
 from dia_lightning._hyperparameters import from_file
 from dia_lightning.cli._errors import PROGRAM
-from dia_lightning.cli._run_source import config_of
+from dia_lightning.cli._run_source import config_of, head
 
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
 NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})
@@ -233,7 +233,7 @@ def _whole(newest: Path, roots: Iterable[Path], announce: bool) -> Path:
 
 def _best(newest: Path) -> Path:
     """Return the best checkpoint of the run that wrote ``newest``, from the record that every checkpoint carries."""
-    callbacks = read(str(newest)).get("callbacks", {})
+    callbacks = head(newest).get("callbacks", {})
     records = [state for state in callbacks.values() if isinstance(state, dict) and state.get("monitor") is not None]
     for record in records:
         recorded = str(record.get("best_model_path") or "")
