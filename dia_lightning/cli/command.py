@@ -5,11 +5,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from signal import SIGINT
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,12 +29,14 @@ from dia_lightning.cli._list_options import notes_on_lists
 from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._null_options import refuse_null
 from dia_lightning.cli._own_classes import import_attention
+from dia_lightning.cli._parsed_config import as_list, init_args_of, is_rate_monitor, run_roots
 from dia_lightning.cli._resume import KeepRunTogether, left_by_slurm, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.cli._run_source import head, source_of
 from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
+from dia_lightning.cli._type_order import try_lists_of_loggers_first, try_whole_numbers_first
 from dia_lightning.datamodules import DIADataModule
-from dia_lightning.loggers.wandb import WandbLogger, default_project
+from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask
 
 _PACKING = ("Does not validate against", "Call to compute_fn of link")
@@ -101,8 +101,8 @@ class DIACLI(LightningCLI):
         parser.link_arguments("data", "model.init_args.num_classes", self._count_classes, apply_on="instantiate")
         # a task that does not take it goes without
         parser.link_arguments("data", "model.init_args.image_shape", _image_shape, apply_on="instantiate")
-        _try_whole_numbers_first(parser)
-        _try_lists_of_loggers_first(parser)
+        try_whole_numbers_first(parser)
+        try_lists_of_loggers_first(parser)
 
     def _count_classes(self, data: DIADataModule) -> int:
         """Return the number of classes; where the data are not at hand, that of the checkpoint."""
@@ -113,7 +113,7 @@ class DIACLI(LightningCLI):
         """Parse, and keep apart what the user gave from what is default."""
         self.config = parser.parse_args(args)
         given = parser.parse_args(args, defaults=False)
-        self._given = _init_args(given[given.subcommand].get("model"))
+        self._given = init_args_of(given[given.subcommand].get("model"))
         for name, meaning in (("num_classes", "number of classes"), ("image_shape", "shape of the images")):
             if self._given.get(name) is not None:
                 raise UserError(
@@ -129,15 +129,17 @@ class DIACLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
         config = self.config[self.config.subcommand]
+        self._find_requeued(config)
+        if (config.get("ensemble") or config.get("ckpt_path")) and config.model.init_args.get("init_from") is not None:
+            config.model.init_args.init_from = None  # checkpoints have all weights, and the file may be gone
         if config.get("ensemble") is not None:
             self._find_members(config)
             return
-        self._find_requeued(config)
         if config.get("ckpt_path") is None:
             if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
                 _say("no --ckpt_path: using the network as it is built; for the trained one add --ckpt_path best")
             return
-        config.ckpt_path = _checkpoints.resolve(str(config.ckpt_path), _run_roots(config.trainer))
+        config.ckpt_path = _checkpoints.resolve(str(config.ckpt_path), run_roots(config.trainer))
         _say(f"checkpoint {config.ckpt_path}")
         # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
         sharded = Path(config.ckpt_path).is_dir()
@@ -146,8 +148,6 @@ class DIACLI(LightningCLI):
             _checkpoints.check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
         if self.config.subcommand == "fit":
             self._together.source = source_of(config.ckpt_path, checkpoint)
-        if config.model.init_args.get("init_from") is not None:
-            config.model.init_args.init_from = None  # the checkpoint has all weights, and the file may be gone
         if not sharded:
             self._trained_classes = _checkpoints.class_names(checkpoint)
             self._take_hyper_parameters(config, checkpoint)
@@ -155,7 +155,7 @@ class DIACLI(LightningCLI):
     def _find_requeued(self, config: Namespace) -> None:
         """Go on as with ``--ckpt_path`` where Lightning would load a checkpoint without a word."""
         requeued = left_by_slurm(Path(config.trainer.default_root_dir or "."))
-        if config.get("ckpt_path") is not None or requeued is None:
+        if config.get("ckpt_path") is not None or config.get("ensemble") is not None or requeued is None:
             return
         if self.config.subcommand != "fit":
             raise UserError(
@@ -171,7 +171,7 @@ class DIACLI(LightningCLI):
             raise UserError("--ensemble is for validate, test and predict. Train its members one by one.")
         if config.get("ckpt_path") is not None:
             raise UserError("--ensemble and --ckpt_path exclude each other. Give all members to --ensemble.")
-        config.ensemble = _ensemble.member_paths(config.ensemble, _run_roots(config.trainer))
+        config.ensemble = _ensemble.member_paths(config.ensemble, run_roots(config.trainer))
         for number, path in enumerate(config.ensemble):
             _say(f"member{number} is {path}")
         first = config.ensemble[0]
@@ -179,8 +179,6 @@ class DIACLI(LightningCLI):
         self._trained_classes = _checkpoints.class_names(checkpoint)
         found = self._found_in(checkpoint, config.model.class_path, first)
         init_args = config.model.init_args
-        if "init_from" in init_args:
-            init_args.init_from = None
         self._from_checkpoint = TakenArguments(first, {name: found[name] for name in found if name in init_args})
 
     def _found_in(self, checkpoint: dict[str, Any], class_path: str, path: str) -> dict[str, Any]:
@@ -226,8 +224,8 @@ class DIACLI(LightningCLI):
         if self.config.subcommand == "predict" and config.return_predictions is None:
             config.return_predictions = False  # nobody reads them here, and masks of a folder would fill the memory
         if config.trainer.logger is False:  # Lightning refuses to monitor rates that go nowhere
-            callbacks = _as_list(config.trainer.callbacks)
-            config.trainer.callbacks = [item for item in callbacks if not _is_rate_monitor(item)] or None
+            callbacks = as_list(config.trainer.callbacks)
+            config.trainer.callbacks = [item for item in callbacks if not is_rate_monitor(item)] or None
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
@@ -299,7 +297,7 @@ class DIACLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.trainer.is_global_zero:
-            for part in remove_parts(_run_roots(self.config[subcommand].trainer)):
+            for part in remove_parts(run_roots(self.config[subcommand].trainer)):
                 _say(f"removed {part}, which a killed run had left")
         try:
             super()._run_subcommand(subcommand)
@@ -383,30 +381,6 @@ def run(args: Sequence[str]) -> None:
         adverts.removeFilter(_is_no_advert)
 
 
-def _try_whole_numbers_first(parser: LightningArgumentParser) -> None:
-    """Read 1 as one, not as 1.0, where both are possible: ``limit_val_batches`` means one batch by one, all by 1.0.
-
-    ``typing`` takes ``Union[int, float]`` and ``Union[float, int]`` for the same, and hands out the one that any
-    package of the process wrote first; the parser tries types in that order.
-    """
-    for action in parser._actions:
-        kinds = get_args(getattr(action, "_typehint", None))
-        if int in kinds and float in kinds:
-            others = [kind for kind in kinds if kind is not int]
-            action._typehint = reduce(or_, others, int)  # type: ignore[attr-defined]  # `|` keeps the order
-
-
-def _try_lists_of_loggers_first(parser: LightningArgumentParser) -> None:
-    """Read a list of loggers, as all shipped configs have it, before a single one: the error of the first try is kept.
-
-    Else what a logger of the list says about its own options would be lost.
-    """
-    for action in parser._actions:
-        if action.dest == "trainer.logger":
-            kinds = sorted(get_args(getattr(action, "_typehint", None)), key=lambda kind: get_origin(kind) is None)
-            action._typehint = reduce(or_, kinds)  # type: ignore[attr-defined]
-
-
 def _image_shape(data: DIADataModule) -> list[int] | None:
     """Return the shape (C, H, W) of the images, if they all have one."""
     shape = getattr(data, "image_shape", None)
@@ -422,35 +396,5 @@ def _is_no_advert(record: logging.LogRecord) -> bool:
     return "Tip: For seamless cloud" not in record.getMessage()
 
 
-def _init_args(component: Namespace | None) -> dict[str, Any]:
-    init_args = None if component is None else component.get("init_args")
-    return {} if init_args is None else dict(init_args.as_dict())
-
-
 def _listing(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
-
-
-def _is_rate_monitor(callback: Namespace) -> bool:
-    return str(callback.class_path).rpartition(".")[2] == "LearningRateMonitor"
-
-
-def _run_roots(trainer: Namespace) -> list[Path]:
-    """Return the folders below which this config's runs put their checkpoints."""
-    folders = [_init_args(callback).get("dirpath") for callback in _as_list(trainer.callbacks)]
-    roots = [Path(folder) for folder in folders if folder is not None]
-    for logger in _as_list(trainer.logger):
-        options = _init_args(logger)
-        folder = options.get("save_dir") or trainer.default_root_dir or "."
-        is_wandb = str(logger.class_path).rpartition(".")[2] == "WandbLogger"
-        unnamed = default_project() if is_wandb else options.get("name") or "lightning_logs"
-        roots.append(Path(folder) / (options.get("project") or unnamed))
-    if not _as_list(trainer.logger):
-        root = Path(trainer.default_root_dir or ".")
-        roots += [root / "checkpoints", root / "lightning_logs"]
-    return roots
-
-
-def _as_list(value: Any) -> list[Any]:
-    values = value if isinstance(value, list) else [value]
-    return [item for item in values if not isinstance(item, (bool, type(None)))]

@@ -1,0 +1,41 @@
+"""What the parsed config of a command says about its parts."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from dia_lightning.loggers.wandb import default_project
+
+
+def init_args_of(component: Namespace | None) -> dict[str, Any]:
+    """Return the options of a part by name; none of a part that is not there."""
+    init_args = None if component is None else component.get("init_args")
+    return {} if init_args is None else dict(init_args.as_dict())
+
+
+def is_rate_monitor(callback: Namespace) -> bool:
+    """Tell whether a callback logs learning rates."""
+    return str(callback.class_path).rpartition(".")[2] == "LearningRateMonitor"
+
+
+def run_roots(trainer: Namespace) -> list[Path]:
+    """Return the folders below which this config's runs put their checkpoints."""
+    folders = [init_args_of(callback).get("dirpath") for callback in as_list(trainer.callbacks)]
+    roots = [Path(folder) for folder in folders if folder is not None]
+    for logger in as_list(trainer.logger):
+        options = init_args_of(logger)
+        folder = options.get("save_dir") or trainer.default_root_dir or "."
+        is_wandb = str(logger.class_path).rpartition(".")[2] == "WandbLogger"
+        unnamed = default_project() if is_wandb else options.get("name") or "lightning_logs"
+        roots.append(Path(folder) / (options.get("project") or unnamed))
+    if not as_list(trainer.logger):
+        root = Path(trainer.default_root_dir or ".")
+        roots += [root / "checkpoints", root / "lightning_logs"]
+    return roots
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the callbacks or loggers of a trainer, of which there may be one, several or none."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if not isinstance(item, (bool, type(None)))]
