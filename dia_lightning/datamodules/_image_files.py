@@ -59,6 +59,19 @@ def find_images(folder: Path, *, deep: bool = True) -> ImageFiles:
     return ImageFiles([path for path, _ in found], [number for _, number in found], left_out)
 
 
+def images_at(place: Path) -> ImageFiles:
+    """Find the images that are given to be predicted: those of a folder, or a file of any ending.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    if place.is_dir():
+        return find_images(place)
+    if not place.is_file():
+        raise FileNotFoundError(f"predict_folder={place} is neither a folder nor an image file.")
+    return ImageFiles([str(place)], [inode(place.stat())])  # of any ending, because it was asked for
+
+
 def has_images(folder: Path) -> bool:
     """Tell whether there are image files directly in a folder."""
     endings = readable_endings()

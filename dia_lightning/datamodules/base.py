@@ -21,7 +21,7 @@ from dia_lightning.datamodules._account import (
     warn_of_unused_depth,
 )
 from dia_lightning.datamodules._download import Archive, obtain
-from dia_lightning.datamodules._image_files import ImageFiles, find_images, inode, joined
+from dia_lightning.datamodules._image_files import images_at, joined
 from dia_lightning.datamodules._loading import (
     WORKER_TIMEOUT,
     automatic_workers,
@@ -394,7 +394,7 @@ class DIADataModule(LightningDataModule, ABC):
     def _test_as_val(self) -> Source:
         test = self._source("test")
         rank_zero_warn(
-            "val_split=0: validating on the test set (the paper's setting), so the best epoch is chosen by test "
+            "val_split=0: validating on the test set, so the best epoch is chosen by test "
             "accuracy; set val_split=0.1, say, to keep the test set unseen"
         )
         return test
@@ -424,7 +424,7 @@ class DIADataModule(LightningDataModule, ABC):
 
     def _images_to_predict(self, given: list[str] | str | Path) -> Source:
         places = [given] if isinstance(given, str | Path) else given
-        found = joined([_images_at(Path(place).expanduser()) for place in places])
+        found = joined([images_at(Path(place).expanduser()) for place in places])
         warn_of_files_left_out(found.left_out, f"predict_folder={given}")
         if not found.paths:
             raise FileNotFoundError(f"predict_folder={given} has no image in it or below it.")
@@ -438,14 +438,6 @@ class DIADataModule(LightningDataModule, ABC):
 
 def _all(source: Source) -> tuple[Source, Positions]:
     return source, np.arange(len(source.labels))
-
-
-def _images_at(place: Path) -> ImageFiles:
-    if place.is_dir():
-        return find_images(place)
-    if not place.is_file():
-        raise FileNotFoundError(f"predict_folder={place} is neither a folder nor an image file.")
-    return ImageFiles([str(place)], [inode(place.stat())])  # of any ending, because it was asked for
 
 
 def _default_root() -> str:
