@@ -52,7 +52,7 @@ class ExportedDetector:
         )
         extra = f", and {self.extra} that the network does not find" if self.extra else ""
         return (
-            f"{self.matched} of the network's {self.objects} objects in {self.images} images are in the file{extra}; "
+            f"the file finds {self.matched} of the network's {self.objects} objects in {self.images} images{extra}; "
             f"largest difference: {listed}"
         )
 

@@ -24,7 +24,7 @@ tags:
 
 # {name} with shared attention
 
-Weights of a `{name}` and the words that attention was attached with by
+Weights of a `{name}` and the options that attention was attached with by
 [dia-lightning](https://arxiv.org/abs/2210.16101): `{dia}`.
 
 ```python

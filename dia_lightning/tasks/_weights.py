@@ -90,8 +90,9 @@ def _load(network: nn.Module, weights: dict[str, Tensor], path: str, heads: Sequ
             f"{len(result.unexpected_keys)} are too many ({_some(result.unexpected_keys)})."
         )
     kept = [*(["the attention"] if attention else []), *(["the classifier"] if head else [])]
+    keep = "keeps its" if len(kept) == 1 else "keep their"
     return f"Weights of {len(weights) - len(head)} tensors from {path}" + (
-        f"; {' and '.join(kept)} kept the start values." if kept else "."
+        f"; {' and '.join(kept)} {keep} initial values." if kept else "."
     )
 
 

@@ -119,7 +119,7 @@ def test_a_detector_is_compared_on_images_of_its_run(
     printed = capsys.readouterr().out
     assert "of 3 sites folded" in printed
     assert "mAP" in printed
-    assert "objects in 2 images are in the file; largest difference: boxes" in printed
+    assert "objects in 2 images; largest difference: boxes" in printed
     session = onnxruntime.InferenceSession("cells.onnx")
     metadata = session.get_modelmeta().custom_metadata_map
     task = load_task(next(trained_on_cells.rglob("last.ckpt")))
