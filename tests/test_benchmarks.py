@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import cost, evidence, gpu, pack_cifar, report
+from benchmarks import cost, evidence, gpu, pack_cifar, report, threshold
 from benchmarks.arms import DIA, PLAIN, SE_PER_BLOCK, SE_SHARED, WORKLOADS, Family, Workload, cifar_resnet
 from benchmarks.kernels import count_kernels
 from benchmarks.measures import rows
@@ -36,6 +36,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("benchmarks.growth.TINY_AXES", {"depth": (20,), "width": (2,)})
         cost.main(["--tiny"])
         gpu.main(["--tiny", "--parts", "evidence", "--seconds", "30"])
+        threshold.main(["--tiny", "--runs", "2"])
     torch.set_num_threads(threads)
     return folder / "tiny"
 
