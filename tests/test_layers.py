@@ -15,14 +15,17 @@ BELOW = {
     "analysis": {"attention", "models"},
     "datamodules": {
         *("_checkpoint_file", "_coco_tools", "_hyperparameters"),
-        *("_text", "_torchvision_guard", "_whole_files"),
+        *("_text", "_torchvision_guard", "_training_position", "_whole_files"),
     },
     "loggers": {"_text", "_whole_files"},
     "callbacks": {
         *("analysis", "tasks", "datamodules", "models", "attention"),
         *("_checkpoint_file", "_coco_tools", "_whole_files"),
     },
-    "tasks": {"_checkpoint_file", "_coco_tools", "_hyperparameters", "_whole_files", "models", "attention"},
+    "tasks": {
+        *("models", "attention", "_checkpoint_file", "_coco_tools"),
+        *("_hyperparameters", "_training_position", "_whole_files"),
+    },
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),
         *("_checkpoint_file", "_hyperparameters", "_text", "_torchvision_guard", "_whole_files"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 from torchvision.transforms import v2
 
+from dia_lightning.datamodules._draws import DrawingSampler, load_drawn
 from dia_lightning.datamodules.sources import Source
 
 Positions = npt.NDArray[np.int64]
@@ -86,6 +87,9 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
         return len(self._positions)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return load_drawn(self._sample, index)
+
+    def _sample(self, index: int) -> tuple[Any, ...]:
         position = int(self._positions[index])
         try:
             image, label = self.load(position)
@@ -157,12 +161,11 @@ class PaddedSampler(DistributedSampler[Any]):
             yield index if index < self._length else -1
 
 
-class BalancedSampler(DistributedSampler[Any]):
+class BalancedSampler(DrawingSampler):
     """Draw training samples so that an epoch of the usual length has every class equally often, up to one sample.
 
     Within an epoch the samples of a class come equally often too, up to one: those of rare classes several times, of
-    frequent ones only some, chosen anew for every epoch. Draws depend on the seed and the epoch alone. It is a
-    ``DistributedSampler`` that Lightning leaves in place; the ranks share one draw, each has a part of its own.
+    frequent ones only some, chosen anew for every epoch. Draws depend on the seed and the epoch alone.
 
     Args:
         dataset: the training samples.
@@ -180,14 +183,12 @@ class BalancedSampler(DistributedSampler[Any]):
             )
         self._groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.RandomState([self.seed, self.epoch])
-        self.epoch += 1  # for loops that do not set it; Lightning does
+    def draw(self, generator: np.random.RandomState) -> Positions:
+        """Return equally many of every class, mixed."""
         counts = np.full(len(self._groups), self.total_size // len(self._groups))
-        counts[random.permutation(len(counts))[: self.total_size - counts.sum()]] += 1
-        drawn = [_repeated(group, count, random) for group, count in zip(self._groups, counts, strict=True)]
-        mixed = random.permutation(np.concatenate(drawn))
-        return iter(mixed[self.rank :: self.num_replicas].tolist())
+        counts[generator.permutation(len(counts))[: self.total_size - counts.sum()]] += 1
+        drawn = [_repeated(group, count, generator) for group, count in zip(self._groups, counts, strict=True)]
+        return generator.permutation(np.concatenate(drawn))
 
 
 def _repeated(group: Positions, count: int, random: np.random.RandomState) -> Positions:

@@ -1,5 +1,6 @@
 """The one data API: what every data module of this package takes, offers and hands to the trainer."""
 
+import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,12 +9,14 @@ from typing import IO, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dia_lightning._checkpoint_file import read_checkpoint
 from dia_lightning._hyperparameters import arguments_of, primitive
+from dia_lightning._training_position import training_position
 from dia_lightning.datamodules._account import (
     warn_of_files_left_out,
     warn_of_shared_files,
@@ -21,6 +24,13 @@ from dia_lightning.datamodules._account import (
     warn_of_unused_depth,
 )
 from dia_lightning.datamodules._download import Archive, obtain
+from dia_lightning.datamodules._draws import (
+    DrawingSampler,
+    ShuffledSampler,
+    collate_drawn,
+    loader_generator,
+    training_seed,
+)
 from dia_lightning.datamodules._image_files import images_at, joined
 from dia_lightning.datamodules._loading import (
     WORKER_TIMEOUT,
@@ -31,6 +41,7 @@ from dia_lightning.datamodules._loading import (
     silence_worker_advice,
 )
 from dia_lightning.datamodules._options import check_val_split, check_whole
+from dia_lightning.datamodules._place import Place
 from dia_lightning.datamodules._sampling import (
     PaddedSampler,
     Positions,
@@ -135,6 +146,7 @@ class DIADataModule(LightningDataModule, ABC):
         self.bit_depth = bit_depth
         self._sources: dict[Split, Source | None] = {}
         self._samples: dict[_Loaded, Samples] = {}
+        self._place: Place | None = None  # where a training goes on
 
     # What a data set says about itself
 
@@ -160,7 +172,11 @@ class DIADataModule(LightningDataModule, ABC):
         return None
 
     def training_sampler(self, dataset: Samples) -> DistributedSampler[Any] | None:
-        """Return what draws the training samples of this process; ``None`` shuffles them."""
+        """Return what draws the training samples of this process; ``None`` shuffles them.
+
+        One that is not built on ``DrawingSampler`` draws augmentation from the random numbers of the process, and
+        begins its epoch anew when a training goes on.
+        """
         return None
 
     def archives(self) -> Sequence[Archive]:
@@ -249,13 +265,43 @@ class DIADataModule(LightningDataModule, ABC):
         """
         if stage not in _STAGES:
             raise ValueError(f"stage must be fit, validate, test, predict or None, got {stage!r}.")
+        if stage == "fit":
+            self._place = None  # of a fit before this one
         for name in _STAGES[stage]:
             self._dataset(name)
         if "train" in _STAGES[stage]:
             self._check_train_size()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return where in the training data a training is, for its checkpoint."""
+        if self.trainer is None:
+            return {}
+        epoch, batches = training_position(self.trainer)
+        place = Place(self.training_seed, epoch, batches, self.batch_size, self.trainer.world_size)
+        return dataclasses.asdict(place)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the place of a checkpoint; only ``fit`` does."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._place = Place(**state_dict)
+        self._place.compare(self.batch_size, self.trainer.world_size)
+
+    @property
+    def training_seed(self) -> int:
+        """Seed of the order and the augmentation of training samples.
+
+        It is that of ``seed_everything``, without it that of torch (0 with several processes); a training that goes on
+        keeps the one that it began with.
+        """
+        return self._place.seed if self._place is not None else training_seed(replicas(self.trainer)[0])
+
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return shuffled training batches."""
+        """Return shuffled training batches.
+
+        The order of an epoch depends on the seed and the epoch, and the augmentation of a sample on its place in it
+        too, whatever the number of workers. A training that goes on begins behind the last batch of its checkpoint.
+        """
         self._check_train_size()
         return self._loader("train")
 
@@ -307,20 +353,36 @@ class DIADataModule(LightningDataModule, ABC):
         train = role == "train"
         size = self.batch_size if train or self.eval_batch_size is None else self.eval_batch_size
         workers = self._worker_count()
-        sampler = self.training_sampler(dataset) if train else self._padded_sampler(dataset)
+        collate = self.collate_function(role)
         return DataLoader(
             dataset,
             batch_size=size,
-            shuffle=train and sampler is None,
-            sampler=sampler,
+            shuffle=False,
+            sampler=self._placed_sampler(dataset) if train else self._padded_sampler(dataset),
             num_workers=workers,
-            collate_fn=self.collate_function(role),
+            collate_fn=collate_drawn(collate) if train else collate,
+            generator=loader_generator(self.training_seed, replicas(self.trainer)[1]),
             pin_memory=runs_on_cuda(self.trainer) if self.pin_memory is None else self.pin_memory,
             drop_last=train and self.drop_last,
             timeout=WORKER_TIMEOUT if workers > 0 else 0,
             persistent_workers=workers > 0,
             worker_init_fn=begin_worker if workers > 0 else None,
         )
+
+    def _placed_sampler(self, dataset: Samples) -> DistributedSampler[Any]:
+        """Return what draws training samples from where training goes on."""
+        count, rank = replicas(self.trainer)
+        sampler = self.training_sampler(dataset)
+        if sampler is None:
+            sampler = ShuffledSampler(dataset, num_replicas=count, rank=rank, seed=self.training_seed)
+        # workers draw before Lightning tells the epoch, and a schedule may ask for the loader before it is restored
+        now = 0 if self.trainer is None else self.trainer.current_epoch
+        if isinstance(sampler, DrawingSampler):
+            epoch, batches = (
+                (now, 0) if self._place is None else max((now, 0), (self._place.epoch, self._place.batches))
+            )
+            sampler.start_at(epoch, batches * self.batch_size)
+        return sampler
 
     def _padded_sampler(self, dataset: Samples) -> PaddedSampler | None:
         count, rank = replicas(self.trainer)

@@ -1,6 +1,5 @@
 """Data modules of labelled images."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -44,8 +43,7 @@ class ClassificationDataModule(DIADataModule):
         mixup: alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
         cutmix: alpha of cutmix, 0 or more; 0 turns it off.
         sampling: ``"shuffle"``: every training image once per epoch. ``"balanced"``: every class equally often in an
-            epoch of the same length; images of rare classes come several times, each time augmented anew. Which images
-            an epoch has depends on the seed of ``seed_everything`` alone (0 without).
+            epoch of the same length; images of rare classes come several times, each time augmented anew.
         **common: as :class:`DIADataModule` takes them.
 
     Raises:
@@ -131,11 +129,7 @@ class ClassificationDataModule(DIADataModule):
         if self.sampling == "shuffle":
             return None
         count, rank = replicas(self.trainer)
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # as Lightning's own samplers
-        sampler = BalancedSampler(dataset, num_replicas=count, rank=rank, seed=seed)
-        if self.trainer is not None:  # workers draw before Lightning tells the epoch of a resumed training
-            sampler.set_epoch(self.trainer.current_epoch)
-        return sampler
+        return BalancedSampler(dataset, num_replicas=count, rank=rank, seed=self.training_seed)
 
     def collate_function(self, role: Role) -> MixingCollate | None:
         """Mix training batches if asked to."""

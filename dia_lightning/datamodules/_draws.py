@@ -1,0 +1,148 @@
+"""Training samples whose order and augmentation depend on the seed and their place alone.
+
+Neither the number of workers nor what they have fetched ahead, nor where a training was stopped, changes them.
+"""
+
+import os
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+_SAMPLE, _BATCH, _LOADER = range(3)  # what random numbers are for, so that no two of these share a stream
+
+
+class Draw(int):
+    """The index of a training sample, and the key of the random numbers that augment it."""
+
+    key: tuple[int, ...]  # seed, epoch, place in the epoch over all processes
+
+    def __new__(cls, index: int, key: tuple[int, ...] = ()) -> "Draw":
+        """Return an index that is drawn at a place."""
+        draw = super().__new__(cls, index)
+        draw.key = key
+        return draw
+
+
+class DrawnSample(tuple[Any, ...]):
+    """A training sample that knows how it was drawn."""
+
+    draw: Draw
+
+
+def load_drawn(load: Callable[[int], tuple[Any, ...]], index: int) -> tuple[Any, ...]:
+    """Load a sample with the random numbers of its draw; with those of the process where it is not a :class:`Draw`."""
+    if not isinstance(index, Draw):
+        return load(index)
+    with _random_numbers(*index.key, _SAMPLE):
+        sample = DrawnSample(load(index))
+    sample.draw = index
+    return sample
+
+
+class DrawnCollate:
+    """Make a batch with random numbers that depend on the draw of its first sample.
+
+    Args:
+        collate: makes a batch of a list of samples.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """Return the batch."""
+        if not isinstance(samples[0], DrawnSample):
+            return self.collate(samples)
+        with _random_numbers(*samples[0].draw.key, _BATCH):
+            return self.collate(samples)
+
+
+class DrawingSampler(DistributedSampler[Any]):
+    """Base of the samplers of training data: the ranks share one draw per epoch, each has a part of its own.
+
+    Lightning leaves a ``DistributedSampler`` in place, and tells it the epoch. Where nobody does, every pass over the
+    data is the next epoch.
+
+    Args:
+        dataset: the training samples.
+        num_replicas: number of processes.
+        rank: of this process.
+        seed: of the draws.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
+        self._start = (0, 0)
+
+    @abstractmethod
+    def draw(self, generator: np.random.RandomState) -> npt.NDArray[np.int64]:
+        """Return the samples of an epoch for all ranks ``[total_size]``."""
+
+    def start_at(self, epoch: int, done: int) -> None:
+        """Begin with an epoch, and leave out what was seen of it: so many samples of this process.
+
+        The length stays that of a whole epoch, because Lightning counts the batches that were left out.
+        """
+        self._start = epoch, done
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        drawn = self.draw(np.random.RandomState([self.seed, epoch])).tolist()
+        done = self._start[1] if epoch == self._start[0] else 0
+        places = range(self.rank + done * self.num_replicas, self.total_size, self.num_replicas)
+        return (Draw(drawn[place], (self.seed, epoch, place)) for place in places)
+
+
+class ShuffledSampler(DrawingSampler):
+    """Draw every training sample once per epoch; some twice if the ranks could not have equally many otherwise."""
+
+    def draw(self, generator: np.random.RandomState) -> npt.NDArray[np.int64]:
+        """Return a permutation."""
+        order: npt.NDArray[np.int64] = generator.permutation(len(self.dataset))  # type: ignore[arg-type]
+        return np.resize(order, self.total_size)
+
+
+def training_seed(processes: int) -> int:
+    """Return the seed of ``seed_everything``, without it that of torch; 0 where processes could not agree on one."""
+    given = os.environ.get("PL_GLOBAL_SEED")
+    if given is None:
+        given = str(torch.initial_seed()) if processes == 1 else "0"
+    return int(given) % 2**32  # as NumPy takes it
+
+
+def loader_generator(seed: int, rank: int) -> torch.Generator:
+    """Return the random numbers of a loader's own, so that an iteration takes none of those of the network."""
+    return torch.Generator().manual_seed(_hash(seed, rank, _LOADER))
+
+
+def _hash(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) % 2**63
+
+
+@contextmanager
+def _random_numbers(*key: int) -> Iterator[None]:
+    """Give torch (on the CPU), NumPy and Python random numbers of a key for a while."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    seed = _hash(*key)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators, too
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def collate_drawn(collate: Callable[[list[Any]], Any] | None) -> DrawnCollate | None:
+    """Wrap what makes a training batch; stacking needs no random numbers."""
+    return None if collate is None else DrawnCollate(collate)
