@@ -8,17 +8,20 @@ from typing import IO, Any, Literal, TypeVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
 from dia_lightning._checkpoint_file import read_checkpoint
 from dia_lightning._hyperparameters import primitive
+from dia_lightning.tasks import _process_states
 from dia_lightning.tasks._compilation import compile_in_place
 from dia_lightning.tasks._finite import FiniteModule
 from dia_lightning.tasks._freezing import Freeze
 from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks._optimizers import Options
+from dia_lightning.tasks._resume_point import ResumePoint
 from dia_lightning.tasks._shareable import Shareable
 from dia_lightning.tasks._stop import StopOnSignal
 
@@ -97,6 +100,7 @@ class DIATask(FiniteModule, Shareable):
         self._compiled: list[nn.Module] = []
         #: Optimizer steps behind the weights of a checkpoint that was loaded; ``None`` while it trains on.
         self.trained_steps: int | None = None
+        self._resume_point: ResumePoint | None = None
         self._seen = 0
         self._told: set[str] = set()
 
@@ -158,11 +162,16 @@ class DIATask(FiniteModule, Shareable):
         super().on_save_checkpoint(checkpoint)
         checkpoint["dia_task"] = type(self).__name__
         checkpoint["dia_data"] = self._data
+        if "loops" in checkpoint:  # of a training that can go on
+            _process_states.save(self.trainer, self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read it back, and compare it with the data at hand."""
         super().on_load_checkpoint(checkpoint)
         self.trained_steps = checkpoint.get("global_step")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            state = _process_states.restore(self.trainer, self, checkpoint)
+            self._resume_point = ResumePoint.of(checkpoint, state) if "loops" in checkpoint else None
         stored = checkpoint.get("dia_data", {})
         for name, value in stored.items():
             present = self._data.get(name, value)
@@ -246,9 +255,18 @@ class DIATask(FiniteModule, Shareable):
         self._seen = 0
 
     def on_train_start(self) -> None:
-        """Forget how long the weights of a checkpoint were trained."""
+        """Go on from a checkpoint, and forget how long its weights were trained."""
         super().on_train_start()
         self.trained_steps = None
+        if self._resume_point is not None:
+            self._resume_point.enter(self.trainer, self)
+
+    def on_train_epoch_end(self) -> None:
+        """Forget that a training went on from a checkpoint."""
+        super().on_train_epoch_end()
+        if self._resume_point is not None:
+            self._resume_point.end_epoch(self.trainer, self)
+            self._resume_point = None
 
     # ---- losses
 

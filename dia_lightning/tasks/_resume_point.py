@@ -1,0 +1,79 @@
+"""The moment a checkpoint was written at, where Lightning's loops would not go on from it exactly."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+
+@dataclass
+class ResumePoint:
+    """What has to be done when a training goes on.
+
+    Args:
+        after_batch: the checkpoint was written after a batch, and before the validation or the end of the epoch that
+            may follow it, which Lightning leaves out.
+        after_last_batch: the batch was the last one of its epoch, whose end is still to come.
+        logged: metrics that callbacks and schedules may ask for before they are logged again.
+        gradients: of the parameters, accumulated since the last optimizer step.
+    """
+
+    after_batch: bool
+    after_last_batch: bool
+    logged: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], state: dict[str, Any]) -> "ResumePoint":
+        """Read it from a checkpoint, whose loops are not loaded yet, and the state of this process in it.
+
+        An epoch's last batch is counted as done in it: Lightning would take the epoch for done.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        batches, epoch = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
+        in_epoch = epoch["processed"] == epoch["started"] - 1
+        after_batch = in_epoch and batches["current"]["completed"] == batches["current"]["processed"] - 1
+        after_last_batch = in_epoch and batches["is_last_batch"]
+        if after_batch and after_last_batch:
+            for progress in (batches["current"], batches["total"]):
+                progress["completed"] += 1
+        return cls(after_batch, after_last_batch, state.get("logged", {}), state.get("gradients", {}))
+
+    def enter(self, trainer: Trainer, task: LightningModule) -> None:
+        """Make a training that is about to start go on from here."""
+        trainer.callback_metrics.update(self.logged)
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:  # with max_steps, Lightning would run the finished epoch once more, on no batch
+            loop.reset_restart_stage()
+            loop.epoch_progress.increment_completed()
+            loop._restarting = loop.epoch_loop.restarting = False
+        elif self.after_batch:
+            self._do_what_follows(trainer)
+        for name, parameter in task.named_parameters():
+            if name in self.gradients:
+                parameter.grad = self.gradients[name].to(parameter)
+
+    def _do_what_follows(self, trainer: Trainer) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if loop._should_check_val_fx(fetcher):
+            if not self.after_last_batch:
+                loop.batch_progress.increment_completed()
+                loop.update_restart_stage()
+            loop.val_loop.batch_progress.reset_on_run()
+            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        elif self.after_last_batch:
+            loop.on_advance_end(fetcher)
+            loop.val_loop._has_run = True  # else Lightning would take a batch of the next epoch
+
+    def end_epoch(self, trainer: Trainer, task: LightningModule) -> None:
+        """End the first epoch as any other one."""
+        trainer.fit_loop.epoch_loop.restarting = False  # stays set where no batch was left
+        if self.after_last_batch:  # nothing has been logged, because there was no training step
+            for metrics in task.children():
+                if isinstance(metrics, MetricCollection) and metrics.prefix == "train/":
+                    task.log_dict(metrics)
