@@ -1,0 +1,96 @@
+"""Kill a training at random moments and let it go on, and compare its last checkpoint with that of a straight one.
+
+``python -m benchmarks.kill_trials --trials 5`` in the root of the repository; it ends with 1 if a trial is not equal.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CONFIG = Path(__file__).parents[1] / "configs" / "classification" / "digits.yaml"
+_PATHS = {"best_model_path", "last_model_path", "kth_best_model_path", "best_k_models", "dirpath"}
+
+
+def command(workers: int) -> list[str]:
+    """Return a training of some seconds that keeps a checkpoint of every third step."""
+    options = (
+        "--data.image_size 8 --model.backbone_args.depth 11 --trainer.max_epochs 8 --data.batch_size 32 "
+        "--data.limit 320 --data.val_split 60 --trainer.enable_progress_bar false --trainer.accelerator cpu "
+        "--test_after_fit false --trainer.callbacks+=ModelCheckpoint "
+        "--trainer.callbacks.init_args.every_n_train_steps 3 --trainer.callbacks.init_args.filename last-step "
+        f"--trainer.callbacks.init_args.enable_version_counter false --data.num_workers {workers}"
+    )
+    return [sys.executable, "-m", "dia_lightning", "fit", "-c", str(_CONFIG), *options.split()]
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the newest ``last.ckpt`` below a folder."""
+    newest = max(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return dict(torch.load(newest, weights_only=True))
+
+
+def is_equal(first: Any, second: Any) -> bool:
+    """Compare two checkpoints bit for bit, but for paths."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        names = first.keys() - _PATHS
+        return names == second.keys() - _PATHS and all(is_equal(first[name], second[name]) for name in names)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(is_equal(*pair) for pair in zip(first, second, strict=True))
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    return type(first) is type(second) and bool(first == second)
+
+
+def train_and_kill(args: list[str], folder: Path, seconds: float, moments: random.Random) -> int:
+    """Return how often a training was killed before it ended."""
+    folder.mkdir()
+    kills = 0
+    while True:
+        goes_on = ["--ckpt_path", "last"] if any(folder.rglob("last*.ckpt")) else []
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen([*args, *goes_on], cwd=folder, stdout=log, stderr=log)
+            # three times at most; the start of the program, in which nothing is trained, takes part of the time
+            limit = moments.uniform(0.4, 0.8) * seconds if kills < 3 else None
+            try:
+                if process.wait(limit) != 0:
+                    raise RuntimeError(f"The training failed: see {folder / 'log'}.")
+                return kills
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+
+
+def main() -> int:
+    """Run the trials; return how many are not equal to the straight training."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=0, help="loader processes")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    moments, args, wrong = random.Random(options.seed), command(options.workers), 0
+    with tempfile.TemporaryDirectory() as work:
+        straight = Path(work, "straight")
+        straight.mkdir()
+        begin = time.monotonic()
+        subprocess.run(args, cwd=straight, check=True, capture_output=True)
+        seconds = time.monotonic() - begin
+        for trial in range(options.trials):
+            folder = Path(work, str(trial))
+            kills = train_and_kill(args, folder, seconds, moments)
+            equal = is_equal(last_checkpoint(straight), last_checkpoint(folder))
+            wrong += not equal
+            print(f"trial {trial}: killed {kills} times, {'equal' if equal else 'NOT EQUAL'}", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))
