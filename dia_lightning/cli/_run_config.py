@@ -1,7 +1,6 @@
 """The config of a run, written beside its results and sent to W&B, without secrets."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +9,8 @@ from lightning.pytorch.loggers import WandbLogger
 
 from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks import run_folder
-from dia_lightning.cli._run_source import RECORD
+from dia_lightning.cli._resume import KeepRunTogether
+from dia_lightning.cli._run_source import START
 from dia_lightning.loggers._redact import redact
 
 WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next one may go on
@@ -19,11 +19,9 @@ WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next 
 class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run's folder; never over another run's, never with a secret in it.
 
-    Lightning's own callback stops the second run in a folder when no logger makes a folder per run. Every checkpoint
-    notes which config it was trained with: a run that goes on with other options has several.
+    Lightning's own callback stops the second run in a folder when no logger makes a folder per run. A run that goes on
+    has several, each with the step that it counts from.
     """
-
-    _name: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it, before training, validation, test or prediction starts."""
@@ -32,23 +30,19 @@ class SaveRunConfig(SaveConfigCallback):
         self.already_saved = True
         folder = run_folder(trainer)  # on every rank: they agree on one
         if trainer.is_global_zero:
-            self._write(folder, trainer)
+            sources = [each.source for each in trainer.callbacks if isinstance(each, KeepRunTogether)]  # type: ignore[attr-defined]
+            self._write(folder, trainer, sum(source.step for source in sources if source is not None))
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the name of the config."""
-        if self._name is not None:
-            checkpoint.setdefault(RECORD, {})["config"] = self._name
-
-    def _write(self, folder: Path, trainer: Trainer) -> None:
+    def _write(self, folder: Path, trainer: Trainer, step: int) -> None:
         text = self.parser.dump(self.config, skip_none=False)
         header = [line for line in text.splitlines() if line.startswith("#")]
+        if step > 0:
+            header.insert(0, f"{START}{step}")
         config = redact(yaml.safe_load(text))
         folder.mkdir(parents=True, exist_ok=True)
         body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        file = _unused(folder / self.config_filename)
-        with written_whole(file) as part:
+        with written_whole(_unused(folder / self.config_filename)) as part:
             part.write_text("\n".join([*header, body]), encoding="utf-8")
-        self._name = file.name
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams({"cli": config})

@@ -13,6 +13,7 @@ import torch
 from dia_lightning.cli._run_places import CHECKPOINTS, CONFIG, checkpoints_of, run_folder_of
 
 RECORD = "dia_run"  # key of what every checkpoint knows about its run
+START = "# The training went on with this config from step "  # first line of a config of a run that goes on
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,17 @@ def head(path: Path) -> dict[str, Any]:
 
 def config_of(checkpoint: Path) -> Path:
     """Return the config of the run that wrote a checkpoint, that of its latest start by then; it may not be there."""
-    folder = run_folder_of(checkpoint)
-    name = str(_record(head(checkpoint)).get("config"))
-    # a name is not taken from a checkpoint as a way to another file
-    is_later = re.fullmatch(r"config-v\d+\.yaml", name) and (folder / name).is_file()
-    return folder / (name if is_later else CONFIG)
+    folder, step = run_folder_of(checkpoint), int(head(checkpoint).get("global_step", 0))
+    later = [
+        (start, path.stat().st_mtime_ns, path) for path in folder.glob("config-v*.yaml") if (start := _start(path))
+    ]
+    return max((item for item in later if item[0] < step), default=(0, 0, folder / CONFIG))[-1]
+
+
+def _start(config: Path) -> int | None:
+    with config.open(encoding="utf-8") as file:
+        found = re.fullmatch(f"{START}(\\d+)", file.readline().rstrip())
+    return None if found is None else int(found[1])
 
 
 def is_same(one: str | Path, other: str | Path) -> bool:

@@ -203,18 +203,17 @@ def test_commands_take_the_config_of_the_latest_start(
     assert "config runs/tiny/version_0/config-v1.yaml\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["config-v1.yaml", "../config-v1.yaml", "config.yaml/../../config-v1.yaml", ["a"], None]
-)
-def test_a_checkpoint_leads_to_no_config_but_those_of_its_run(workplace: Path, name: Any) -> None:
+@pytest.mark.parametrize(("step", "name"), [(2, "config.yaml"), (3, "config-v1.yaml"), (9, "config-v3.yaml")])
+def test_a_config_counts_from_the_step_that_the_run_went_on_from(workplace: Path, step: int, name: str) -> None:
     checkpoint = Path("runs/a/checkpoints/last.ckpt")
     checkpoint.parent.mkdir(parents=True)
-    torch.save({"dia_run": {"config": name}}, checkpoint)
-    for place in ("runs", "runs/a"):
-        Path(place, "config-v1.yaml").touch()
-        Path(place, "config.yaml").touch()
-    expected = "runs/a/config-v1.yaml" if name == "config-v1.yaml" else "runs/a/config.yaml"
-    assert config_of(checkpoint) == Path(expected)
+    torch.save({"global_step": step}, checkpoint)
+    starts = {"config": None, "config-v1": 2, "config-v2": 4, "config-v3": 4, "config-v4": None}
+    for number, (config, start) in enumerate(starts.items()):
+        line = "trainer: {}" if start is None else f"# The training went on with this config from step {start}"
+        Path("runs/a", f"{config}.yaml").write_text(line)
+        os.utime(Path("runs/a", f"{config}.yaml"), (number, number))
+    assert config_of(checkpoint) == Path("runs/a", name)
 
 
 @pytest.mark.parametrize("text", ["epoch;step\n0;1\n", "epoch,step,a\n0,,1\n", "epoch,a\n0,1\n"])
