@@ -1,6 +1,6 @@
 """Kill a training at random moments and let it go on, and compare its last checkpoint with that of a straight one.
 
-``python -m benchmarks.kill_trials --trials 5`` in the root of the repository; it ends with 1 if a trial is not equal.
+``python -m benchmarks.kill_trials --trials 5 --task diffusion``; it ends with 1 if a trial is not equal.
 """
 
 import argparse
@@ -15,20 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CONFIG = Path(__file__).parents[1] / "configs" / "classification" / "digits.yaml"
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_SMALL = {  # trainings of ten to twenty seconds, most of which is the start of the program
+    "classification": "--data.image_size 8 --model.backbone_args.depth 11 --trainer.max_epochs 8 --data.batch_size 32 "
+    "--data.limit 320 --data.val_split 60",
+    "detection": "--data.image_size 64 --model.detector_args.min_size 64 --model.detector_args.max_size 64 "
+    "--data.limit 24 --trainer.max_epochs 3",
+    "diffusion": "--data.limit 640 --trainer.max_epochs 8",
+}
 _PATHS = {"best_model_path", "last_model_path", "kth_best_model_path", "best_k_models", "dirpath"}
 
 
-def command(workers: int) -> list[str]:
-    """Return a training of some seconds that keeps a checkpoint of every third step."""
+def command(task: str, workers: int) -> list[str]:
+    """Return a training that keeps a checkpoint of every third step."""
     options = (
-        "--data.image_size 8 --model.backbone_args.depth 11 --trainer.max_epochs 8 --data.batch_size 32 "
-        "--data.limit 320 --data.val_split 60 --trainer.enable_progress_bar false --trainer.accelerator cpu "
-        "--test_after_fit false --trainer.callbacks+=ModelCheckpoint "
-        "--trainer.callbacks.init_args.every_n_train_steps 3 --trainer.callbacks.init_args.filename last-step "
-        f"--trainer.callbacks.init_args.enable_version_counter false --data.num_workers {workers}"
+        f"-c {_CONFIGS / task / 'digits.yaml'} {_SMALL[task]} --data.num_workers {workers} "
+        "--trainer.enable_progress_bar false --trainer.accelerator cpu --test_after_fit false "
+        "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.init_args.every_n_train_steps 3 "
+        "--trainer.callbacks.init_args.filename last-step --trainer.callbacks.init_args.enable_version_counter false"
     )
-    return [sys.executable, "-m", "dia_lightning", "fit", "-c", str(_CONFIG), *options.split()]
+    return [sys.executable, "-m", "dia_lightning", "fit", *options.split()]
 
 
 def last_checkpoint(folder: Path) -> dict[str, Any]:
@@ -73,10 +79,11 @@ def main() -> int:
     """Run the trials; return how many are not equal to the straight training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--task", choices=sorted(_SMALL), default="classification")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    moments, args, wrong = random.Random(options.seed), command(options.workers), 0
+    moments, args, wrong = random.Random(options.seed), command(options.task, options.workers), 0
     with tempfile.TemporaryDirectory() as work:
         straight = Path(work, "straight")
         straight.mkdir()
