@@ -23,7 +23,7 @@ _SMALL = {  # trainings of ten to twenty seconds, most of which is the start of 
     "--data.limit 24 --trainer.max_epochs 3",
     "diffusion": "--data.limit 640 --trainer.max_epochs 8",
 }
-_PATHS = {"best_model_path", "last_model_path", "kth_best_model_path", "best_k_models", "dirpath"}
+_PATHS = {"best_model_path", "last_model_path", "kth_best_model_path", "best_k_models", "dirpath", "dia_run"}
 
 
 def command(task: str, workers: int) -> list[str]:
@@ -44,7 +44,7 @@ def last_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def is_equal(first: Any, second: Any) -> bool:
-    """Compare two checkpoints bit for bit, but for paths."""
+    """Compare two checkpoints bit for bit, but for paths: a training killed before its first checkpoint begins anew."""
     if isinstance(first, dict) and isinstance(second, dict):
         names = first.keys() - _PATHS
         return names == second.keys() - _PATHS and all(is_equal(first[name], second[name]) for name in names)
