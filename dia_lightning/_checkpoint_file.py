@@ -10,6 +10,7 @@ from zipfile import ZipFile
 
 import torch
 
+from dia_lightning._checkpoint_kind import WrongCheckpointError, kind_of
 from dia_lightning._whole_files import written_whole
 
 # The comment of the zip file that torch writes: torch skips it, and a copy of the file has it too.
@@ -109,7 +110,9 @@ def read_checkpoint(
             f"{name} cannot be read ({type(error).__name__}): it is damaged, or it holds more than plain data."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name} is no checkpoint of a training run, but holds a {type(content).__name__}.")
+        raise WrongCheckpointError(
+            f"{name} is no checkpoint of a training run: it holds {kind_of(content)}. Give a .ckpt that fit wrote."
+        )
     return content, name
 
 

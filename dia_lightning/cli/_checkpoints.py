@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dia_lightning import _checkpoint_kind
 from dia_lightning._checkpoint_file import damage_of, load, newest_older
+from dia_lightning._checkpoint_kind import WrongCheckpointError, check_is_of_task
 from dia_lightning._hyperparameters import from_file
 from dia_lightning.cli._errors import PROGRAM
 from dia_lightning.cli._run_source import config_of, head
@@ -60,12 +62,11 @@ def read(path: str) -> dict[str, Any]:
     """Load a checkpoint without running code from it.
 
     Raises:
-        ValueError: if the file is damaged or holds something else.
+        ValueError: if the file is damaged or no task wrote it.
     """
     checkpoint = load(path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} is no checkpoint of a training run, but holds a {type(checkpoint).__name__}.")
-    return checkpoint
+    check_is_of_task(checkpoint, path)
+    return checkpoint  # type: ignore[no-any-return]
 
 
 def check_is_of_run(checkpoint: Mapping[str, Any], path: str, command: str) -> None:
@@ -77,23 +78,29 @@ def check_is_of_run(checkpoint: Mapping[str, Any], path: str, command: str) -> N
         command: which will load it.
 
     Raises:
-        ValueError: if it is none that a training run of this package wrote.
+        WrongCheckpointError: if it is none that a training run of this package wrote.
     """
+    check_is_of_task(checkpoint, path)
     loop = f"{command}_loop"
-    expected: dict[str, type] = {"state_dict": dict, "hyper_parameters": dict, "pytorch-lightning_version": str}
+    expected: dict[str, type] = {"pytorch-lightning_version": str}
     expected |= {"epoch": int, "global_step": int, "loops": dict} if command == "fit" else {}
     expected |= {"optimizer_states": list, "lr_schedulers": list} if command == "fit" else {}
     wrong = [name for name, kind in expected.items() if not isinstance(checkpoint.get(name), kind)]
     loops = checkpoint.get("loops")
     if loops is not None and not (isinstance(loops, dict) and isinstance(loops.get(loop), dict)):
         wrong.append(f"loops.{loop}")
-    optional = ("callbacks", "dia_data", "dia_run")
-    wrong += [name for name in optional if not isinstance(checkpoint.get(name, {}), dict)]
+    wrong += [name for name in ("callbacks", "dia_run") if not isinstance(checkpoint.get(name, {}), dict)]
     if wrong:
-        raise ValueError(
+        raise WrongCheckpointError(
             f"{path} is no checkpoint of a training run that {command} can load: {', '.join(wrong)} is missing or of "
-            "another kind. Give a .ckpt that fit wrote; of other files --model.init_from takes the weights."
+            f"another kind{_without_training(checkpoint)}. Give a .ckpt that fit wrote; of other files "
+            "--model.init_from takes the weights."
         )
+
+
+def _without_training(checkpoint: Mapping[str, Any]) -> str:
+    is_without = "optimizer_states" not in checkpoint and "pytorch-lightning_version" in checkpoint
+    return ", as after save_weights_only" if is_without else ""
 
 
 def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str, path: str) -> tuple[dict[str, Any], list[str]]:
@@ -176,11 +183,33 @@ def misfit(message: str, path: str | None) -> str:
         message: torch's.
         path: the checkpoint.
     """
-    parts = [line.strip() for line in message.splitlines()[1:]]
-    first = parts[0].partition(": ")[0].rstrip(".") if parts else message
     return (
-        f"The weights of {path} do not fit the network of this command ({len(parts)} differences, the first: {first}). "
-        f"To use them {_own_config(str(path), 'give the options that the network was trained with')}."
+        f"The weights of {path} do not fit the network of this command ({_checkpoint_kind.misfit(message)}). To use "
+        f"them {_own_config(str(path), 'give the options that the network was trained with')}."
+    )
+
+
+def is_while_restoring(error: BaseException) -> bool:
+    """Tell whether something failed while Lightning gave what a checkpoint holds to its parts."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "lightning.pytorch.trainer.connectors.checkpoint_connector":
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def not_restored(error: BaseException, path: str) -> str:
+    """Return one sentence for what Lightning, or a callback, says of a checkpoint that it cannot take.
+
+    Args:
+        error: what was raised.
+        path: the checkpoint.
+    """
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return (
+        f"{path} is no checkpoint that this command can go on from ({said}): it was changed, or another program wrote "
+        f"it. Give the .ckpt as fit wrote it; DIA_TRACEBACK=1 shows the whole trace."
     )
 
 

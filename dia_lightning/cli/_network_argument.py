@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dia_lightning.attention import attach
 from dia_lightning.cli import _checkpoint_argument
 from dia_lightning.cli._own_classes import import_attention
-from dia_lightning.models import get_model
+from dia_lightning.models import get_model, list_models
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.tasks import DIATask
@@ -34,7 +34,8 @@ def task_of(options: argparse.Namespace) -> "DIATask | None":
         ValueError: if there is no such checkpoint.
     """
     name: str = options.network
-    if name not in ("last", "best") and Path(name).suffix != ".ckpt":
+    is_file = name.startswith((".", "/")) or Path(name).exists()
+    if name not in ("last", "best") and Path(name).suffix != ".ckpt" and (not is_file or name in list_models(name)):
         return None
     return _checkpoint_argument.task_of(_checkpoint_argument.resolved(name, options.runs))
 

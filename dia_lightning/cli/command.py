@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
 from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
+from dia_lightning.cli._class_messages import imported
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._help import describe_checkpoints
@@ -38,6 +39,7 @@ from dia_lightning.cli._type_order import try_lists_of_loggers_first, try_whole_
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask
+from dia_lightning.tasks._load import check_is_related
 
 _PACKING = ("Does not validate against", "Call to compute_fn of link")
 
@@ -146,6 +148,7 @@ class DIACLI(LightningCLI):
         checkpoint = head(Path(config.ckpt_path)) if sharded else _checkpoints.read(config.ckpt_path)
         if not sharded:
             _checkpoints.check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
+            check_is_related(checkpoint["dia_task"], imported(config.model.class_path), config.ckpt_path)
         if self.config.subcommand == "fit":
             self._together.source = source_of(config.ckpt_path, checkpoint)
         if not sharded:
@@ -305,6 +308,10 @@ class DIACLI(LightningCLI):
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
             raise UserError(_checkpoints.misfit(str(error), self.config[subcommand].ckpt_path)) from error
+        except Exception as error:
+            if is_for_the_user(error) or not _checkpoints.is_while_restoring(error):
+                raise
+            raise UserError(_checkpoints.not_restored(error, self.config[subcommand].ckpt_path)) from error
         except SystemExit as stop:
             if not self.trainer.interrupted:
                 raise

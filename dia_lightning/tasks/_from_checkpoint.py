@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from dia_lightning._checkpoint_kind import WrongCheckpointError, misfit
 from dia_lightning._hyperparameters import OBJECT, arguments_of, from_file
 from dia_lightning.models._libraries import without_weights
 
@@ -34,20 +35,30 @@ def build(
         strict: whether the weights must be those of the task, all of them; ``None`` for what the task says.
 
     Raises:
-        ValueError: if the file holds something else, or a hyperparameter that is no plain data and not given.
+        ValueError: if a hyperparameter is no plain data and not given, or the weights are not those of the task.
     """
-    weights = checkpoint.get("state_dict")
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{source} is no checkpoint of a task: it has no state_dict. Give one that a run wrote.")
-    found = _loadable(checkpoint.get("hyper_parameters", {}), source)
+    weights = checkpoint["state_dict"]
+    found = _loadable(checkpoint["hyper_parameters"], source)
     arguments = arguments_of(kind, found, given, source)
     try:
         task = kind(**arguments)
-    except TypeError as error:  # values of other types fail in many ways
-        raise ValueError(f"The hyper-parameters of {source} do not fit {kind.__name__}: {error}.") from error
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:  # values of other types fail in many ways
+        written_by = checkpoint["dia_task"]
+        raise WrongCheckpointError(
+            f"The hyper-parameters of {source}, which {written_by} wrote, do not fit {kind.__name__}: {error}."
+        ) from error
     task.configure_model()  # of a class of the user's own
     task.on_load_checkpoint(dict(checkpoint))
-    task.load_state_dict(weights, strict=task.strict_loading if strict is None else strict)
+    try:
+        task.load_state_dict(weights, strict=task.strict_loading if strict is None else strict)
+    except RuntimeError as error:
+        raise WrongCheckpointError(
+            f"The weights of {source} are not those of the network that its hyper-parameters describe "
+            f"({misfit(str(error))}). Give the file as the run wrote it, or arguments that fit: "
+            "load_from_checkpoint(path, NAME=...)."
+        ) from error
     first = next((value for value in weights.values() if isinstance(value, Tensor)), None)
     return task if first is None else task.to(first.device)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_lightning._checkpoint_file import DamagedFileError, load
+from dia_lightning._checkpoint_kind import WrongCheckpointError, check_is_of_task
 from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks.base import DIATask
 
@@ -24,20 +25,20 @@ def load_task(path: str | Path) -> DIATask:
     Example:
         >>> task = load_task("runs/digits/version_0/checkpoints/last.ckpt")  # doctest: +SKIP
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    if not Path(path).is_file():
+        raise WrongCheckpointError(f"{path} is no file, but a {'folder' if Path(path).is_dir() else 'device'}.")
     try:
         checkpoint = load(path)
-        name = checkpoint["dia_task"]
-    except Exception as error:  # a file that is none of ours fails in many ways
-        reason, instead = type(error).__name__, ""
-        if isinstance(error, DamagedFileError):
-            reason, instead = error.reason, error.instead
-        raise ValueError(f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({reason}).{instead}") from error
-    kind = task_named(name, str(path))
+    except DamagedFileError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged or no checkpoint of dia-lightning ({error.reason}).{error.instead}"
+        ) from error
+    check_is_of_task(checkpoint, str(path))
+    kind = task_named(checkpoint["dia_task"], str(path))
     # to look at a network, minutes of compiling and a compiler are not needed
-    found = checkpoint.get("hyper_parameters")
-    options: dict[str, Any] = {"compile": False} if isinstance(found, dict) and found.get("compile") else {}
+    options: dict[str, Any] = {"compile": False} if checkpoint["hyper_parameters"].get("compile") else {}
     return build(kind, checkpoint, options, str(path)).eval()
 
 
@@ -51,6 +52,25 @@ def task_named(name: str, source: str) -> type[DIATask]:
     if name not in known:
         raise ValueError(f"{source!r} was written by {name}, which is not imported. Import it before loading.")
     return known[name]
+
+
+def check_is_related(name: str, kind: type, source: str) -> None:
+    """Refuse the checkpoint of another task; those of subclasses and of bases may fit.
+
+    Args:
+        name: of the class that wrote it; nothing is known of one that is not imported.
+        kind: the class that is to load it.
+        source: the file, for the message.
+
+    Raises:
+        WrongCheckpointError: if neither class is derived from the other.
+    """
+    written_by = [task for task in _subclasses(DIATask) if task.__name__ == name]
+    if written_by and not any(issubclass(kind, task) or issubclass(task, kind) for task in written_by):
+        raise WrongCheckpointError(
+            f"{source} is a checkpoint of {name}, but the task of this command is {kind.__name__}. Give a checkpoint "
+            f"of that, or use the config of the run that wrote it."
+        )
 
 
 def _subclasses(base: type[DIATask]) -> list[type[DIATask]]:

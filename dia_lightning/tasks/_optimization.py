@@ -28,6 +28,7 @@ from dia_lightning.tasks._optimizers import Options, make_optimizer
 from dia_lightning.tasks._parameter_groups import GROUPING, Plan, fits, parameter_groups, plan_groups
 from dia_lightning.tasks._precision import check_gradients_survive
 from dia_lightning.tasks._rates import GroupRates
+from dia_lightning.tasks._resuming import RECORD, ResumedTraining, classes_in_use
 from dia_lightning.tasks._schedule import NamedSchedule
 from dia_lightning.tasks._schedule_options import (
     lightning_config,
@@ -61,6 +62,7 @@ class TrainableModule(LightningModule):
         self._monitored: float | None = None  # what ReduceLROnPlateau has seen last
         self._plateau_epoch = -1
         self._has_validated = False
+        self._resumed: ResumedTraining | None = None
 
     # ---- what is trained
 
@@ -148,15 +150,22 @@ class TrainableModule(LightningModule):
     # ---- hooks
 
     def on_fit_start(self) -> None:
-        """Use the rate that a finder has found, and train what a finetuning callback trained before it was resumed."""
+        """Use the rate that a finder has found, and train what a finetuning callback trained before it was resumed.
+
+        Raises:
+            ValueError: if a checkpoint has another optimizer or schedule.
+        """
         if finetuning(self.trainer):
             groups = self.trainer.optimizers[0].param_groups
             train_parameters(self, {parameter for group in groups for parameter in group["params"]})
+        if self._resumed is not None:
+            resumed, self._resumed = self._resumed, None
+            resumed.check(self.trainer)
         self._take_found_rate()
 
     def on_train_start(self) -> None:
         """Say so if a resumed schedule is not the one that the options ask for."""
-        rates = self._rates
+        rates, self._resumed = self._rates, None
         if rates is None or not any(rates.has(config.scheduler) for config in self.trainer.lr_scheduler_configs):
             return  # a finder at work
         is_resumed = self.trainer.global_step > 0
@@ -270,10 +279,12 @@ class TrainableModule(LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the optimizer out of copies."""
-        return {**super().__getstate__(), "_rates": None, "_unfrozen": [], "_statistics": {}}
+        return {**super().__getstate__(), "_rates": None, "_unfrozen": [], "_statistics": {}, "_resumed": None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what ``ReduceLROnPlateau`` has seen last."""
+        """Add the classes of the optimizer and the schedule, and what ``ReduceLROnPlateau`` has seen last."""
+        if self._trainer is not None and "optimizer_states" in checkpoint:
+            checkpoint[RECORD] = classes_in_use(self.trainer)
         if self._monitored is not None:
             checkpoint["dia_monitored"] = self._monitored
 
@@ -295,3 +306,10 @@ class TrainableModule(LightningModule):
                     f"The checkpoint was trained with {name}={before!r}, but the task has {now!r}: the state of the "
                     "optimizer does not fit. Use the same, or start anew from the weights with init_from."
                 )
+        classes = checkpoint.get(RECORD)
+        self._resumed = ResumedTraining(
+            str(trainer.ckpt_path or "The checkpoint"),
+            checkpoint["optimizer_states"],
+            checkpoint.get("lr_schedulers", []),
+            classes if isinstance(classes, dict) else {},
+        )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dia_lightning._checkpoint_file import DamagedFileError, load
+from dia_lightning._checkpoint_kind import WrongCheckpointError, kind_of
 
 
 def load_weights(network: nn.Module, path: str) -> str:
@@ -28,7 +29,7 @@ def load_weights(network: nn.Module, path: str) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is remote or damaged, or holds the weights of another network.
     """
-    weights = _without_prefix(_state_dict(_read(path)), "backbone.")
+    weights = _without_prefix(_state_dict(_read(path), path), "backbone.")
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     outside = [name for name in layers if not _belongs_to_attention(name)]
     return _load(network, weights, path, heads=outside[-1:])
@@ -55,7 +56,7 @@ def load_detector_weights(detector: nn.Module, path: str) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is remote or damaged, or holds the weights of another network.
     """
-    weights = _without_prefix(_state_dict(_read(path)), "detector.")
+    weights = _without_prefix(_state_dict(_read(path), path), "detector.")
     if any(key.startswith(("rpn.", "roi_heads.", "head.classification_head.")) for key in weights):
         return _load(detector, weights, path, heads=_DETECTOR_HEADS)
     pyramid: Any = detector.backbone
@@ -116,12 +117,16 @@ def _read(path: str) -> Any:
         raise ValueError(f"{path!r} is damaged or not a weights file ({type(error).__name__}: {error}).") from error
 
 
-def _state_dict(content: Any) -> dict[str, Tensor]:
+def _state_dict(found: Any, path: str) -> dict[str, Tensor]:
+    content = found
     for name in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError("The file holds no state dict: expected tensors by name, or a checkpoint with 'state_dict'.")
+        raise WrongCheckpointError(
+            f"{path!r} holds no state dict, but {kind_of(found)}: expected tensors by name, or a checkpoint with "
+            "'state_dict'. Give another file."
+        )
     return {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
 from dia_lightning._checkpoint_file import read_checkpoint
+from dia_lightning._checkpoint_kind import check_is_of_task
 from dia_lightning._hyperparameters import primitive
 from dia_lightning.tasks import _process_states
 from dia_lightning.tasks._compilation import compile_in_place
@@ -210,6 +211,7 @@ class DIATask(FiniteModule, Shareable):
         content, source = read_checkpoint(
             checkpoint_path, map_location, hparams_file=hparams_file, weights_only=weights_only
         )
+        check_is_of_task(content, source)
         return build(cls, content, kwargs, source, strict=strict)
 
     def tell(self, topic: str, message: str | None) -> None:

@@ -266,8 +266,8 @@ def test_weights_that_do_not_fit_are_one_sentence() -> None:
     with pytest.raises(RuntimeError) as raised:
         large.load_state_dict(small.state_dict())
     assert misfit(str(raised.value), "x.ckpt") == (
-        "The weights of x.ckpt do not fit the network of this command (2 differences, the first: size mismatch for "
-        "weight). To use them give the options that the network was trained with."
+        "The weights of x.ckpt do not fit the network of this command (2 differ, the first: weight, size mismatch). "
+        "To use them give the options that the network was trained with."
     )
 
 

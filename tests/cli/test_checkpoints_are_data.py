@@ -157,8 +157,8 @@ def test_names_with_dots_are_taken_from_a_checkpoint_where_they_name_layers(
 )
 def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(command: str, change: Any, message: str) -> None:
     checkpoint: dict[str, Any] = {"state_dict": {}, "hyper_parameters": {}, "callbacks": {}, "epoch": 0}
-    checkpoint |= {"global_step": 1, "optimizer_states": [], "lr_schedulers": [], "pytorch-lightning_version": "2.6"}
-    checkpoint["loops"] = {f"{command}_loop": {}}
+    checkpoint |= {"dia_task": "ClassificationTask", "global_step": 1, "optimizer_states": [], "lr_schedulers": []}
+    checkpoint |= {"pytorch-lightning_version": "2.6", "loops": {f"{command}_loop": {}}}
     check_is_of_run(checkpoint, "x.ckpt", command)
     with pytest.raises(ValueError, match=message.format(command)):
         check_is_of_run({**checkpoint, **change}, "x.ckpt", command)

@@ -166,7 +166,7 @@ def edit(folder: Path, **hyperparameters: Any) -> None:
         ({"later_option": 1}, "takes no 'later_option'. Update dia-lightning"),
         ({"num_classes": "ten"}, "does not hold a ClassificationTask"),
         ({"num_classes": 7}, "does not hold a ClassificationTask .*size mismatch"),
-        ({"backbone_args": {"depth": 20}}, "does not hold a ClassificationTask .*Missing key"),
+        ({"backbone_args": {"depth": 20}}, "does not hold a ClassificationTask .*missing key"),
         ({"backbone_args": 11}, "does not hold a ClassificationTask"),
         ({"backbone": "os.system"}, "Unknown model 'os.system'"),
         ({"attention": "os.system"}, "Attention 'os.system' is no nn.Module class"),

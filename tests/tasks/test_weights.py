@@ -76,9 +76,10 @@ def test_a_checkpoint_of_something_else_is_no_task(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'nowhere\.ckpt'"):
         load_task("nowhere.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other\.ckpt' is damaged or no checkpoint of dia-lightning"):
+    with pytest.raises(ValueError, match=r"other\.ckpt is no checkpoint of a task .* holds weights that another"):
         load_task(tmp_path / "other.ckpt")
-    torch.save({"dia_task": "SegmentationTask"}, tmp_path / "later.ckpt")
+    later = {"dia_task": "SegmentationTask", "state_dict": {}, "hyper_parameters": {}}
+    torch.save(later, tmp_path / "later.ckpt")
     with pytest.raises(ValueError, match="was written by SegmentationTask, which is not imported"):
         load_task(tmp_path / "later.ckpt")
 
