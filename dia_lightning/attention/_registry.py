@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -57,8 +56,7 @@ def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict
     """Return a function ``(channels, spatial_dims=2) -> unit``; the second goes to units that take it.
 
     Args:
-        attention: a registered name, the path of a class that has been imported, or a callable that takes ``channels``
-            first.
+        attention: a registered name, or a callable that takes ``channels`` first.
         arguments: further keyword arguments of the unit.
 
     Raises:
@@ -86,25 +84,12 @@ def _named(name: str) -> Callable[..., nn.Module]:
     if name in _BUILDERS:
         return _BUILDERS[name]
     if "." in name:
-        return _imported_class(name)
+        kind = name.rpartition(".")[2]
+        raise ValueError(
+            f"Attention {name!r} is not registered, and a path builds nothing, because it may come from a checkpoint. "
+            f"Give the class itself, attention={kind}, or register it first: register_attention({name!r})({kind}); the "
+            "command line does so for what a config or an option names."
+        )
     near = difflib.get_close_matches(name.lower(), _BUILDERS, n=3, cutoff=0.3)
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ValueError(f"Unknown attention {name!r}. {hint}Registered: {', '.join(list_attention())}.")
-
-
-def _imported_class(path: str) -> type[nn.Module]:
-    """Return a unit that has been imported already: the path may come from a checkpoint, which must not run code."""
-    module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    if found is None:
-        raise ValueError(
-            f"Attention {path!r} is not imported, and a path alone imports nothing, because it may come from a "
-            f"checkpoint. Import {module} first; the command line does so for what a config or an option names."
-        )
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"Attention {path!r} is no nn.Module class. Register it under this name: register_attention.")
-    try:
-        inspect.signature(found.forward).bind(None, None, None)
-    except TypeError:
-        raise ValueError(f"Attention {path!r}: its forward must take (features, state).") from None
-    return found

@@ -13,6 +13,7 @@ from dia_lightning._checkpoint_kind import WrongCheckpointError, check_is_of_tas
 from dia_lightning._hyperparameters import from_file
 from dia_lightning.cli._errors import PROGRAM
 from dia_lightning.cli._run_source import config_of, head
+from dia_lightning.models._libraries import is_elsewhere, without_weights
 
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
 NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})
@@ -129,7 +130,21 @@ def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str, path: str) 
         for name, value in plain.items()
         if name not in NOT_TAKEN and (name in _OF_NAMES or not _has_class_path(value))
     }
-    return taken, sorted(strange)
+    if is_elsewhere(taken.get("backbone")):
+        strange["backbone"] = taken.pop("backbone")
+    return without_files(taken, plain), sorted(strange)
+
+
+def without_files(options: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that make the same network and read no weights; a checkpoint brings its own.
+
+    Args:
+        options: by name.
+        others: where the backbone is if the options have none.
+    """
+    args, backbone = options.get("backbone_args"), options.get("backbone", others.get("backbone"))
+    own = {"backbone_args": without_weights(str(backbone), args)} if isinstance(args, dict) else {}
+    return {**options, **own}
 
 
 def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) -> None:
@@ -143,6 +158,7 @@ def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) ->
     Raises:
         ValueError: if the network would be another one than that of the checkpoint.
     """
+    given = without_files(given, found)
     plain = given.get("attention", found.get("attention")) is None and found.get("attention") is None
     names = BACKBONE if plain else (*BACKBONE, *ATTENTION)
     # an object that was given in Python is kept as "object:Name"; here it has another name

@@ -204,7 +204,8 @@ class DIACLI(LightningCLI):
             for name, value in found.items()
             if name in init_args and name not in self._given and init_args[name] != value
         }
-        changed = {name: value for name, value in found.items() if self._given.get(name, value) != value}
+        compared = _checkpoints.without_files(self._given, found)
+        changed = {name: value for name, value in found.items() if compared.get(name, value) != value}
         self._from_checkpoint = TakenArguments(config.ckpt_path, taken)
         if taken:
             _say(f"from the checkpoint: {_listing(taken)}")

@@ -105,6 +105,14 @@ def _torchvision_models() -> Any:
 LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
 
 
+def is_elsewhere(name: object) -> bool:
+    """Tell whether a name makes a library read a folder or a repository: ``timm/hf-hub:NAME``, ``timm/local-dir:PATH``.
+
+    Such a name is not taken from a file, which nobody may vouch for.
+    """
+    return isinstance(name, str) and ":" in name
+
+
 def without_weights(name: str, args: dict[str, Any]) -> dict[str, Any]:
     """Return arguments that build the same network with fresh weights, so that nothing is read or downloaded."""
     weights = args.get("weights")

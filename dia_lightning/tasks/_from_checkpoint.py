@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dia_lightning._checkpoint_kind import WrongCheckpointError, misfit
 from dia_lightning._hyperparameters import OBJECT, arguments_of, from_file
-from dia_lightning.models._libraries import without_weights
+from dia_lightning.models._libraries import is_elsewhere, without_weights
 
 if TYPE_CHECKING:  # imports this module
     from dia_lightning.tasks.base import DIATask
@@ -39,6 +39,12 @@ def build(
     """
     weights = checkpoint["state_dict"]
     found = _loadable(checkpoint["hyper_parameters"], source)
+    backbone = found.get("backbone")
+    if is_elsewhere(backbone) and "backbone" not in given:
+        raise ValueError(
+            f"{source} names {backbone} as backbone, which is read from elsewhere, and nothing is because a file says "
+            f"so. If you trust it, pass it: backbone={backbone!r}."
+        )
     arguments = arguments_of(kind, found, given, source)
     try:
         task = kind(**arguments)

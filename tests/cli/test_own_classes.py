@@ -84,7 +84,7 @@ def test_a_unit_of_ones_own_reloads_by_its_path(
     place: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     place("unit")
-    with pytest.raises(ValueError, match=r"'parts_of_mine\.Gate' is not imported.* Import parts_of_mine first"):
+    with pytest.raises(ValueError, match=r"'parts_of_mine\.Gate' is not registered.* attention=Gate, or register"):
         load_task(LAST)
     assert "parts_of_mine" not in sys.modules
     call("test", "--ckpt_path", "last", "--data.batch_size", "5")
@@ -93,7 +93,7 @@ def test_a_unit_of_ones_own_reloads_by_its_path(
     call("export", LAST, "unit.safetensors")
     stored = torch.load(LAST, weights_only=True)["state_dict"]
     assert torch.equal(load_file("unit.safetensors")["layer1.0.dia.weight"], stored["backbone.layer1.0.dia.weight"])
-    assert isinstance(load_task(LAST), ClassificationTask)  # the module is imported by now
+    assert isinstance(load_task(LAST), ClassificationTask)  # it is registered by now
 
 
 def test_a_path_in_a_checkpoint_imports_nothing(
