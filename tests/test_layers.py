@@ -17,18 +17,19 @@ BELOW = {
         *("_checkpoint_file", "_coco_tools", "_hyperparameters"),
         *("_text", "_torchvision_guard", "_training_position", "_whole_files"),
     },
-    "loggers": {"_text", "_whole_files"},
+    "loggers": {"_redact", "_text", "_whole_files"},
     "callbacks": {
         *("analysis", "tasks", "datamodules", "models", "attention"),
         *("_checkpoint_file", "_coco_tools", "_whole_files"),
     },
     "tasks": {
         *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_coco_tools"),
-        *("_hyperparameters", "_training_position", "_whole_files"),
+        *("_hyperparameters", "_redact", "_training_position", "_whole_files"),
     },
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),
-        *("_checkpoint_file", "_checkpoint_kind", "_hyperparameters", "_text", "_torchvision_guard", "_whole_files"),
+        *("_checkpoint_file", "_checkpoint_kind", "_hyperparameters", "_redact", "_text"),
+        *("_torchvision_guard", "_whole_files"),
     },
 }
 # ... and which of the other packages it must do without.

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from dia_lightning._redact import redact_arguments
 from dia_lightning._whole_files import written_whole
 from dia_lightning.cli._comparison import Estimate, Row, compare
 from dia_lightning.cli._comparison_plot import draw_comparison
@@ -81,7 +82,7 @@ def _markdown(experiment: Experiment, rows: Mapping[Metric, list[Row]], results:
 
 def _in_shell(run: Run) -> str:
     *command, _ = run.command
-    return f"{shlex.join([PROGRAM, *command])} --seed_everything=$seed"
+    return f"{shlex.join([PROGRAM, *redact_arguments(command)])} --seed_everything=$seed"
 
 
 def _circumstances(results: Mapping[Run, Result]) -> str:

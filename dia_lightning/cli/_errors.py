@@ -5,6 +5,8 @@ import os
 import sys
 from typing import NoReturn
 
+from dia_lightning._redact import redact_text
+
 PROGRAM = "dia-lightning"
 #: What a full or write-protected disk or folder says.
 _OF_THE_DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES")
@@ -16,7 +18,7 @@ class UserError(Exception):
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print one line to stderr and end the program with an exit code, 2 for mistakes of the user."""
-    sys.stderr.write(f"{PROGRAM}: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{PROGRAM}: error: {redact_text(' '.join(message.split()))}\n")
     raise SystemExit(code)
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from dia_lightning._redact import redact
 from dia_lightning.cli import _class_messages
 from dia_lightning.cli._commands import COMMANDS
 from dia_lightning.cli._errors import fail
@@ -64,7 +65,7 @@ def _unknown_argument(match: re.Match[str], message: str, parser: LightningArgum
 
 
 def _wrong_value(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
-    expected, value = match["expected"], match["value"]
+    expected, value = match["expected"], redact({place(message): match["value"]})[place(message)]
     choices = re.findall(r"'([^']*)'", expected) if "Literal" in expected else []
     hint = nearest(value, choices) if choices else f". Expected {readable(expected)}."
     return f"{place(message)}: '{value}' does not fit{hint}"
@@ -72,7 +73,8 @@ def _wrong_value(match: re.Match[str], message: str, parser: LightningArgumentPa
 
 def _wrong_union_value(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     expected = " or ".join(readable(line) for line in re.findall(r"- (.+)", match[1]))
-    return f"{place(message)}: '{_given(message)}' does not fit. Expected {expected}."
+    value = redact({place(message): _given(message)})[place(message)]
+    return f"{place(message)}: '{value}' does not fit. Expected {expected}."
 
 
 def _missing(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:

@@ -7,11 +7,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
+from dia_lightning._redact import redact
 from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks import run_folder
 from dia_lightning.cli._resume import KeepRunTogether
 from dia_lightning.cli._run_source import START
-from dia_lightning.loggers._redact import redact
 
 WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next one may go on
 

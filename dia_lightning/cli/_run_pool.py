@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from dia_lightning._redact import redact_arguments
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli._experiment import Experiment, Run
 from dia_lightning.cli._run_results import Result, last_values, write_result
@@ -129,7 +130,7 @@ def _result_of(child: _Child, experiment: Experiment) -> Result:
         outcome="finished",
         metrics=metrics,
         seconds=round(time.monotonic() - child.started, 1),
-        command=list(child.run.command),
+        command=redact_arguments(child.run.command),
         configs=dict(experiment.digests),
         environment=dict(child.environment),
     )

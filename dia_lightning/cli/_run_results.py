@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from dia_lightning import __version__
+from dia_lightning._redact import redact_arguments
 from dia_lightning._whole_files import written_whole
 from dia_lightning.cli._experiment import Experiment, Run
 
@@ -24,7 +25,7 @@ class Result:
         outcome: ``"diverged"`` if the loss was no longer finite; any other error is ``"failed"``.
         metrics: the last value of everything that was logged.
         seconds: from start to end.
-        command: the arguments of ``dia-lightning``, without the folder.
+        command: the arguments of ``dia-lightning``, without the folder and without secrets.
         configs: digests of the contents of the base configs.
         environment: what was set for this run, for example the number of threads.
         message: what an unsuccessful run said last.
@@ -96,7 +97,7 @@ def last_values(metrics_file: Path) -> dict[str, float]:
 
 
 def _check_is_same(run: Run, result: Result, digests: Mapping[str, str], folder: Path) -> None:
-    then, now = result.command, list(run.command)
+    then, now = redact_arguments(result.command), redact_arguments(run.command)
     changed = [config for config in run.configs if result.configs.get(config) != digests[config]]
     if then == now and not changed:
         return

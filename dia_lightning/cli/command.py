@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
 from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
@@ -197,20 +198,21 @@ class DIACLI(LightningCLI):
         found = self._found_in(checkpoint, config.model.class_path, config.ckpt_path)
         if found:
             _checkpoints.check_attention_is_named(self._given, checkpoint, config.ckpt_path)
-        _checkpoints.check_fits(self._given, found, config.ckpt_path)
+        shown = redact(self._given)  # as the checkpoint has it
+        _checkpoints.check_fits(shown, found, config.ckpt_path)
         init_args = config.model.init_args
         taken = {
             name: value
             for name, value in found.items()
             if name in init_args and name not in self._given and init_args[name] != value
         }
-        compared = _checkpoints.without_files(self._given, found)
+        compared = _checkpoints.without_files(shown, found)
         changed = {name: value for name, value in found.items() if compared.get(name, value) != value}
         self._from_checkpoint = TakenArguments(config.ckpt_path, taken)
         if taken:
             _say(f"from the checkpoint: {_listing(taken)}")
         if changed:
-            given = {name: self._given[name] for name in changed}
+            given = {name: shown[name] for name in changed}
             _say(f"given and kept: {_listing(given)}; the checkpoint has {_listing(changed)}")
         if changed and self.config.subcommand == "fit":
             _say(
@@ -397,7 +399,7 @@ def _image_shape(data: DIADataModule) -> list[int] | None:
 
 @rank_zero_only
 def _say(message: str) -> None:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: {redact_text(message)}", file=sys.stderr)
 
 
 def _is_no_advert(record: logging.LogRecord) -> bool:

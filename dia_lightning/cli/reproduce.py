@@ -11,6 +11,7 @@ from typing import IO
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dia_lightning._redact import redact_arguments
 from dia_lightning.cli._comparison import compare
 from dia_lightning.cli._comparison_files import markdown_table, write_comparison
 from dia_lightning.cli._errors import PROGRAM, UserError
@@ -89,7 +90,7 @@ def _check_commands(runs: Sequence[Run], folder: Path) -> None:
 def _print_commands(experiment: Experiment, results: Mapping[Run, Result]) -> None:
     for run in experiment.runs:
         state = results[run].outcome if run in results else "not run yet"
-        print(f"# {run.arm}, seed {run.seed}: {state}\n{shlex.join([PROGRAM, *run.command])}")
+        print(f"# {run.arm}, seed {run.seed}: {state}\n{shlex.join([PROGRAM, *redact_arguments(run.command)])}")
 
 
 def _run_all(runs: Sequence[Run], experiment: Experiment, folder: Path, lock: IO[str], jobs: int) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
@@ -16,9 +17,9 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
+from dia_lightning._redact import redact, redact_arguments
 from dia_lightning.loggers._core_watch import CoreWatch
 from dia_lightning.loggers._histograms import histograms
-from dia_lightning.loggers._redact import redact
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -112,7 +113,7 @@ class WandbLogger(LightningWandbLogger):
             "group": group,
             "job_type": job_type,
             "tags": tags,
-            "notes": notes,
+            "notes": redact(notes),
             "config": redact(config),
             # W&B's own process serves all runs of this one, and stays in the folder in which the first one began
             "dir": os.path.abspath(save_dir),
@@ -216,11 +217,13 @@ class WandbLogger(LightningWandbLogger):
 
         arguments = {**self._wandb_init, "settings": self._settings}
         try:
-            return wandb.init(**arguments)
+            with _arguments_without_secrets():
+                return wandb.init(**arguments)
         except Exception as error:  # CommError, UsageError, what the disk and the network raise
             reason = _first_line(error)
         try:
-            run = wandb.init(**{**arguments, "mode": "offline"})
+            with _arguments_without_secrets():
+                run = wandb.init(**{**arguments, "mode": "offline"})
         except Exception as error:
             rank_zero_warn(f"Weights & Biases did not start ({_first_line(error)}), and nothing is logged to it.")
             return wandb.init(mode="disabled", id=self._id)
@@ -290,6 +293,17 @@ class WandbLogger(LightningWandbLogger):
 def default_project() -> str:
     """Return the project of a logger to which none is given."""
     return os.environ.get("WANDB_PROJECT", "dia-lightning")
+
+
+@contextmanager
+def _arguments_without_secrets() -> Iterator[None]:
+    """Let W&B, which records the program's arguments and has no setting against it, see them without secrets."""
+    arguments = sys.argv
+    sys.argv = [*arguments[:1], *redact_arguments(arguments[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _checked(settings: dict[str, Any]) -> Any:

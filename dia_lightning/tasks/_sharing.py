@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dia_lightning._hyperparameters import OBJECT, from_file, primitive
+from dia_lightning._redact import redact
 from dia_lightning.models import _hub
 from dia_lightning.models._pretrained import versions
 from dia_lightning.tasks._from_checkpoint import build
@@ -58,7 +59,7 @@ def write(task: DIATask, folder: str | os.PathLike[str], metrics: Mapping[str, f
     config = {
         "dia_task": type(task).__name__,
         # names that begin with _ are of Lightning, which would run what they say
-        "hyper_parameters": primitive({key: value for key, value in task.hparams.items() if key[:1] != "_"}),
+        "hyper_parameters": redact(primitive({key: value for key, value in task.hparams.items() if key[:1] != "_"})),
         "data": primitive(task._data),
         "trained_steps": task.global_step or task.trained_steps,
         "versions": versions(),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dia_lightning._checkpoint_file import read_checkpoint
 from dia_lightning._checkpoint_kind import check_is_of_task
 from dia_lightning._hyperparameters import primitive
+from dia_lightning._redact import redact
 from dia_lightning.tasks import _process_states
 from dia_lightning.tasks._compilation import compile_in_place
 from dia_lightning.tasks._finite import FiniteModule
@@ -165,6 +166,9 @@ class DIATask(FiniteModule, Shareable):
         checkpoint["dia_data"] = self._data
         if "loops" in checkpoint:  # of a training that can go on
             _process_states.save(self.trainer, self, checkpoint)
+        for part in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+            if part in checkpoint:
+                checkpoint[part] = redact(checkpoint[part])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read it back, and compare it with the data at hand."""

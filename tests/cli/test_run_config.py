@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dia_lightning.loggers._redact import redact
+from dia_lightning._redact import redact
 from tests.cli.conftest import Run
 
 WANDB = """\
