@@ -47,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 2 and one line on stderr for mistakes of the user, 3 if a training diverged.
     """
+    _open_streams()
     try:
         try:
             _start(sys.argv[1:] if args is None else list(args))
@@ -93,6 +94,13 @@ def _run(arguments: list[str]) -> None:
         if not is_for_the_user(error):
             raise
         fail(message_of(error), getattr(error, "exit_code", 2))
+
+
+def _open_streams() -> None:
+    """Give a program without a terminal streams that lead nowhere; else files would come to have their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of the numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  for the whole program
 
 
 def _reader_is_gone() -> bool:

@@ -8,8 +8,8 @@ from typing import NoReturn
 from dia_lightning._redact import redact_text
 
 PROGRAM = "dia-lightning"
-#: What a full or write-protected disk or folder says.
-_OF_THE_DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES")
+#: What a full or write-protected disk or folder says, or one in whose place there is a file.
+_OF_THE_DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENAMETOOLONG")
 
 
 class UserError(Exception):
@@ -26,6 +26,8 @@ def is_for_the_user(error: BaseException) -> bool:
     """Tell whether an error's text alone helps: the command line raised it, or this package did, on purpose."""
     if os.environ.get("DIA_TRACEBACK") == "1":
         return False
+    if isinstance(error, UnicodeEncodeError):
+        return True
     kind = type(error)
     if kind.__module__.startswith("dia_lightning") or kind.__name__ == "MisconfigurationException":
         return True
@@ -35,6 +37,8 @@ def is_for_the_user(error: BaseException) -> bool:
 def message_of(error: BaseException) -> str:
     """Return an error's own words; what comes from a loader's process has that one's trace before them."""
     text = str(error)
+    if isinstance(error, UnicodeEncodeError):
+        text = f"{error.object!a:.200} cannot be written in this locale ({error.encoding}). Set PYTHONUTF8=1."
     if isinstance(error, OSError) and _is_of_the_disk(error):
         place = "" if error.filename is None else f": {error.filename}"
         text = f"{error.strerror}{place}. Make room, or give a folder that can be written to."

@@ -36,6 +36,7 @@ from dia_lightning.cli._resume import KeepRunTogether, left_by_slurm, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.cli._run_source import head, source_of
 from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
+from dia_lightning.cli._trainer_limits import check_limits
 from dia_lightning.cli._type_order import try_lists_of_loggers_first, try_whole_numbers_first
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger
@@ -115,6 +116,7 @@ class DIACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep apart what the user gave from what is default."""
         self.config = parser.parse_args(args)
+        check_limits(self.config[self.config.subcommand])
         given = parser.parse_args(args, defaults=False)
         self._given = init_args_of(given[given.subcommand].get("model"))
         for name, meaning in (("num_classes", "number of classes"), ("image_shape", "shape of the images")):
@@ -255,6 +257,10 @@ class DIACLI(LightningCLI):
             if isinstance(cause, ValueError) or wrong_argument or is_for_the_user(cause):
                 raise UserError(str(cause)) from cause
             raise cause from None
+        except TypeError as error:
+            if "`devices`" not in str(error):  # which Lightning compares with the accelerator, each in a way of its own
+                raise
+            raise UserError(f"{error} Use auto, or how many.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with safe checkpoints unless the options or its strategy have a way of their own."""
@@ -382,12 +388,15 @@ def run(args: Sequence[str]) -> None:
     """
     adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     adverts.addFilter(_is_no_advert)
+    # a log that a full disk or the locale does not take is no reason for a stack trace per line
+    raising, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         with warnings.catch_warnings():
             # of Lightning 2.6 about its own code, with every torch from 2.13 on
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
             DIACLI(args)
     finally:
+        logging.raiseExceptions = raising
         adverts.removeFilter(_is_no_advert)
 
 
