@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -25,6 +24,7 @@ class KeepRunTogether(Callback):
 
     def __init__(self) -> None:
         self.source: RunSource | None = None
+        self.job: str | None = None
         self.lock = RunLock()
         self.has_trained = False
         self._folder = Path()
@@ -81,7 +81,8 @@ class KeepRunTogether(Callback):
         _save_logs(trainer)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
         versions = {logger.root_dir: logger.version for logger in loggers}
-        checkpoint.setdefault(RECORD, {}).update({"folder": str(self._folder), "versions": versions})
+        record = {"folder": str(self._folder), "versions": versions}
+        checkpoint.setdefault(RECORD, {}).update(record if self.job is None else {**record, "job": self.job})
 
 
 def take_up(trainer: Trainer, source: RunSource) -> str:
@@ -116,17 +117,6 @@ def take_up(trainer: Trainer, source: RunSource) -> str:
         return f"{reason}: continuing in {trainer.default_root_dir}, the one folder of all runs without a logger"
     metrics = "" if source.folder is None else " and of the metrics up to now"
     return f"{reason}: continuing in a new run folder, with a copy of the best checkpoint{metrics}"
-
-
-def left_by_slurm(folder: Path) -> str | None:
-    """Return the checkpoint that Lightning takes by itself in a job that SLURM has queued again; ``None`` elsewhere.
-
-    Args:
-        folder: the trainer's ``default_root_dir``.
-    """
-    found = [path for path in folder.glob("hpc_ckpt_*.ckpt") if re.fullmatch(r"hpc_ckpt_\d+", path.stem)]
-    newest = max(found, key=lambda path: int(path.stem.rpartition("_")[2]), default=None)
-    return str(newest) if newest is not None and SLURMEnvironment.detect() else None
 
 
 def _check_does_not_mix(trainer: Trainer, source: RunSource) -> None:

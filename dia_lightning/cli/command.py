@@ -32,9 +32,10 @@ from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._null_options import refuse_null
 from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.cli._parsed_config import as_list, init_args_of, is_rate_monitor, run_roots
-from dia_lightning.cli._resume import KeepRunTogether, left_by_slurm, take_up
+from dia_lightning.cli._resume import KeepRunTogether, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.cli._run_source import head, source_of
+from dia_lightning.cli._slurm import is_of_other_job, job_of, saved_before_requeue, taken_by_lightning
 from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
 from dia_lightning.cli._trainer_limits import check_limits
 from dia_lightning.cli._type_order import try_lists_of_loggers_first, try_whole_numbers_first
@@ -60,10 +61,13 @@ class DIACLI(LightningCLI):
         self._trained_classes: list[str] | None = None
         self._from_checkpoint: TakenArguments | None = None
         self._command = args[0] if args else ""
+        job = job_of(args)
         args, config = with_config_of_run(args)
         if config is not None:
             _say(f"config {config}")
         self._together = KeepRunTogether()
+        self._together.job = job
+        self._begins_anew = False
         super().__init__(
             DIATask,
             DIADataModule,
@@ -159,17 +163,23 @@ class DIACLI(LightningCLI):
             self._take_hyper_parameters(config, checkpoint)
 
     def _find_requeued(self, config: Namespace) -> None:
-        """Go on as with ``--ckpt_path`` where Lightning would load a checkpoint without a word."""
-        requeued = left_by_slurm(Path(config.trainer.default_root_dir or "."))
-        if config.get("ckpt_path") is not None or config.get("ensemble") is not None or requeued is None:
+        """Go on as with ``--ckpt_path`` in a job that was queued again, and where Lightning would without a word."""
+        if config.get("ckpt_path") is not None or config.get("ensemble") is not None:
             return
+        found = taken_by_lightning(Path(config.trainer.default_root_dir or "."))
         if self.config.subcommand != "fit":
-            raise UserError(
-                f"Lightning would load {requeued}, which a training in a job of SLURM has left. Say what you want: "
-                "--ckpt_path best, last or a file; or move it elsewhere to use the network as it is built."
-            )
-        _say(f"the job was queued again: going on from {requeued}; to begin anew move it elsewhere")
-        config.ckpt_path = requeued
+            if found:
+                raise UserError(
+                    f"Lightning would load {found[0]}, which a training in a job of SLURM has left. Say what you want: "
+                    "--ckpt_path best, last or a file; or move it elsewhere to use the network as it is built."
+                )
+            return
+        own = (path for path in found if not is_of_other_job(path, self._together.job))
+        requeued = saved_before_requeue(self._together.job, run_roots(config.trainer)) or next(own, None)
+        self._begins_anew = bool(found) and requeued is None
+        if requeued is not None:
+            _say(f"the job was queued again: going on from {requeued}; to begin anew move it elsewhere")
+            config.ckpt_path = str(requeued)
 
     def _find_members(self, config: Namespace) -> None:
         """Find the checkpoints of an ensemble, and build the network of the first in place of what the config says."""
@@ -275,6 +285,9 @@ class DIACLI(LightningCLI):
         if self.config.fit.test_after_fit:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks.insert(0, CheckLaterTest())
+        if self._begins_anew:  # Lightning looks for files of any job, unless it believes that the path was set
+            self.trainer._checkpoint_connector._user_managed = True
+            warnings.filterwarnings("ignore", message="`trainer.ckpt_path = None` was called")
         source = self._together.source
         if source is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

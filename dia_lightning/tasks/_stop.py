@@ -130,12 +130,12 @@ class StopOnSignal(Callback):
             self._agrees = bool(extremes.sum() == 0)
 
     def _save_and_stop(self, trainer: Trainer) -> None:
+        _save(trainer)  # first: where Lightning's own checkpoint goes, other jobs may write too
         if self._requeue:
             connector = trainer._signal_connector
             number, self._requeue = self._requeue, 0
             type(connector)._slurm_sigusr_handler_fn(connector, number, None)  # type: ignore[arg-type]
         if self._stop:
-            _save(trainer)
             trainer._signal_connector.received_sigterm = True  # Lightning stops when the metrics are logged
 
     def _halt(self, trainer: Trainer) -> None:
