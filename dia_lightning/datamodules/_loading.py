@@ -23,6 +23,7 @@ def begin_worker(number: int) -> None:
         pl_worker_init_function(number)  # as Lightning does where there is no other function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # which Windows does not have
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of its own process it may be something else
         # but not for ever, as its own process ends a hanging worker by the same signal
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate
 from torchvision.transforms import v2
 
 from dia_lightning.datamodules._draws import DrawingSampler, load_drawn
+from dia_lightning.datamodules._worker_notes import WorkerNotes
 from dia_lightning.datamodules.sources import Source
 
 Positions = npt.NDArray[np.int64]
@@ -78,6 +79,8 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
         self._source = source
         self._positions = positions
         self._role = role
+        #: What the workers of the latest loader note, where it has any.
+        self.notes: WorkerNotes | None = None
 
     @abstractmethod
     def load(self, position: int) -> tuple[Any, Any]:
@@ -91,12 +94,16 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
 
     def _sample(self, index: int) -> tuple[Any, ...]:
         position = int(self._positions[index])
+        if self.notes is not None:
+            self.notes.begin(index)
         try:
             image, label = self.load(position)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a worker that exits with 0 would be waited for
             raise SampleError(
                 f"Sample {index} ({self._source.name(position)}) cannot be loaded: {_sentence(error)}"
             ) from error
+        if self.notes is not None:
+            self.notes.end(index)
         if self._role == "train":
             return image, label
         return (image, label, index) if self._role == "eval" else (image, index)
@@ -141,7 +148,7 @@ class ClassificationSamples(Samples):
         return self._transform(self._source.image(position)), int(self._source.labels[position])
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     return f"{str(error).rstrip('.') or type(error).__name__}."
 
 

@@ -50,6 +50,7 @@ from dia_lightning.datamodules._sampling import (
     balanced_subset,
     stratified_split,
 )
+from dia_lightning.datamodules._worker_notes import NamingLoader, WorkerNotes, add_to_message
 from dia_lightning.datamodules.sources import FileSource, Source
 
 Split = Literal["train", "val", "test"]
@@ -317,6 +318,19 @@ class DIADataModule(LightningDataModule, ABC):
         """Return batches of the folder to predict, or of the test set, in order."""
         return self._loader("predict")
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Name the samples at which a loader's process died or hung; torch knows only its number."""
+        loaded = [(name, samples) for name, samples in self._samples.items() if samples.notes is not None]
+        add_to_message(
+            exception,
+            [
+                f"sample {index} ({samples.name(index % len(samples))}) of the {name} data of {type(self).__name__}"
+                for name, samples in loaded
+                if samples.notes is not None
+                for index in samples.notes.suspects(exception)
+            ],
+        )
+
     def evaluation_dataloader(self, split: Split, *, count: int | None = None) -> DataLoader[Any]:
         """Return batches of any split as evaluation sees it: in order, without augmentation, with the index.
 
@@ -354,7 +368,8 @@ class DIADataModule(LightningDataModule, ABC):
         size = self.batch_size if train or self.eval_batch_size is None else self.eval_batch_size
         workers = self._worker_count()
         collate = self.collate_function(role)
-        return DataLoader(
+        dataset.notes = WorkerNotes(workers) if workers > 0 else None
+        return NamingLoader(
             dataset,
             batch_size=size,
             shuffle=False,
