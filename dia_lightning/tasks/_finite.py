@@ -113,19 +113,32 @@ class FiniteModule(TrainableModule):
         super().on_save_checkpoint(checkpoint)
         self._check_last_gradients()
         trained = {name for name, _ in self.named_parameters()}
-        for kind in ("state_dict", "current_model_state"):  # the latter beside an average
+        saved: list[Mapping[str, Any]] = [
             # other buffers may be infinite on purpose, such as masks
-            weights = {
+            {
                 name: each
                 for name, each in checkpoint.get(kind, {}).items()
-                if type(each) in (Tensor, nn.Parameter) and (name in trained or name.endswith(_STATISTICS))
+                if name in trained or name.endswith(_STATISTICS)
             }
-            wrong = _wrong_names(weights)
+            for kind in ("state_dict", "current_model_state")  # the latter beside an average
+        ]
+        for weights in [*saved, *map(_moments, checkpoint.get("optimizer_states", ()))]:
+            wrong = _wrong_names({name: each for name, each in weights.items() if type(each) in (Tensor, nn.Parameter)})
             if wrong:
                 raise NonFiniteLossError(
                     f"{wrong} became NaN or infinite by batch {self.trainer.fit_loop.batch_idx} of epoch "
                     f"{self.current_epoch}, and is not saved: earlier checkpoints stay as they are. {_ADVICE}"
                 )
+
+
+def _moments(optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what an optimizer remembers of each weight; the square of a gradient overflows before the weight does."""
+    return {
+        f"{name} of the optimizer for parameter {parameter}": each
+        for parameter, state in optimizer.get("state", {}).items()
+        for name, each in state.items()
+        if isinstance(each, Tensor) and each.is_floating_point() and each.numel() > 1
+    }
 
 
 def _wrong_names(tensors: Mapping[str, Tensor | None]) -> str:

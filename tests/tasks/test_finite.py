@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from dia_lightning.callbacks import EMA
-from dia_lightning.tasks import NonFiniteLossError
+from dia_lightning.tasks import ClassificationTask, NonFiniteLossError
 from tests.tasks.tiny_training import fit, tiny_task
 
 Place = Literal["data", "gradient", "weight", "statistics"]
@@ -52,9 +52,9 @@ def kept(folder: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def train(folder: Path, *callbacks: Callback, **options: Any) -> None:
+def train(folder: Path, *callbacks: Callback, task: ClassificationTask | None = None, **options: Any) -> None:
     saved = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    fit(tiny_task(), callbacks=[*callbacks, saved], enable_checkpointing=True, max_epochs=2, **options)
+    fit(task or tiny_task(), callbacks=[*callbacks, saved], enable_checkpointing=True, max_epochs=2, **options)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"])
@@ -87,6 +87,14 @@ def test_an_average_is_checked_beside_the_weights(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match="became NaN or infinite"):
         train(tmp_path, EMA(start_step=100), Poison("weight"))
     assert kept(tmp_path)["global_step"] == 4
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_squared_gradient_that_overflows_is_not_saved(tmp_path: Path, epoch: int) -> None:
+    poison = Poison("gradient", step=4 * epoch + 3, value=1e30)  # its weight would stay where it is for ever
+    with pytest.raises(NonFiniteLossError, match=r"exp_avg_sq of the optimizer .* by batch 3 of epoch"):
+        train(tmp_path, poison, task=tiny_task(optimizer="adamw", lr=1e-3))
+    assert [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")] == [4][:epoch]
 
 
 class TestMixed16:
