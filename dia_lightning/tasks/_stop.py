@@ -17,26 +17,28 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dia_lightning.tasks._finite import NonFiniteLossError
 
+_ECHO = 1.0  # seconds in which a second Ctrl-C is the same one: launchers hand on what the terminal has sent to all
+
 
 class StopOnSignal(Callback):
     """Save at the end of the step and stop on SIGTERM or Ctrl-C, in all processes; requeue a SLURM job there too.
 
     Lightning's own handlers communicate and write wherever the signal finds the process, which stalls other processes
-    and may save half an optimizer step. Here they only make a note. The program ends with 143 or 130; a second Ctrl-C
-    stops at once.
+    and may save half an optimizer step. Here they only make a note. The program ends with 143 or 130; a Ctrl-C more
+    than a second after the first stops at once.
     """
 
     def __init__(self) -> None:
         self._stop = 0  # number of the signal
         self._requeue = 0
         self._agrees = True  # whether all processes take equally many steps, and so can talk after each
-        self._parent = 0
+        self._asked_at = 0.0  # when Ctrl-C was pressed
+        self._parent = os.getppid()
 
     # ---- signals
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place of Lightning's handlers, which it installs before it runs and takes away afterwards."""
-        self._parent = os.getppid()
         connector: Any = trainer._signal_connector
         connector._sigterm_notifier_fn = self._note_stop
         connector._slurm_sigusr_handler_fn = self._note_requeue
@@ -49,8 +51,10 @@ class StopOnSignal(Callback):
 
     def _note_stop(self, number: int, frame: Any) -> None:
         if self._stop == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._stop = number
+            if time.monotonic() - self._asked_at > _ECHO:
+                raise KeyboardInterrupt
+            return
+        self._stop, self._asked_at = number, time.monotonic()
         if number == signal.SIGINT:  # print would fail if the signal came in the middle of another one
             os.write(2, b"\nStopping after this step, to save it. Press Ctrl-C once more to stop without.\n")
 

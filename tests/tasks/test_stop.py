@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment  # type: ign
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
+from dia_lightning.tasks import _stop
 from tests.tasks.tiny_training import fit, loader, tiny_task
 
 
@@ -109,7 +110,17 @@ def test_where_only_the_best_is_saved_the_last_is_put_beside_it(tmp_path: Path) 
     assert steps == {"best.ckpt": 4, "last.ckpt": 6}
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_ctrl_c_that_comes_twice_at_once_is_one(tmp_path: Path) -> None:
+    with pytest.raises(SIGTERMException) as stop:
+        train(tmp_path, Send(signal.SIGINT, "start", 5, times=2))
+    assert stop.value.code == 130
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_stop, "_ECHO", 0.0)
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, Send(signal.SIGINT, "start", 5, times=2))
     assert not isinstance(stop.value, SIGTERMException)
