@@ -4,6 +4,8 @@ import gc
 import multiprocessing
 import os
 
+import pytest
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which reads it once
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -15,3 +17,20 @@ def pytest_collection_finish() -> None:
     """Leave out what is imported by now when garbage is looked for: a million objects, none of which is garbage."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what torch compiles with the other files of the tests, for all processes in common.
+
+    Most of it is C++ headers, which take longer to compile than what includes them. The folder of the user stays as it
+    was, and what an interrupted run has left in it is not used.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(shared / "compiled")
