@@ -34,3 +34,14 @@ def _compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(shared / "compiled")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_workers() -> None:
+    """Wait half a second, not five, for the workers of a data loader that is collected as a part of a cycle.
+
+    Its queues may be gone by then, so that the workers cannot be told to end. Tests of errors leave such loaders.
+    """
+    import torch.utils.data._utils as loading  # not before OMP_NUM_THREADS is set
+
+    loading.MP_STATUS_CHECK_INTERVAL = 0.5
