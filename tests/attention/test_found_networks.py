@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dia_lightning.attention import attach, detach
+from dia_lightning.attention import _places, attach, detach, find_sites
 from dia_lightning.attention._attached_block import AttachedBlock
 from tests.attention.found_networks import FOUND, OWN_SHORTCUT
 from tests.attention.test_libraries import Constant
@@ -38,7 +39,8 @@ def output(network: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_attention_is_exact_and_trains(name: str) -> None:
+def test_attention_is_exact_and_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_places, "find_sites", cache(find_sites))  # most of the time is spent on searching it thrice
     network, images = build(name)
     plain = copy.deepcopy(network).state_dict()
     with torch.no_grad():
