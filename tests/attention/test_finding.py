@@ -349,6 +349,12 @@ def test_a_latent_ends_a_stage() -> None:
     [
         (lambda: 3, features(2, 4, 6, 6), "model must be an nn.Module, got 3"),
         (lambda: TwoConvolutions(), features(2, 3, 6, 6), "TwoConvolutions does not run on the example"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm2d(4), convolutions(4)),
+            features(2, 3, 6, 6),
+            "does not run on the example",
+        ),
+        (lambda: nn.Sequential(nn.LayerNorm(4), feed_forward(4)), features(2, 6, 3), "does not run on the example"),
         (lambda: TwoConvolutions(), features(0, 4, 6, 6), "example has no samples"),
         (lambda: TwoConvolutions(), {"other": features(2, 4, 6, 6)}, "does not run on the example"),
         (lambda: TwoConvolutions(), None, "Give `example`"),
