@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from dia_lightning.datamodules import DigitScenesDataModule
 from dia_lightning.tasks import NonFiniteLossError, load_task
@@ -416,7 +417,10 @@ def test_instance_segmentation_trains_and_is_scored(tmp_path: Path) -> None:
 
 def own_detector() -> FasterRCNN:
     torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    layers = {f"layer{stage}": str(stage) for stage in range(1, 5)}
+    backbone = BackboneWithFPN(
+        resnet18(), layers, [64, 128, 256, 512], 16
+    )  # few channels, for the boxes' head is large
     return FasterRCNN(backbone, 4, min_size=64, max_size=96, box_detections_per_img=10)
 
 
