@@ -160,7 +160,9 @@ class Kill(Callback):
                         print("killed")
 
 folder = Path(sys.argv[1])
-loggers = [CSVLogger(folder, name="csv"), WandbLogger(save_dir=folder / "runs", watch="all", log_model=True)]
+settings = {"init_timeout": 2}  # seconds, which pass where the server cannot be reached
+loggers = [CSVLogger(folder, name="csv")]
+loggers += [WandbLogger(save_dir=folder / "runs", watch="all", log_model=True, settings=settings)]
 if "hang" in sys.argv:
     loggers[1] = WandbLogger(save_dir=folder / "runs", offline=True, settings={"finish_timeout": 1})
 callbacks = [Kill()] if len(sys.argv) > 2 else []
