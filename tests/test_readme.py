@@ -58,6 +58,7 @@ def test_the_quick_start_reads_digits(workplace: Path, capsys: pytest.CaptureFix
         assert (workplace / path[1]).exists()
 
 
+@pytest.mark.slow
 def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {command[0] for command in COMMANDS} >= {"fit", "test", "predict", "models", "check", "export"}
     for command in COMMANDS:
