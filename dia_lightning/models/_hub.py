@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def fetch(
     token: str | bool | None,
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
+    patterns: Sequence[str] = (CONFIG, "*.safetensors", "*.safetensors.index.json"),
 ) -> Path:
     """Return a folder here, or that of a repository of the Hub after a download.
 
@@ -41,7 +42,6 @@ def fetch(
     is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     if folder.exists() or not is_name:
         raise ValueError(f"{name!r} is neither a folder nor the name of a repository, such as 'user/network'.")
-    patterns = [CONFIG, "*.safetensors", "*.safetensors.index.json"]
     try:
         found = _require("huggingface_hub").snapshot_download(
             name,
@@ -49,7 +49,7 @@ def fetch(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=patterns,
+            allow_patterns=list(patterns),
         )
     except ImportError:
         raise

@@ -17,8 +17,9 @@ from dia_lightning.attention import attach
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._description import arguments_of, descriptions
 from dia_lightning.attention._roles import plain_class
-from dia_lightning.models import _denoising
+from dia_lightning.models import _denoising, _hub
 from dia_lightning.models._evaluating import evaluating
+from dia_lightning.models._pipeline_index import check_index, check_network
 from dia_lightning.models.denoisers import DIFFUSERS_MISSING, keep_labels
 
 try:
@@ -75,6 +76,8 @@ class _Attached(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is 
         Raises:
             ValueError: if the file has no weights of the attention, or others than the network has.
         """
+        check_network(Path(path, options.get("subfolder") or ""))
+        options = {"use_safetensors": True, **options}  # others may hold code
         network, found = super().from_pretrained(path, output_loading_info=True, **options)
         strange = sorted({*found["missing_keys"], *found["unexpected_keys"]})
         if strange:  # memory that nobody has written to would be left in what is missing
@@ -213,16 +216,19 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
             **options: as ``DiffusionPipeline.from_pretrained`` takes them, for example ``torch_dtype``.
 
         Raises:
-            ValueError: if the weights of the network are not those of its config.
+            ValueError: if the weights of the network are not those of its config, or the folder names other classes
+                than those that this package writes, diffusers' networks and its schedulers.
         """
-        config = Path(path, "unet", "config.json")
+        folder = _fetched(path, options)
+        check_index(folder, options)
+        config = folder / "unet" / "config.json"
         if "unet" not in options and config.is_file():
             found = json.loads(config.read_text(encoding="utf-8"))
             kinds = {plain.__name__: attached for plain, attached in _ATTACHED.items()}
             if "dia" in found and found.get("_class_name") in kinds:
                 chosen = {name: options[name] for name in ("torch_dtype", "variant") if name in options}
                 options["unet"] = kinds[found["_class_name"]].from_pretrained(config.parent, **chosen)
-        return super().from_pretrained(path, **options)
+        return super().from_pretrained(folder, **{"use_safetensors": True, **options})
 
     def __call__(
         self,
@@ -321,6 +327,13 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         scheduler.set_timesteps(steps)
         return scheduler
+
+
+def _fetched(path: str | os.PathLike[str], options: dict[str, Any]) -> Path:
+    """Return the folder of a pipeline, from the Hub if need be, and take the options for that out."""
+    where: dict[str, Any] = {name: options.pop(name, None) for name in ("revision", "token", "cache_dir")}
+    is_local = bool(options.pop("local_files_only", False))
+    return _hub.fetch(path, **where, local_files_only=is_local, patterns=["*.json", "*.safetensors"])
 
 
 def image_shape_of(network: Any) -> tuple[int, int, int]:

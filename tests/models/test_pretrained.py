@@ -172,7 +172,7 @@ def words(**arguments: Any) -> dict[str, Any]:
         ({"dia": ["se"]}, "dia must be an object, got"),
         ({"dia": {"": 3}}, "must say which attention is attached, got 3"),
         ({"dia": {"no.such": {"attention": "se"}}}, "attach.. does not take .* no"),
-        ({"dia": {"": {"attention": "os.system"}}}, "Attention 'os.system' is no nn.Module class"),
+        ({"dia": {"": {"attention": "os.system"}}}, "Attention 'os.system' is not registered"),
         (words(model=1), "must say which attention"),
         (words(branches=3), "attach.. does not take what the config says"),
         (words(reductions=2), "'se': .*reductions"),

@@ -1,0 +1,86 @@
+"""What the folder of a pipeline of diffusers may name: diffusers would import whatever its files say."""
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+INDEX = "model_index.json"
+#: Classes that this package writes, and those of diffusers that it loads, by the library that an index has for them.
+_NETWORKS = {
+    "dia_lightning.models.pipelines": ("DIAUNet2DModel", "DIADiTTransformer2DModel"),
+    "diffusers": ("UNet2DModel", "DiTTransformer2DModel"),
+}
+
+
+def check_index(folder: Path, given: Collection[str]) -> None:
+    """Refuse a folder whose files name other classes than a network and a scheduler, before anything is imported.
+
+    Args:
+        folder: of a pipeline.
+        given: names of the parts that the caller brings along, which are not read.
+
+    Raises:
+        ValueError: if it names anything else, or is no folder of a pipeline.
+    """
+    index = _read(folder / INDEX)
+    allowed: dict[str, Any] = {"unet": _is_network, "scheduler": _is_scheduler}
+    if not isinstance(index.get("_class_name", ""), str):
+        _refuse(folder / INDEX, "_class_name", index["_class_name"])
+    for name, value in index.items():
+        if name in given or name.startswith("_") or value in ([None, None], None):
+            continue
+        is_plain = (
+            name == "id2label" and isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+        )
+        if not (is_plain or isinstance(value, bool | int | float) or allowed.get(name, _is_nothing)(value)):
+            _refuse(folder / INDEX, name, value)
+    if "unet" not in given:
+        check_network(folder / "unet")
+
+
+def check_network(folder: Path) -> None:
+    """Refuse a network of diffusers whose config asks for a library that would be imported to load it.
+
+    Raises:
+        ValueError: if it does.
+    """
+    path = folder / "config.json"
+    config = _read(path) if path.is_file() else {}
+    for name in ("quantization_config", "auto_map", "_auto_class"):
+        if name in config:
+            _refuse(path, name, config[name])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} has no {path.name}: it is no folder of a pipeline.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: it is no JSON.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(found).__name__}.")
+    return found
+
+
+def _is_network(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[1] in _NETWORKS.get(str(value[0]), ())
+
+
+def _is_scheduler(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2 and value[0] == "diffusers" and isinstance(value[1], str)
+    return is_pair and re.fullmatch(r"[A-Z]\w*Scheduler", value[1]) is not None
+
+
+def _is_nothing(value: Any) -> bool:
+    return False
+
+
+def _refuse(path: Path, name: str, value: Any) -> None:
+    raise ValueError(
+        f"{str(path)!r} names {value!r:.100} as {name}, and no class is imported because a file says so, but a "
+        "UNet2DModel or DiTTransformer2DModel, with attention or without, and a scheduler of diffusers. If you trust "
+        f"it, build it and give it: DIAPipeline.from_pretrained(folder, {name}=...)."
+    )
