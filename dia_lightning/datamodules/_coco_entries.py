@@ -16,6 +16,7 @@ from dia_lightning.datamodules._coco_file import CocoFile
 from dia_lightning.datamodules._formats import ending, is_hidden, readable_endings
 from dia_lightning.datamodules._image_files import inode
 from dia_lightning.datamodules._images import image_size
+from dia_lightning.datamodules._links import Enclosure
 from dia_lightning.datamodules._names import FileFinder
 from dia_lightning.datamodules._objects import Objects
 
@@ -48,9 +49,10 @@ def find_pictures(file: CocoFile, folder: Path) -> Pictures:
 
     Raises:
         FileNotFoundError: if files are missing; the message counts and names them.
-        ValueError: if a name leads out of the folder, or the sizes of two entries for one file differ.
+        ValueError: if a name leads out of the folder, by a symbolic link in it too, or the sizes of two entries for one
+            file differ.
     """
-    finder = FileFinder()
+    finder, enclosure = FileFinder(), Enclosure(folder)
     paths, inodes, missing = [], [], []
     for name in file.file_names:
         path = _inside(file, folder, name)
@@ -58,6 +60,11 @@ def find_pictures(file: CocoFile, folder: Path) -> Pictures:
         paths.append(path)
         if status is None:
             missing.append(path)
+        elif not enclosure.has(path):
+            raise ValueError(
+                f"{file.path} has file_name {name!r}, which a symbolic link leads out of {folder}. Give the folder "
+                "that has the images, or put the file in its place."
+            )
         else:
             inodes.append(inode(status))
     if missing:

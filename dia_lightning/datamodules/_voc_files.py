@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from dia_lightning.datamodules._formats import ending, readable_endings
 from dia_lightning.datamodules._image_files import find_images
 from dia_lightning.datamodules._images import image_size
+from dia_lightning.datamodules._links import Enclosure
 from dia_lightning.datamodules._names import FileFinder, loose, plain
 from dia_lightning.datamodules._objects import Objects
 from dia_lightning.datamodules._text import read_lines, read_xml
@@ -77,6 +78,7 @@ class _Folder:
         self._folder = folder
         self._names = names
         self._finder = FileFinder()
+        self._enclosure = Enclosure(folder)
         self._by_stem: dict[str, list[str]] | None = None
 
     def file(self, name: str, line: str) -> str:
@@ -89,7 +91,15 @@ class _Folder:
         found = str(path) if path.is_file() else self._finder.find(str(path))
         if found is None or not os.path.isfile(found):
             raise FileNotFoundError(f"{path} is not a file, but {self._names} has {line!r}.")
-        return found
+        return self._checked(found, line)
+
+    def _checked(self, path: str, line: str) -> str:
+        if not self._enclosure.has(path):
+            raise ValueError(
+                f"{self._names} has the name {line!r}, whose file {path} is a symbolic link out of {self._folder}. Put "
+                "the file in its place; the folder itself may be a link."
+            )
+        return path
 
     def image_of(self, line: str) -> str:
         """Return the path of the image of a line: its name, perhaps with an ending, or followed by -1, 0 or 1."""
@@ -98,7 +108,7 @@ class _Folder:
             if Path(stem).name != stem:
                 raise ValueError(f"{self._names} has the name {stem!r}, which leads out of {self._folder}.")
             if found := self._image(stem):
-                return found
+                return self._checked(found, stem)
         return self.file(f"{name}.jpg", name)
 
     def _image(self, stem: str) -> str | None:

@@ -25,7 +25,8 @@ class CocoDetectionDataModule(DetectionDataModule):
 
     Args:
         train_annotations: json file, relative to ``root``.
-        train_images: folder that the ``file_name`` of the training file are in, relative to ``root``.
+        train_images: folder that the ``file_name`` of the training file are in, relative to ``root``. It may be a
+            symbolic link; links in it that lead elsewhere are refused.
         val_annotations: json file for validation; ``None`` if there is none.
         val_images: folder of its images.
         test_annotations: json file for testing; ``None`` if there is none.

@@ -16,6 +16,7 @@ from dia_lightning._text import read_text
 from dia_lightning.datamodules._account import named
 from dia_lightning.datamodules._class_folders import warn_of_similar
 from dia_lightning.datamodules._image_files import inode
+from dia_lightning.datamodules._links import Enclosure
 from dia_lightning.datamodules._names import FileFinder, plain
 from dia_lightning.datamodules._sampling import ClassificationSamples, Positions, Role
 from dia_lightning.datamodules.base import Split
@@ -30,7 +31,8 @@ class ImageTableDataModule(ImageFolderDataModule):
     has the class of each image by name, which makes batches like those of :class:`ImageFolderDataModule`. Several more
     columns are labels, 1 where an image has the label and 0 where not, for ``ClassificationTask(task="multilabel")``:
     labels of batches are then ``[B, K]`` float32, and for ``val_split`` and ``limit`` an image belongs to the rarest of
-    its labels. Columns are parted by commas, semicolons or tabs; paths may be those of another system.
+    its labels. Columns are parted by commas, semicolons or tabs; paths may be those of another system. They lead to
+    files in ``root``: folders directly in it may be symbolic links, other links that lead elsewhere are refused.
 
     Args:
         **options: as :class:`ImageFolderDataModule` takes them.
@@ -157,6 +159,7 @@ def _find(table: Path, rows: list[_Row]) -> tuple[list[str], list[int]]:
     """Return the files of all rows, as they are spelled here, and their inodes."""
     finder, root = FileFinder(), str(table.parent)
     paths: list[str] = []
+    enclosures: dict[str, Enclosure] = {}
     for row in rows:
         here = os.path.normpath(row.file.replace("\\", "/"))  # as written on another system
         if os.path.isabs(here) or here.split(os.sep)[0] == os.pardir:
@@ -165,6 +168,12 @@ def _find(table: Path, rows: list[_Row]) -> tuple[list[str], list[int]]:
         found = finder.find(place) or finder.find(os.path.join(root, here))
         if found is None or not os.path.isfile(found):
             raise FileNotFoundError(f"{table}, line {row.line}: there is no file {place}.")
+        top = os.path.join(root, os.path.relpath(found, root).split(os.sep)[0])
+        if not enclosures.setdefault(top, Enclosure(top if os.path.isdir(top) else root)).has(found):
+            raise ValueError(
+                f"{table}, line {row.line}: {row.file!r} is a symbolic link that leads out of {root}. Put the file in "
+                "its place; a folder of files directly in root may be a link."
+            )
         paths.append(found)
     return paths, [inode(os.stat(path)) for path in paths]
 
