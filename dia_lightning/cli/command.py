@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.constants import default_pg_timeout
 
 from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
@@ -44,6 +46,7 @@ from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask
 from dia_lightning.tasks._load import check_is_related
 
+PEER_TIMEOUT = timedelta(minutes=10)  # longer than for a loader's worker, whose error says more
 _PACKING = ("Does not validate against", "Call to compute_fn of link")
 
 
@@ -273,9 +276,15 @@ class DIACLI(LightningCLI):
             raise UserError(f"{error} Use auto, or how many.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, with safe checkpoints unless the options or its strategy have a way of their own."""
+        """Build the trainer, with safe checkpoints unless the options or its strategy have a way of their own.
+
+        A strategy that is given by its name waits :data:`PEER_TIMEOUT` for a process that hangs, not half an hour.
+        """
         trainer = super().instantiate_trainer(**kwargs)
         strategy = trainer.strategy
+        named = isinstance(self.config[self.config.subcommand].trainer.strategy, str)
+        if named and getattr(strategy, "_timeout", None) == default_pg_timeout:
+            strategy._timeout = PEER_TIMEOUT  # type: ignore[attr-defined]
         if strategy._checkpoint_io is None and type(strategy).checkpoint_io is Strategy.checkpoint_io:
             strategy.checkpoint_io = SafeCheckpointIO()
         return trainer

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dia_lightning.tasks._finite import NonFiniteLossError
 
+_GRACE = 3.0  # seconds in which processes end by themselves when another has failed
 _ECHO = 1.0  # seconds in which a second Ctrl-C is the same one: launchers hand on what the terminal has sent to all
 
 
@@ -159,8 +161,9 @@ class StopOnSignal(Callback):
                 if isinstance(callback, ModelCheckpoint):
                     callback.save_on_exception = False  # would wait for processes that are gone
             self._name_the_dead(trainer, exception, children)
+            _end_all(children)
 
-    def _name_the_dead(self, trainer: Trainer, exception: BaseException, children: Sequence[Any]) -> None:
+    def _name_the_dead(self, trainer: Trainer, exception: BaseException, children: list[Any]) -> None:
         rank = trainer.global_rank
         first = next(iter(str(exception).splitlines()), "")
         lines = [f"rank {rank} of {trainer.world_size} ends with {type(exception).__name__}: {first}"]
@@ -170,7 +173,22 @@ class StopOnSignal(Callback):
             lines += [f"rank {number} (process {pid}) {_end(code)}" for number, pid, code in ended if code]
         elif rank > 0 and os.getppid() != self._parent:
             lines.append(f"rank 0 (process {self._parent}) is gone")
+        if "timed out" in str(exception).lower():
+            lines.append("a rank that prints no such line is the one that hangs")
         print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _end_all(children: list[Any]) -> None:
+    """Let other processes say what happened to them, and end those that hang."""
+    mine = list(children)
+    children.clear()  # Lightning would kill this process for the exit code of another
+    until = time.monotonic() + _GRACE
+    for number, child in enumerate(mine, start=1):
+        try:
+            child.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            print(f"rank {number} (process {child.pid}) hung, or waited, and was ended", file=sys.stderr, flush=True)
 
 
 def _end(code: int) -> str:
