@@ -410,15 +410,14 @@ def run(args: Sequence[str]) -> None:
     """
     adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     adverts.addFilter(_is_no_advert)
-    # a log that a full disk or the locale does not take is no reason for a stack trace per line
-    raising, logging.raiseExceptions = logging.raiseExceptions, False
+    # a log that a full disk or the locale does not take is no reason for a stack trace per line, to the very end
+    logging.raiseExceptions = False
     try:
         with warnings.catch_warnings():
             # of Lightning 2.6 about its own code, with every torch from 2.13 on
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
             DIACLI(args)
     finally:
-        logging.raiseExceptions = raising
         adverts.removeFilter(_is_no_advert)
 
 
