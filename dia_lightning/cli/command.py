@@ -24,6 +24,7 @@ from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
 from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
+from dia_lightning.cli._claimed_version import claim_versions
 from dia_lightning.cli._class_messages import imported
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
@@ -281,6 +282,7 @@ class DIACLI(LightningCLI):
         A strategy that is given by its name waits :data:`PEER_TIMEOUT` for a process that hangs, not half an hour.
         """
         trainer = super().instantiate_trainer(**kwargs)
+        claim_versions(trainer.loggers)
         strategy = trainer.strategy
         named = isinstance(self.config[self.config.subcommand].trainer.strategy, str)
         if named and getattr(strategy, "_timeout", None) == default_pg_timeout:

@@ -1,13 +1,20 @@
 """Programs without a terminal, and places and locales that do not take what is written."""
 
+import copy
 import errno
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from dia_lightning.cli._claimed_version import claim_versions
 from dia_lightning.cli._errors import is_for_the_user, message_of
 
 
@@ -30,3 +37,23 @@ def test_what_the_locale_cannot_write_is_one_line() -> None:
         "größe".encode("ascii")
     assert is_for_the_user(failed.value)
     assert message_of(failed.value) == ("'gr\\xf6\\xdfe' cannot be written in this locale (ascii). Set PYTHONUTF8=1.")
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_runs_that_start_in_the_same_instant_have_different_folders(
+    kind: type[CSVLogger] | type[TensorBoardLogger], tmp_path: Path
+) -> None:
+    loggers = [kind(str(tmp_path), name="digits") for _ in range(8)]
+    claim_versions([*loggers])
+    start = Barrier(len(loggers))
+
+    def version(logger: CSVLogger | TensorBoardLogger) -> int | str:
+        start.wait()
+        return logger.version
+
+    with ThreadPoolExecutor(len(loggers)) as pool:
+        assert sorted(pool.map(version, loggers)) == list(range(8))
+    again = copy.deepcopy(loggers[0])
+    assert again.version == loggers[0].version
+    assert len(pickle.dumps(loggers[0])) > 0  # for processes that are started with a copy
+    assert kind(str(tmp_path), name="digits", version=3).version == 3

@@ -1,0 +1,37 @@
+"""A run folder of its own for each of two runs that start in the same instant."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def claim_versions(loggers: list[Logger]) -> None:
+    """Let loggers make the folder of the next version when they choose its number, and not some time later.
+
+    Lightning looks which numbers are taken and makes the folder afterwards, so that two runs may come to share one.
+
+    Args:
+        loggers: of a Trainer.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVLogger | TensorBoardLogger) and "://" not in str(logger.root_dir):
+            logger._get_next_version = partial(_claim, logger)  # type: ignore[method-assign]
+
+
+def _claim(logger: Any) -> int:
+    while True:
+        number: int = type(logger)._get_next_version(logger)
+        if getattr(rank_zero_only, "rank", 0) != 0:  # other ranks take the folder of rank zero
+            return number
+        folder = Path(logger.root_dir, f"version_{number}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if not folder.is_dir():  # else another run was faster
+                raise
+            continue
+        return number
