@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import _loaders_dumpers
 
 from dia_lightning._redact import redact
+from dia_lightning.cli import _strict_yaml
+from dia_lightning.cli._run_config import SaveRunConfig
 from tests.cli.conftest import Run
 
 WANDB = """\
@@ -51,6 +54,21 @@ def test_a_second_run_without_a_logger_keeps_the_first_config(run: Run, workplac
         run("fit", "-c", "tiny.yaml", "--trainer.logger", "false", "--seed_everything", seed, monitor)
     assert read("config.yaml")["seed_everything"] == 1
     assert read("config-v1.yaml")["seed_everything"] == 2
+
+
+def test_a_process_that_was_started_with_a_copy_of_the_parser_writes_the_config(
+    run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = SaveRunConfig.setup
+
+    def setup_elsewhere(self: SaveRunConfig, *args: Any, **options: Any) -> None:
+        for table in (_loaders_dumpers.loaders, _loaders_dumpers.loader_exceptions):
+            table.pop(_strict_yaml.MODE)  # what jsonargparse keeps per process
+        setup(self, *args, **options)
+
+    monkeypatch.setattr(SaveRunConfig, "setup", setup_elsewhere)
+    run("fit", "-c", "tiny.yaml")
+    assert read("runs/tiny/version_0/config.yaml")["model"]["init_args"]["lr"] == 0.05
 
 
 def test_nothing_is_written_by_a_fast_dev_run(run: Run, workplace: Path) -> None:
