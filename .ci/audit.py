@@ -6,8 +6,8 @@ python .ci/audit.py lightning torch  # these alone
 Exit code 0: nothing was found. 1: something was. 3: nothing was, but the index did not answer all questions, so that
 nobody knows. A line ``ID DATE REASON`` in audit-exceptions.txt lets a vulnerability pass until that date.
 
-It is run before a release (CONTRIBUTING.md) and not by .ci/run: what is published about other people's packages today
-is no fault of the commit under test, and tests need no network.
+It decides before a release (CONTRIBUTING.md); .ci/run only prints what it finds: what is published about other people's
+packages today is no fault of the commit under test, and tests need no network.
 """
 
 import json
