@@ -1,5 +1,6 @@
 """No secret that a command is given is in a file that it writes."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,9 +103,9 @@ def test_a_command_writes_no_secret(
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_API_KEY", f"{CANARY:0<40}")
     monkeypatch.setenv("HTTPS_PROXY", f"http://me:{CANARY}@127.0.0.1:9")
-    git = ["git", "-C", str(workplace)]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "remote", "add", "origin", f"https://me:{CANARY}@host/x.git"], check=True)
+    if shutil.which("git") is not None:  # W&B records the remote of the repository
+        for command in (["init", "-q"], ["remote", "add", "origin", f"https://me:{CANARY}@host/x.git"]):
+            subprocess.run(["git", *command], check=True)
     secrets = yaml.safe_dump({"url": TEXTS[0], "deep": [{"dsn": CANARY}]}, default_flow_style=True, width=1000).strip()
     loggers = [
         {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}},
