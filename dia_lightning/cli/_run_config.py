@@ -11,6 +11,7 @@ from dia_lightning._redact import redact
 from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks import run_folder
 from dia_lightning.cli import _strict_yaml
+from dia_lightning.cli._errors import UserError
 from dia_lightning.cli._resume import KeepRunTogether
 from dia_lightning.cli._run_source import START
 
@@ -36,7 +37,14 @@ class SaveRunConfig(SaveConfigCallback):
 
     def _write(self, folder: Path, trainer: Trainer, step: int) -> None:
         _strict_yaml.install()  # a process that was started with a copy of the parser does not know its mode
-        text = self.parser.dump(self.config, skip_none=False)
+        try:
+            text = self.parser.dump(self.config, skip_none=False)
+        except TypeError as error:  # what the command line gave was checked before
+            reason = next((line.strip(" -") for line in str(error).splitlines() if "Parser key" in line[1:]), error)
+            raise UserError(
+                f"The hyper-parameters of the checkpoint do not fit its task, which no config can be written of: "
+                f"{' '.join(str(reason).split())[:300]}. Give the option that is wrong, or another checkpoint."
+            ) from error
         header = [line for line in text.splitlines() if line.startswith("#")]
         if step > 0:
             header.insert(0, f"{START}{step}")

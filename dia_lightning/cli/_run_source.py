@@ -107,7 +107,9 @@ def is_same(one: str | Path, other: str | Path) -> bool:
 
 def _record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     record = checkpoint.get(RECORD)
-    return record if isinstance(record, dict) else {}
+    kinds = {"folder": str, "config": str, "versions": dict}
+    known = record.items() if isinstance(record, dict) else ()
+    return {name: value for name, value in known if isinstance(value, kinds.get(name, object))}
 
 
 def _folder(file: Path, checkpoint: Mapping[str, Any], recorded: str | None) -> Path | None:
@@ -122,7 +124,7 @@ def _folder(file: Path, checkpoint: Mapping[str, Any], recorded: str | None) -> 
 
 def _checkpoint_states(checkpoint: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict) and state.get("dirpath") is not None:
+        if isinstance(state, dict) and isinstance(state.get("dirpath"), str):
             yield state
 
 

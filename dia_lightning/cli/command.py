@@ -223,7 +223,7 @@ class DIACLI(LightningCLI):
             if name in init_args and name not in self._given and init_args[name] != value
         }
         compared = _checkpoints.without_files(shown, found)
-        changed = {name: value for name, value in found.items() if compared.get(name, value) != value}
+        changed = {name: value for name, value in found.items() if name in compared and compared[name] != value}
         self._from_checkpoint = TakenArguments(config.ckpt_path, taken)
         if taken:
             _say(f"from the checkpoint: {_listing(taken)}")

@@ -38,7 +38,8 @@ def load_task(path: str | Path) -> DIATask:
     check_is_of_task(checkpoint, str(path))
     kind = task_named(checkpoint["dia_task"], str(path))
     # to look at a network, minutes of compiling and a compiler are not needed
-    options: dict[str, Any] = {"compile": False} if checkpoint["hyper_parameters"].get("compile") else {}
+    compiled = checkpoint["hyper_parameters"].get("compile")
+    options: dict[str, Any] = {"compile": False} if isinstance(compiled, bool | str) and compiled else {}
     return build(kind, checkpoint, options, str(path)).eval()
 
 

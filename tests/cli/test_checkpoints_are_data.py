@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 
+from dia_lightning.attention import attach
 from dia_lightning.cli import _strict_yaml
 from dia_lightning.cli._checkpoints import check_is_of_run
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli.command import rehearse
 from dia_lightning.datamodules import DigitsDataModule
+from dia_lightning.models import from_pretrained, get_model, save_pretrained
 from dia_lightning.tasks import ClassificationTask, DIATask, load_task
 from tests.cli.conftest import call
 
@@ -111,12 +113,26 @@ def test_no_checkpoint_runs_code_when_it_is_loaded_from_python(run_folder: Path)
 def test_no_checkpoint_runs_code_in_a_command(run_folder: Path, seed: int) -> None:
     last = run_folder / "checkpoints" / "last.ckpt"
     torch.save(spoil(torch.load(last, weights_only=True), 100 + seed), last)
-    for command in ("test", "predict", "fit"):
+    for command in ("test", "validate", "predict", "fit"):
         with suppress(SystemExit, UserError):
             rehearse([command, "-c", "bare.yaml", "--model.backbone", "cifar_resnet", "--ckpt_path", str(last)])
-    for words in (["export", str(last), "x.safetensors"], ["sites", str(last)]):
+    others = [[name, str(last)] for name in ("sites", "check", "sample", "analyze")]
+    for words in (["export", str(last), "x.safetensors"], *others):
         with suppress(SystemExit):
             call(*words)
+
+
+@pytest.mark.usefixtures("canaries")
+def test_no_folder_of_a_network_runs_code() -> None:
+    folder = save_pretrained(attach(get_model("cifar_resnet", depth=11), "se"), "network")
+    config = json.loads((folder / "config.json").read_text())
+    for seed in range(20):
+        draw = random.Random(seed)
+        attention = draw.choice(["imported_canary.run", "new_canary.run", thing(draw)])
+        described = {"": {"attention": attention, draw.choice(["sites", "branches", "plug"]): thing(draw)}}
+        (folder / "config.json").write_text(json.dumps({**config, "dia": described}))
+        with pytest.raises(ValueError, match=r"."):
+            from_pretrained(get_model("cifar_resnet", depth=11), folder)
 
 
 @pytest.mark.usefixtures("canaries")

@@ -1,5 +1,6 @@
 """Whatever file stands where a checkpoint should, every command says in one line what it is."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from dia_lightning._checkpoint_kind import WrongCheckpointError
 from dia_lightning.tasks import ClassificationTask, load_task
+from tests.cli.conftest import call
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -100,3 +102,23 @@ def test_what_lightning_cannot_restore_is_one_line(key: str, run_folder: Path, f
     torch.save(content, path)
     line = fails("fit", "-c", "tiny.yaml", "--trainer.max_epochs", "2", "--ckpt_path", str(path))
     assert "no checkpoint that this command can go on from" in line or "a schedule of its own" in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hyper_parameters": {"identity": []}}, "do not fit its task"),
+        ({"hyper_parameters": {"own_option": math.nan, "lr": math.nan}}, None),
+        ({"dia_run": {"folder": {"a": 1}, "config": [1], "versions": 3}}, None),
+    ],
+)
+def test_values_of_odd_types_are_one_line_or_left_alone(
+    changed: dict[str, Any], message: str | None, run_folder: Path, fails: Callable[..., str]
+) -> None:
+    content = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**content, **{name: {**content[name], **values} for name, values in changed.items()}}, "x.ckpt")
+    command = ("fit", "-c", "tiny.yaml", "--trainer.max_epochs", "1", "--ckpt_path", "x.ckpt")
+    if message is None:
+        call(*command)
+    else:
+        assert message in fails(*command)
