@@ -136,57 +136,57 @@ def test_the_package_imports_without_wandb_and_tensorboard() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-WANDB_RUN = """
+WANDB_RUNS = """
 import sys
 from pathlib import Path
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
-from dia_lightning.callbacks import PredictionGrid
+from tests.callbacks.tiny_detector import TinyDetector, TinyScenes
+from dia_lightning.callbacks import DetectionGrid, PredictionGrid
 
 folder = Path(sys.argv[1])
 logger = WandbLogger(save_dir=folder, project="tiny", id="run7")
 trainer = tiny_trainer(folder, PredictionGrid(num_images=4), logger=logger, max_epochs=2)
 trainer.fit(TinyTask(), datamodule=TinyData())
-"""
-
-
-def test_an_offline_wandb_run_holds_the_pictures_and_the_scalars(tmp_path: Path) -> None:
-    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", WANDB_RUN, str(tmp_path)], env=environment, cwd=tmp_path, check=True)
-    (run,) = (tmp_path / "wandb").glob("offline-run-*-run7")
-    media = list((run / "files" / "media" / "images" / "val").glob("predictions_*.png"))
-    media.sort(key=lambda file: int(file.name.split("_")[1]))
-    files = sorted((tmp_path / "tiny" / "run7" / "pictures" / "val" / "predictions").iterdir())
-    assert [file.name for file in files] == ["step=000006.png", "step=000012.png"]
-    for sent, written in zip(media, files, strict=True):
-        np.testing.assert_array_equal(pixels(sent), pixels(written))
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)]  # wandb's own reader
-    summary = json.loads(subprocess.check_output(command, env=environment))["summary"]
-    assert {"train/loss", "val/acc"} <= set(summary)
-    assert summary["val/predictions"]["filenames"] == [f"media/images/val/{media[-1].name}"]
-
-
-WANDB_DETECTION = """
-import sys
-from pathlib import Path
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from tests.callbacks.tiny_classifier import tiny_trainer
-from tests.callbacks.tiny_detector import TinyDetector, TinyScenes
-from dia_lightning.callbacks import DetectionGrid
-
-folder = Path(sys.argv[1])
+logger.experiment.finish()
 loggers = [WandbLogger(save_dir=folder, project="tiny", id="run8"), CSVLogger(folder, name="csv")]
 trainer = tiny_trainer(folder, DetectionGrid(num_images=3), logger=loggers)
 trainer.fit(TinyDetector(), datamodule=TinyScenes())
 """
 
 
-def test_an_offline_wandb_run_holds_boxes_as_data(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs of Weights & Biases: one of a classifier, one of a detector with a second logger."""
+    folder = tmp_path_factory.mktemp("offline")
     environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", WANDB_DETECTION, str(tmp_path)], env=environment, cwd=tmp_path, check=True)
-    (run,) = (tmp_path / "wandb").glob("offline-run-*-run8")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)]
-    summary = json.loads(subprocess.check_output(command, env=environment))["summary"]
+    subprocess.run([sys.executable, "-c", WANDB_RUNS, str(folder)], env=environment, cwd=folder, check=True)
+    return folder
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """Read the last values of a run with wandb's own reader."""
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(run)]
+    summary: dict[str, Any] = json.loads(subprocess.check_output(command))["summary"]
+    return summary
+
+
+def test_an_offline_wandb_run_holds_the_pictures_and_the_scalars(offline: Path) -> None:
+    (run,) = (offline / "wandb").glob("offline-run-*-run7")
+    media = list((run / "files" / "media" / "images" / "val").glob("predictions_*.png"))
+    media.sort(key=lambda file: int(file.name.split("_")[1]))
+    files = sorted((offline / "tiny" / "run7" / "pictures" / "val" / "predictions").iterdir())
+    assert [file.name for file in files] == ["step=000006.png", "step=000012.png"]
+    for sent, written in zip(media, files, strict=True):
+        np.testing.assert_array_equal(pixels(sent), pixels(written))
+    summary = summary_of(run)
+    assert {"train/loss", "val/acc"} <= set(summary)
+    assert summary["val/predictions"]["filenames"] == [f"media/images/val/{media[-1].name}"]
+
+
+def test_an_offline_wandb_run_holds_boxes_as_data(offline: Path) -> None:
+    (run,) = (offline / "wandb").glob("offline-run-*-run8")
+    summary = summary_of(run)
     assert len(summary["val/detections"]["filenames"]) == 1
     logged = summary["val/boxes"]
     data = TinyScenes()
