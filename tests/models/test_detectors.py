@@ -61,6 +61,8 @@ def test_weights_losses_and_detections_are_those_of_torchvision(name: str) -> No
     options: dict[str, Any] = {"min_size": 64, "max_size": 96}
     if name in ("retinanet", "fcos"):
         options["score_thresh"] = 0.0  # before training no score reaches the default
+    else:
+        options |= {"box_batch_size_per_image": 32, "box_detections_per_img": 10}  # of 512 and 100, each with a mask
     ours = get_detector(name, "torchvision/resnet50", num_classes=4, **options)  # type: ignore[arg-type]
     theirs = BUILDERS[name](weights=None, weights_backbone=None, num_classes=5, **options)
     assert list(ours.state_dict()) == list(theirs.state_dict())
