@@ -25,10 +25,9 @@ def register_attention(name: str) -> Callable[[Builder], Builder]:
         ValueError: if the name is taken.
 
     Example:
+        >>> from functools import partial
         >>> from dia_lightning.attention import SqueezeExcitation, list_attention, register_attention
-        >>> @register_attention("wide-se")
-        ... def wide_se(channels: int) -> SqueezeExcitation:
-        ...     return SqueezeExcitation(channels, reduction=2)
+        >>> wide = register_attention("wide-se")(partial(SqueezeExcitation, reduction=2))
         >>> "wide-se" in list_attention()
         True
     """

@@ -110,7 +110,7 @@ def is_elsewhere(name: object) -> bool:
 
     Such a name is not taken from a file, which nobody may vouch for.
     """
-    return isinstance(name, str) and ":" in name
+    return isinstance(name, str) and ":" in name.partition("/")[2]
 
 
 def without_weights(name: str, args: dict[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ class DIATask(FiniteModule, Shareable):
         super().on_save_checkpoint(checkpoint)
         checkpoint["dia_task"] = type(self).__name__
         checkpoint["dia_data"] = self._data
-        if "loops" in checkpoint:  # of a training that can go on
+        if "loops" in checkpoint and self._trainer is not None:  # of a training that can go on
             _process_states.save(self.trainer, self, checkpoint)
         for part in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
             if part in checkpoint:
