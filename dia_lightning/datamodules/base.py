@@ -285,7 +285,10 @@ class DIADataModule(LightningDataModule, ABC):
         """Go on at the place of a checkpoint; only ``fit`` does."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        self._place = Place(**state_dict)
+        names = [field.name for field in dataclasses.fields(Place)]
+        if not set(names) <= set(state_dict):  # of an older version
+            return
+        self._place = Place(**{name: state_dict[name] for name in names})  # subclasses add more
         self._place.compare(self.batch_size, self.trainer.world_size)
 
     @property

@@ -106,8 +106,8 @@ class CocoDetectionDataModule(DetectionDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the class mapping, so that a checkpoint knows what its outputs mean."""
-        return {"class_names": self.class_names, "category_ids": self.category_ids}
+        """Return the class mapping too, so that a checkpoint knows what its outputs mean."""
+        return {**super().state_dict(), "class_names": self.class_names, "category_ids": self.category_ids}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the class mapping of a checkpoint.
@@ -115,6 +115,7 @@ class CocoDetectionDataModule(DetectionDataModule):
         Raises:
             ValueError: if the annotation files have another one.
         """
+        super().load_state_dict(state_dict)
         self._restored = dict(zip(state_dict["category_ids"], state_dict["class_names"], strict=True))
         self.trained_classes = list(self._restored.values())
         if self._places["train"][0].is_file():

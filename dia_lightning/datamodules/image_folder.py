@@ -94,8 +94,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         return [v2.Resize(self.resize_size), v2.CenterCrop(self.image_shape[1:])]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the class mapping, so that a checkpoint knows what its outputs mean."""
-        return {"class_names": self.class_names}
+        """Return the class mapping too, so that a checkpoint knows what its outputs mean."""
+        return {**super().state_dict(), "class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the class mapping of a checkpoint.
@@ -103,6 +103,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         Raises:
             ValueError: if ``root/train`` has other classes.
         """
+        super().load_state_dict(state_dict)
         names, before = list(state_dict["class_names"]), self._class_names
         self.trained_classes = names
         if before is not None and not same_names(before, self.class_names):

@@ -1,13 +1,15 @@
 """Training samples depend on the seed and their place alone, and a sampler goes on where an epoch was left."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
-from dia_lightning.datamodules import DigitsDataModule
+from dia_lightning.datamodules import DIADataModule, DigitsDataModule, ImageFolderDataModule, ImageTableDataModule
 from dia_lightning.datamodules._draws import Draw, DrawnCollate, ShuffledSampler, load_drawn
 
 
@@ -73,3 +75,12 @@ def test_augmentation_depends_on_the_seed_and_the_place_alone(monkeypatch: pytes
 
     assert torch.equal(images(1), images(1))
     assert not torch.equal(images(1), images(2))
+
+
+@pytest.mark.parametrize("kind", [DigitsDataModule, ImageFolderDataModule, ImageTableDataModule])
+def test_every_data_module_notes_its_place_in_a_checkpoint(tmp_path: Path, kind: type[DIADataModule]) -> None:
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    (tmp_path / "train.csv").write_text("file,label\n1.png,ant\n", encoding="utf-8")
+    data = kind(root=tmp_path)
+    data.trainer = Trainer(accelerator="cpu", logger=False)
+    assert {"seed", "epoch", "batches", "batch_size", "processes"} <= set(data.state_dict())
