@@ -1,5 +1,6 @@
 """One training at a time writes to the folder of a run."""
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,8 @@ class RunLock:
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
+        if hasattr(os, "register_at_fork"):  # loader processes would hold it for seconds after a SIGKILL of this one
+            os.register_at_fork(after_in_child=self.release)
 
     def __getstate__(self) -> dict[str, None]:
         return {"_file": None}  # processes that are started with a copy do not have it

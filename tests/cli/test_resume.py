@@ -119,6 +119,25 @@ def test_the_best_checkpoint_of_before_stays_the_best(
     assert rows(run_folder) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process inherits files")
+def test_loader_processes_that_outlive_a_killed_training_do_not_lock_its_folder(run_folder: Path) -> None:
+    lock = RunLock()
+    assert lock.take(run_folder)
+    said, saying = os.pipe()
+    ended, ending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(saying, b"!")
+        os.close(ending)
+        os.read(ended, 1)  # as a worker that has not noticed yet
+        os._exit(0)
+    os.read(said, 1)
+    lock.release()
+    assert RunLock().take(run_folder)
+    os.close(ending)
+    os.waitpid(child, 0)
+
+
 @pytest.mark.parametrize("how", ["other name", "copied file", "older", "write-protected", "in use"])
 def test_in_another_folder_the_best_and_the_metrics_are_taken_along(
     run: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
