@@ -295,6 +295,8 @@ class TrainableModule(LightningModule):
             ValueError: if the options that make the groups differ.
         """
         self._monitored = checkpoint.get("dia_monitored")
+        if self._monitored is not None:
+            self._plateau_epoch = checkpoint["epoch"]  # at whose end Lightning's own step is left out again
         trainer = self._trainer
         if trainer is None or not trainer.training or "optimizer_states" not in checkpoint:
             return

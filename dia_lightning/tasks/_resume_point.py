@@ -17,12 +17,14 @@ class ResumePoint:
         after_batch: the checkpoint was written after a batch, and before the validation or the end of the epoch that
             may follow it, which Lightning leaves out.
         after_last_batch: the batch was the last one of its epoch, whose end is still to come.
+        at_epoch_end: the checkpoint was written at the end of an epoch, before schedules that watch a metric.
         logged: metrics that callbacks and schedules may ask for before they are logged again.
         gradients: of the parameters, accumulated since the last optimizer step.
     """
 
     after_batch: bool
     after_last_batch: bool
+    at_epoch_end: bool
     logged: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
@@ -40,12 +42,16 @@ class ResumePoint:
         if after_batch and after_last_batch:
             for progress in (batches["current"], batches["total"]):
                 progress["completed"] += 1
-        return cls(after_batch, after_last_batch, state.get("logged", {}), state.get("gradients", {}))
+        at_epoch_end = epoch["processed"] == epoch["started"] == epoch["completed"] + 1
+        return cls(after_batch, after_last_batch, at_epoch_end, state.get("logged", {}), state.get("gradients", {}))
 
     def enter(self, trainer: Trainer, task: LightningModule) -> None:
         """Make a training that is about to start go on from here."""
         trainer.callback_metrics.update(self.logged)
         loop = trainer.fit_loop
+        loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()  # a validation that was stopped begins anew
+        if self.at_epoch_end and self.logged and loop.epoch_loop._num_ready_batches_reached():
+            self._step_watching_schedules(trainer)
         if loop.restarted_on_epoch_end:  # with max_steps, Lightning would run the finished epoch once more, on no batch
             loop.reset_restart_stage()
             loop.epoch_progress.increment_completed()
@@ -55,6 +61,12 @@ class ResumePoint:
         for name, parameter in task.named_parameters():
             if name in self.gradients:
                 parameter.grad = self.gradients[name].to(parameter)
+
+    def _step_watching_schedules(self, trainer: Trainer) -> None:
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        now, epochs.completed = epochs.completed, epochs.started - 1  # their frequency asks for this epoch's number
+        trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        epochs.completed = now
 
     def _do_what_follows(self, trainer: Trainer) -> None:
         loop = trainer.fit_loop.epoch_loop
@@ -72,7 +84,7 @@ class ResumePoint:
 
     def end_epoch(self, trainer: Trainer, task: LightningModule) -> None:
         """End the first epoch as any other one."""
-        trainer.fit_loop.epoch_loop.restarting = False  # stays set where no batch was left
+        trainer.fit_loop.restarting = False  # else schedules that watch a metric are left out
         if self.after_last_batch:  # nothing has been logged, because there was no training step
             for metrics in task.children():
                 if isinstance(metrics, MetricCollection) and metrics.prefix == "train/":

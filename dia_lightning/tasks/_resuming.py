@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from dia_lightning._checkpoint_kind import WrongCheckpointError
@@ -83,6 +85,24 @@ def classes_in_use(trainer: Trainer) -> dict[str, list[str]]:
         "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
         "schedules": [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs],
     }
+
+
+def leave_out_finders(trainer: Trainer) -> None:
+    """Let no finder look again for the rate that a training that goes on has found before."""
+    if trainer.ckpt_path is None:  # a finder restores what was before its trial steps
+        return
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for finder in [each for each in callbacks if type(each) is LearningRateFinder]:
+        callbacks.remove(finder)
+        rank_zero_warn(
+            "LearningRateFinder is left out: a training that goes on keeps the rate that it began with. Start anew, "
+            "with init_from in place of ckpt_path, to look for another one."
+        )
+    if any(type(each) is BatchSizeFinder for each in callbacks):
+        rank_zero_warn(
+            "BatchSizeFinder looks for a batch size once more, after which a training does not go on as one without a "
+            "stop. Leave it out, and give the batch size that it found."
+        )
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -74,7 +74,7 @@ class StopOnSignal(Callback):
             return
         fetcher = loop._data_fetcher
         assert fetcher is not None
-        if not loop.epoch_loop.batch_progress.is_last_batch and not loop.epoch_loop._should_check_val_fx(fetcher):
+        if not loop.epoch_loop._is_training_done and not loop.epoch_loop._should_check_val_fx(fetcher):
             self._save_and_stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,9 +89,10 @@ class StopOnSignal(Callback):
             self._halt(trainer)
         elif self._agrees and self._stop:
             progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            for each in (progress.total, progress.current):  # as in the middle of the first batch
-                each.reset()
-                each.ready = each.started = 1
+            before = progress.total.completed - progress.current.completed  # in other validations of this epoch
+            for each, done in ((progress.total, before), (progress.current, 0)):  # as in the middle of the first batch
+                each.processed = each.completed = done
+                each.ready = each.started = done + 1
             self._save_and_stop(trainer)
             self._halt(trainer)
 

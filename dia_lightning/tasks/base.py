@@ -8,6 +8,7 @@ from typing import IO, Any, Literal, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
@@ -24,6 +25,7 @@ from dia_lightning.tasks._freezing import Freeze
 from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks._optimizers import Options
 from dia_lightning.tasks._resume_point import ResumePoint
+from dia_lightning.tasks._resuming import leave_out_finders
 from dia_lightning.tasks._shareable import Shareable
 from dia_lightning.tasks._stop import StopOnSignal
 
@@ -174,7 +176,10 @@ class DIATask(FiniteModule, Shareable):
         """Read it back, and compare it with the data at hand."""
         super().on_load_checkpoint(checkpoint)
         self.trained_steps = checkpoint.get("global_step")
+        if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.trainer.precision_plugin.convert_module(self)  # Lightning does it later, and would round the weights
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            leave_out_finders(self.trainer)
             state = _process_states.restore(self.trainer, self, checkpoint)
             self._resume_point = ResumePoint.of(checkpoint, state) if "loops" in checkpoint else None
         stored = checkpoint.get("dia_data", {})

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 
 from dia_lightning.callbacks import EMA
@@ -24,7 +25,7 @@ def digits(workers: int, **options: Any) -> DigitsDataModule:
     return DigitsDataModule(image_size=8, batch_size=8, limit=24, num_workers=workers, **options)
 
 
-def build(kind: str, workers: int) -> tuple[Any, Any]:
+def build(kind: str, workers: int, schedule: Any = "cosine") -> tuple[Any, Any]:
     """A task and its data, with as much chance as they can have."""
     if kind == "detection":
         return tiny_task(num_classes=10), DigitScenesDataModule(
@@ -34,7 +35,7 @@ def build(kind: str, workers: int) -> tuple[Any, Any]:
         denoiser = DiffusionTask("unet", 10, image_shape=[3, 8, 8], backbone_args=NETWORK, lr=0.01)
         return denoiser, digits(workers, augment="flips", pixel_range="symmetric")
     task = ClassificationTask(
-        "cifar_resnet", 10, backbone_args={"depth": 11}, attention="dia-lstm", schedule="cosine", image_shape=[3, 8, 8]
+        "cifar_resnet", 10, backbone_args={"depth": 11}, attention="dia-lstm", schedule=schedule, image_shape=[3, 8, 8]
     )
     sampling: Any = "balanced" if kind == "balanced" else "shuffle"
     return task, digits(workers, augment="strong", mixup=0.5, cutmix=0.5, sampling=sampling)
@@ -63,7 +64,7 @@ def train(
 ) -> dict[str, Any]:
     """Return the checkpoint at the end of a training of two epochs with three batches each, or of the rest of it."""
     seed_everything(3, workers=True, verbose=False)
-    task, data = build(kind, workers)
+    task, data = build(kind, workers, options.pop("schedule", "cosine"))
     data.batch_size = batch_size or data.batch_size
     if start is not None:
         torch.rand(5)  # a program that starts again may have used random numbers before
@@ -176,3 +177,20 @@ def test_other_batches_in_mid_epoch_are_told(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.warns(UserWarning, match=r"after 1 batches of epoch 1 with batch_size=4 on 1 process\(es\), now .*=8"):
         train(tmp_path, start="other.ckpt")
+
+
+def test_double_precision_and_a_schedule_that_watches_a_metric_go_on(tmp_path: Path) -> None:
+    def plateau(optimizer: Any) -> Any:
+        return ReduceLROnPlateau(optimizer, monitor="val/loss", patience=0)
+
+    straight = train(tmp_path, schedule=plateau, precision="64-true")
+    for start in (EPOCH_END, MID_EPOCH):
+        resumed = train(tmp_path, schedule=plateau, precision="64-true", start=start)
+        assert differences(straight, resumed) == [], start
+
+
+def test_the_rate_that_a_finder_found_stays(tmp_path: Path) -> None:
+    straight = train(tmp_path, callbacks=[LearningRateFinder(num_training_steps=3)])
+    with pytest.warns(UserWarning, match="LearningRateFinder is left out"):
+        resumed = train(tmp_path, callbacks=[LearningRateFinder(num_training_steps=3)], start=EPOCH_END)
+    assert differences(straight, resumed) == []
