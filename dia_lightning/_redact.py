@@ -8,23 +8,28 @@ from typing import Any
 import yaml
 
 MASK = "***"
-#: Words that tell a secret wherever they are in a name; the second kind are no counts either, unlike max_tokens.
-_ANYWHERE = re.compile(r"key|token|secret|passw|passphrase|credential|signature|bearer|cookie", re.IGNORECASE)
-_NEVER_A_NUMBER = re.compile(r"secret|passw|passphrase|credential", re.IGNORECASE)
-#: Words that other words contain: of a name's parts one must be equal to them.
-_WHOLE_WORDS = frozenset(
-    {"auth", "authorization", "dsn", "jwt", "pass", "pat", "pem", "pin", "pw", "pwd", "sas", "sig"}
+#: Parts of a name that tell a secret, such as ``token`` and ``hftoken``. As a number they are counts, as in max_tokens.
+_OF_A_SECRET = re.compile(r"\w*(?:key|token|signature|cookie)s?|bearer|auth|authorization|dsn|jwt|pat|pem|sas|sig")
+#: These are a secret as a whole number too, and those after them wherever they are in a name, as any number.
+_OR_WHOLE_NUMBER = frozenset({"pass", "pin", "pw", "pwd"})
+_OR_NUMBER = re.compile(r"secret|passw|passphrase|credential", re.IGNORECASE)
+#: Last parts of names of something else about a key, a token or a pass: ``token_mixers``, ``key_dim``, ``pw_ratio``.
+_OF_SOMETHING_ELSE = re.compile(
+    r"act|activation|bias|depth|device|dims?|drop|dropout|embed|filter|funcs?|heads?|init|kernel|layers?|mask|memory"
+    r"|mixers?|mode|name|norm|only|pool|pooling|predictor|proj|ratio|scale|size|types?"
 )
+_OTHER_WORDS = frozenset({"donkey", "hockey", "jockey", "monkey", "turkey", "whiskey"})  # classes have names, too
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s?#\"']+@")
-#: ``password=abc`` in the query of a URL, in the words of a database, or in a header.
+#: ``password=abc`` in the query of a URL, in the words of a database, or in a header; folders have such names, too.
 _NAMED_IN_TEXT = re.compile(
-    r"""(?P<name>[\w.-]+)(?P<sign>=|: ?(?:Bearer|Basic|Token) )(?:'[^']*'|"[^"]*"|[^&;,\s"']+)"""
+    r"""(?<![\w./\\-])(?P<name>[\w.-]+)(?P<sign>=|: ?(?:Bearer|Basic|Token) )(?P<value>'[^']*'|"[^"]*"|[^&;,\s"']+)"""
 )
+_NUMBERS = {int: re.compile(r"-?\d+"), float: re.compile(r"-?\d*\.\d+(?:e-?\d+)?")}
 #: What services give out, by its form; and keys as files.
 _OF_A_SERVICE = re.compile(
-    r"\b(?:hf_\w{20,}|gh[a-z]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}"
-    r"|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
+    r"\b(?:(?:hf|gh[a-z])_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]*[A-Za-z0-9]{16,}[\w-]*"
+    r"|xox[a-z]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 
@@ -46,8 +51,8 @@ def redact(value: Any, kinds: tuple[type, ...] = ()) -> Any:
     """
     if isinstance(value, dict):
         return {key: redact(item, kinds + _kinds_below(str(key))) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, kinds) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(redact(item, kinds) for item in value)
     if isinstance(value, kinds) and not isinstance(value, bool):
         return MASK
     return redact_text(value) if isinstance(value, str) else value
@@ -85,7 +90,7 @@ def _redact_argument(name: str, value: str) -> str:
     try:
         given = yaml.safe_load(value)
     except (yaml.YAMLError, RecursionError):  # no value of an option either
-        return MASK if _ANYWHERE.search(f"{name} {value}") else redact_text(value)
+        return MASK if any(map(_kinds_below, re.findall(r"[\w-]+", f"{name} {value}"))) else redact_text(value)
     if not isinstance(given, dict | list):
         given = value if not isinstance(given, int | float) else given
     clean = redact({name: given})[name]
@@ -95,12 +100,19 @@ def _redact_argument(name: str, value: str) -> str:
 
 
 def _without_value(match: re.Match[str]) -> str:
-    is_secret = _kinds_below(match["name"]) != ()
-    return f"{match['name']}{match['sign']}{MASK}" if is_secret else match[0]
+    value = match["value"]
+    kind = next((kind for kind, form in _NUMBERS.items() if form.fullmatch(value)), str)
+    return f"{match['name']}{match['sign']}{MASK}" if kind in _kinds_below(match["name"]) else match[0]
 
 
 def _kinds_below(key: str) -> tuple[type, ...]:
-    words = {word.lower() for word in _PARTS.findall(key)}
-    if _NEVER_A_NUMBER.search(key) or words & _WHOLE_WORDS:
+    """Return of which types a value is a secret below a key."""
+    if _OR_NUMBER.search(key):
         return (str, int, float)
-    return (str,) if _ANYWHERE.search(key) else ()
+    words = [word.lower() for word in _PARTS.findall(key)]
+    if not words or _OF_SOMETHING_ELSE.fullmatch(words[-1]):
+        return ()
+    if not _OR_WHOLE_NUMBER.isdisjoint(words):
+        return (str, int)
+    is_secret = any(_OF_A_SECRET.fullmatch(word) and word not in _OTHER_WORDS for word in words)
+    return (str,) if is_secret else ()
