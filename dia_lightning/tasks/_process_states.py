@@ -103,7 +103,10 @@ def _training_metrics(task: nn.Module) -> Iterator[tuple[str, Metric]]:
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
-    return {"updates": metric._update_count, **metric.metric_state}
+    # on the CPU: each process reads the states of all, and a GPU's would open a context on every other process's GPU
+    states = metric.metric_state.items()
+    moved = {name: [each.cpu() for each in kept] if isinstance(kept, list) else kept.cpu() for name, kept in states}
+    return {"updates": metric._update_count, **moved}
 
 
 def _set_metric_state(metric: Metric, state: dict[str, Any]) -> None:
