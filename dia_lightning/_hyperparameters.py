@@ -11,6 +11,8 @@ from typing import Any
 
 #: Marks a hyperparameter that was an object and cannot be kept in a checkpoint.
 OBJECT = "object:"
+#: Stands for a secret in all that is written.
+MASK = "***"
 #: How Lightning and jsonargparse know a dictionary that stands for an object; either may read it out of a text, too.
 _CODE = ("class_path", "init_args", "dict_kwargs", "_instantiator")
 #: More levels or values than these are no options, but a list that holds itself, or something made to fill the memory.
@@ -108,6 +110,8 @@ def _strange_in(value: Any) -> str | None:
             # a text with escapes may spell a word in another way
             if any(word in item for word in _CODE) or ('"' in item and "\\" in item):
                 return f"the text {item[:60]!r}"
+            if MASK in item:
+                return f"{item[:60]!r}, where a secret was,"
         elif isinstance(item, Mapping):
             pending += [(part, level + 1) for pair in item.items() for part in pair]
         elif isinstance(item, list | tuple):

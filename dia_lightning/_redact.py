@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-MASK = "***"
+from dia_lightning._hyperparameters import MASK
+
 #: Parts of a name that tell a secret, such as ``token`` and ``hftoken``. As a number they are counts, as in max_tokens.
 _OF_A_SECRET = re.compile(r"\w*(?:key|token|signature|cookie)s?|bearer|auth|authorization|dsn|jwt|pat|pem|sas|sig")
 #: These are a secret as a whole number too, and those after them wherever they are in a name, as any number.

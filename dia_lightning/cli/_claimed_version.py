@@ -1,5 +1,6 @@
 """A run folder of its own for each of two runs that start in the same instant."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ def claim_versions(loggers: list[Logger]) -> None:
     """Let loggers make the folder of the next version when they choose its number, and not some time later.
 
     Lightning looks which numbers are taken and makes the folder afterwards, so that two runs may come to share one.
+    Loggers of one run that have the same place share a folder.
 
     Args:
         loggers: of a Trainer.
     """
+    claimed: dict[str, int] = {}
     for logger in loggers:
         if isinstance(logger, CSVLogger | TensorBoardLogger) and "://" not in str(logger.root_dir):
-            logger._get_next_version = partial(_claim, logger)  # type: ignore[method-assign]
+            logger._get_next_version = partial(_claim, logger, claimed)  # type: ignore[method-assign]
 
 
-def _claim(logger: Any) -> int:
-    while True:
+def _claim(logger: Any, claimed: dict[str, int]) -> int:
+    place = os.path.realpath(logger.root_dir)
+    while place not in claimed:
         number: int = type(logger)._get_next_version(logger)
         if getattr(rank_zero_only, "rank", 0) != 0:  # other ranks take the folder of rank zero
             return number
@@ -34,4 +38,5 @@ def _claim(logger: Any) -> int:
             if not folder.is_dir():  # else another run was faster
                 raise
             continue
-        return number
+        claimed[place] = number
+    return claimed[place]

@@ -38,7 +38,7 @@ def check_limits(config: Namespace) -> None:
     """
     for name, limit in _LIMITS.items():
         value = config.trainer.get(name)
-        if isinstance(value, int | float) and (value < limit.least or (value == limit.least and not limit.is_in)):
+        if isinstance(value, int | float) and not (value >= limit.least if limit.is_in else value > limit.least):
             _refuse(f"trainer.{name}", value, limit.expected)
     if _is_negative_time(config.trainer.get("max_time")):
         _refuse("trainer.max_time", config.trainer.max_time, "a time above zero, such as 00:08:00:00 for eight hours")

@@ -39,12 +39,19 @@ def test_what_the_locale_cannot_write_is_one_line() -> None:
     assert message_of(failed.value) == ("'gr\\xf6\\xdfe' cannot be written in this locale (ascii). Set PYTHONUTF8=1.")
 
 
+def test_loggers_of_one_run_share_its_folder(tmp_path: Path) -> None:
+    loggers = [kind(str(tmp_path), name="digits") for kind in (CSVLogger, TensorBoardLogger)]
+    claim_versions([*loggers])
+    assert [logger.version for logger in loggers] == [0, 0]
+
+
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 def test_runs_that_start_in_the_same_instant_have_different_folders(
     kind: type[CSVLogger] | type[TensorBoardLogger], tmp_path: Path
 ) -> None:
     loggers = [kind(str(tmp_path), name="digits") for _ in range(8)]
-    claim_versions([*loggers])
+    for logger in loggers:
+        claim_versions([logger])
     start = Barrier(len(loggers))
 
     def version(logger: CSVLogger | TensorBoardLogger) -> int | str:

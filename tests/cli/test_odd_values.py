@@ -18,7 +18,7 @@ ODD = """
 trainer.max_epochs=-2 trainer.max_epochs=1.5 trainer.max_epochs=.nan
 trainer.min_epochs=-1 trainer.max_steps=-2 trainer.min_steps=-1
 trainer.accumulate_grad_batches=-1 trainer.accumulate_grad_batches=0 trainer.accumulate_grad_batches=1.5
-trainer.gradient_clip_val=-1 trainer.gradient_clip_algorithm=abc
+trainer.gradient_clip_val=-1 trainer.gradient_clip_val=.nan trainer.gradient_clip_algorithm=abc
 trainer.limit_train_batches=-1 trainer.limit_train_batches=.nan
 trainer.limit_val_batches=-0.1 trainer.overfit_batches=-1
 trainer.val_check_interval=-1 trainer.val_check_interval=0 trainer.val_check_interval=1.5

@@ -155,6 +155,8 @@ def test_a_checkpoint_has_no_secret_and_goes_on_without(
     run("test", "-c", "tiny.yaml", *own, "--ckpt_path", str(path))
     assert not [file for file in Path("runs").rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()]
     assert CANARY not in "".join(capfd.readouterr())
+    run("test", "-c", "tiny.yaml", *own[:2], "--ckpt_path", str(path))
+    assert "not taken from the checkpoint, because it is no plain data: attention_args" in capfd.readouterr().err
 
 
 def test_a_comparison_shows_no_secret_in_its_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
