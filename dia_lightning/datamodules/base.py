@@ -290,6 +290,13 @@ class DIADataModule(LightningDataModule, ABC):
             return
         self._place = Place(**{name: state_dict[name] for name in names})  # subclasses add more
         self._place.compare(self.batch_size, self.trainer.world_size)
+        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if self._place.batches and overfit:
+            rank_zero_warn(
+                f"overfit_batches={overfit} has an order of Lightning's own, so that epoch {self._place.epoch} begins "
+                f"anew instead of after its batch {self._place.batches}. Resume from the end of an epoch to go on "
+                "exactly."
+            )
 
     @property
     def training_seed(self) -> int:

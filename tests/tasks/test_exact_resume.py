@@ -194,3 +194,9 @@ def test_the_rate_that_a_finder_found_stays(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="LearningRateFinder is left out"):
         resumed = train(tmp_path, callbacks=[LearningRateFinder(num_training_steps=3)], start=EPOCH_END)
     assert differences(straight, resumed) == []
+
+
+def test_an_order_of_lightnings_own_is_told(tmp_path: Path) -> None:
+    train(tmp_path, overfit_batches=3)
+    with pytest.warns(UserWarning, match="overfit_batches=3 has an order of Lightning's own, so that epoch 1 begins"):
+        train(tmp_path, start=MID_EPOCH, overfit_batches=3)
