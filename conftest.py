@@ -3,6 +3,8 @@
 import gc
 import multiprocessing
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -45,3 +47,12 @@ def _no_waiting_for_workers() -> None:
     import torch.utils.data._utils as loading  # not before OMP_NUM_THREADS is set
 
     loading.MP_STATUS_CHECK_INTERVAL = 0.5
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_run_is_left() -> Iterator[None]:
+    """End the run of W&B that a test has left open; the next one in this process would go on in it."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(quiet=True)

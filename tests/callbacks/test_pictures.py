@@ -159,7 +159,9 @@ trainer.fit(TinyDetector(), datamodule=TinyScenes())
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two runs of Weights & Biases: one of a classifier, one of a detector with a second logger."""
     folder = tmp_path_factory.mktemp("offline")
-    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])}
+    # not WANDB_SERVICE, with which a process joins those that this one has started
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", WANDB_RUNS, str(folder)], env=environment, cwd=folder, check=True)
     return folder
 
