@@ -55,4 +55,4 @@ def _no_wandb_run_is_left() -> Iterator[None]:
     yield
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish(quiet=True)
+        wandb.finish()

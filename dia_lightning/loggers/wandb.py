@@ -108,13 +108,9 @@ class WandbLogger(LightningWandbLogger):
             project=project or default_project(),
             prefix=prefix,
         )
+        shown = {"name": name, "entity": entity, "group": group, "job_type": job_type, "tags": tags, "notes": notes}
         more: dict[str, Any] = {
-            "entity": entity,
-            "group": group,
-            "job_type": job_type,
-            "tags": tags,
-            "notes": redact(notes),
-            "config": redact(config),
+            **redact({**shown, "config": config}),
             # W&B's own process serves all runs of this one, and stays in the folder in which the first one began
             "dir": os.path.abspath(save_dir),
         }
