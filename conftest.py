@@ -50,9 +50,12 @@ def _no_waiting_for_workers() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_wandb_run_is_left() -> Iterator[None]:
-    """End the run of W&B that a test has left open; the next one in this process would go on in it."""
+def _no_wandb_process_is_left() -> Iterator[None]:
+    """End W&B's process, with the run that a test may have left open.
+
+    It stays in the folder of the test that started it, which is removed, and writes no pictures from there.
+    """
     yield
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
+    if wandb is not None:
+        wandb.teardown()
