@@ -15,7 +15,7 @@ BELOW = {
     "analysis": {"attention", "models"},
     "datamodules": {
         *("_checkpoint_file", "_coco_tools", "_hyperparameters"),
-        *("_text", "_torchvision_guard", "_training_position", "_whole_files"),
+        *("_text", "_torchvision_guard", "_whole_files"),
     },
     "loggers": {"_redact", "_text", "_whole_files"},
     "callbacks": {
@@ -24,7 +24,7 @@ BELOW = {
     },
     "tasks": {
         *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_coco_tools"),
-        *("_hyperparameters", "_redact", "_training_position", "_whole_files"),
+        *("_hyperparameters", "_redact", "_whole_files"),
     },
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),

@@ -145,8 +145,3 @@ def _random_numbers(*key: int) -> Iterator[None]:
         torch.default_generator.set_state(states[0])
         set_bit_generator(states[1])
         random.setstate(states[2])
-
-
-def collate_drawn(collate: Callable[[list[Any]], Any] | None) -> DrawnCollate | None:
-    """Wrap what makes a training batch; stacking needs no random numbers."""
-    return None if collate is None else DrawnCollate(collate)

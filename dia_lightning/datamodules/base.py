@@ -1,6 +1,5 @@
 """The one data API: what every data module of this package takes, offers and hands to the trainer."""
 
-import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,15 +7,12 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dia_lightning._checkpoint_file import read_checkpoint
 from dia_lightning._hyperparameters import arguments_of, primitive
-from dia_lightning._training_position import training_position
 from dia_lightning.datamodules._account import (
     warn_of_files_left_out,
     warn_of_shared_files,
@@ -24,13 +20,7 @@ from dia_lightning.datamodules._account import (
     warn_of_unused_depth,
 )
 from dia_lightning.datamodules._download import Archive, obtain
-from dia_lightning.datamodules._draws import (
-    DrawingSampler,
-    ShuffledSampler,
-    collate_drawn,
-    loader_generator,
-    training_seed,
-)
+from dia_lightning.datamodules._draws import DrawnCollate, loader_generator
 from dia_lightning.datamodules._image_files import images_at, joined
 from dia_lightning.datamodules._loading import (
     WORKER_TIMEOUT,
@@ -41,7 +31,7 @@ from dia_lightning.datamodules._loading import (
     silence_worker_advice,
 )
 from dia_lightning.datamodules._options import check_val_split, check_whole
-from dia_lightning.datamodules._place import Place
+from dia_lightning.datamodules._place import PlacedData
 from dia_lightning.datamodules._sampling import (
     PaddedSampler,
     Positions,
@@ -68,7 +58,7 @@ _NAMES = {"val": "validation", "test": "test"}
 _ROLES: dict[_Loaded, Role] = {"train": "train", "val": "eval", "test": "eval", "predict": "predict"}
 
 
-class DIADataModule(LightningDataModule, ABC):
+class DIADataModule(PlacedData, ABC):
     """Base of all data modules: options, splits and loaders, for any kind of label.
 
     Training batches are ``(images, labels)``, validation and test batches ``(images, labels, index [B] int64)``, and
@@ -147,7 +137,6 @@ class DIADataModule(LightningDataModule, ABC):
         self.bit_depth = bit_depth
         self._sources: dict[Split, Source | None] = {}
         self._samples: dict[_Loaded, Samples] = {}
-        self._place: Place | None = None  # where a training goes on
 
     # What a data set says about itself
 
@@ -273,40 +262,6 @@ class DIADataModule(LightningDataModule, ABC):
         if "train" in _STAGES[stage]:
             self._check_train_size()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return where in the training data a training is, for its checkpoint."""
-        if self.trainer is None:
-            return {}
-        epoch, batches = training_position(self.trainer)
-        place = Place(self.training_seed, epoch, batches, self.batch_size, self.trainer.world_size)
-        return dataclasses.asdict(place)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the place of a checkpoint; only ``fit`` does."""
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        names = [field.name for field in dataclasses.fields(Place)]
-        if not set(names) <= set(state_dict):  # of an older version
-            return
-        self._place = Place(**{name: state_dict[name] for name in names})  # subclasses add more
-        self._place.compare(self.batch_size, self.trainer.world_size)
-        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
-        if self._place.batches and overfit:
-            rank_zero_warn(
-                f"overfit_batches={overfit} has an order of Lightning's own, so that epoch {self._place.epoch} begins "
-                f"anew instead of after its batch {self._place.batches}. Resume from the end of an epoch to go on "
-                "exactly."
-            )
-
-    @property
-    def training_seed(self) -> int:
-        """Seed of the order and the augmentation of training samples.
-
-        It is that of ``seed_everything``, without it that of torch (0 with several processes); a training that goes on
-        keeps the one that it began with.
-        """
-        return self._place.seed if self._place is not None else training_seed(replicas(self.trainer)[0])
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled training batches.
 
@@ -379,13 +334,15 @@ class DIADataModule(LightningDataModule, ABC):
         workers = self._worker_count()
         collate = self.collate_function(role)
         dataset.notes = WorkerNotes(workers) if workers > 0 else None
+        own = self.training_sampler(dataset) if train else None
+        sampler = self.placed_sampler(own, dataset) if train else self._padded_sampler(dataset)
         return NamingLoader(
             dataset,
             batch_size=size,
             shuffle=False,
-            sampler=self._placed_sampler(dataset) if train else self._padded_sampler(dataset),
+            sampler=sampler,
             num_workers=workers,
-            collate_fn=collate_drawn(collate) if train else collate,
+            collate_fn=DrawnCollate(collate) if train and collate is not None else collate,
             generator=loader_generator(self.training_seed, replicas(self.trainer)[1]),
             pin_memory=runs_on_cuda(self.trainer) if self.pin_memory is None else self.pin_memory,
             drop_last=train and self.drop_last,
@@ -393,21 +350,6 @@ class DIADataModule(LightningDataModule, ABC):
             persistent_workers=workers > 0,
             worker_init_fn=begin_worker if workers > 0 else None,
         )
-
-    def _placed_sampler(self, dataset: Samples) -> DistributedSampler[Any]:
-        """Return what draws training samples from where training goes on."""
-        count, rank = replicas(self.trainer)
-        sampler = self.training_sampler(dataset)
-        if sampler is None:
-            sampler = ShuffledSampler(dataset, num_replicas=count, rank=rank, seed=self.training_seed)
-        # workers draw before Lightning tells the epoch, and a schedule may ask for the loader before it is restored
-        now = 0 if self.trainer is None else self.trainer.current_epoch
-        if isinstance(sampler, DrawingSampler):
-            epoch, batches = (
-                (now, 0) if self._place is None else max((now, 0), (self._place.epoch, self._place.batches))
-            )
-            sampler.start_at(epoch, batches * self.batch_size)
-        return sampler
 
     def _padded_sampler(self, dataset: Samples) -> PaddedSampler | None:
         count, rank = replicas(self.trainer)

@@ -130,13 +130,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} has no {CONFIG}. Give a folder that save_pretrained wrote.")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object that a file of JSON holds.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged: it is no JSON ({in_one_line(error)}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(config).__name__}.")
-    return config
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(found).__name__}.")
+    return found
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
 """What the folder of a pipeline of diffusers may name: diffusers would import whatever its files say."""
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from dia_lightning.models._hub import read_object
 
 INDEX = "model_index.json"
 #: Classes that this package writes, and those of diffusers that it loads, by the library that an index has for them.
@@ -24,7 +25,9 @@ def check_index(folder: Path, given: Collection[str]) -> None:
     Raises:
         ValueError: if it names anything else, or is no folder of a pipeline.
     """
-    index = _read(folder / INDEX)
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{str(folder)!r} has no {INDEX}: it is no folder of a pipeline.")
+    index = read_object(folder / INDEX)
     allowed: dict[str, Any] = {"unet": _is_network, "scheduler": _is_scheduler}
     if not isinstance(index.get("_class_name", ""), str):
         _refuse(folder / INDEX, "_class_name", index["_class_name"])
@@ -47,22 +50,10 @@ def check_network(folder: Path) -> None:
         ValueError: if it does.
     """
     path = folder / "config.json"
-    config = _read(path) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     for name in ("quantization_config", "auto_map", "_auto_class"):
         if name in config:
             _refuse(path, name, config[name])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{str(path.parent)!r} has no {path.name}: it is no folder of a pipeline.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: it is no JSON.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(found).__name__}.")
-    return found
 
 
 def _is_network(value: Any) -> bool:

@@ -28,7 +28,7 @@ from dia_lightning.tasks._optimizers import Options, make_optimizer
 from dia_lightning.tasks._parameter_groups import GROUPING, Plan, fits, parameter_groups, plan_groups
 from dia_lightning.tasks._precision import check_gradients_survive
 from dia_lightning.tasks._rates import GroupRates
-from dia_lightning.tasks._resuming import RECORD, ResumedTraining, classes_in_use
+from dia_lightning.tasks._resume_check import RECORD, ResumedTraining, classes_in_use
 from dia_lightning.tasks._schedule import NamedSchedule
 from dia_lightning.tasks._schedule_options import (
     lightning_config,

@@ -24,8 +24,8 @@ from dia_lightning.tasks._finite import FiniteModule
 from dia_lightning.tasks._freezing import Freeze
 from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks._optimizers import Options
+from dia_lightning.tasks._resume_check import leave_out_finders
 from dia_lightning.tasks._resume_point import ResumePoint
-from dia_lightning.tasks._resuming import leave_out_finders
 from dia_lightning.tasks._shareable import Shareable
 from dia_lightning.tasks._stop import StopOnSignal
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning
 
 from dia_lightning._checkpoint_kind import WrongCheckpointError
-from dia_lightning.tasks._resuming import RECORD
+from dia_lightning.tasks._resume_check import RECORD
 from tests.tasks.tiny_training import fit, loader, tiny_task
 
 SGD: dict[str, Any] = {}
