@@ -51,11 +51,14 @@ def _no_waiting_for_workers() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_wandb_process_is_left() -> Iterator[None]:
-    """End W&B's process, with the run that a test may have left open.
+    """End the run of W&B that a test has left open, and W&B's process.
 
-    It stays in the folder of the test that started it, which is removed, and writes no pictures from there.
+    The next run of this process would go on in the one that is open. The process stays in the folder of the test that
+    started it, which is removed, and writes no pictures from there.
     """
     yield
     wandb = sys.modules.get("wandb")
     if wandb is not None:
-        wandb.teardown()
+        if wandb.run is not None:
+            wandb.finish()
+        wandb.teardown()  # leaves the run as it is
