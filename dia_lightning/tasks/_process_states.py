@@ -7,7 +7,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -47,10 +46,6 @@ def restore(trainer: Trainer, task: nn.Module, checkpoint: dict[str, Any]) -> di
     Returns:
         It, for what it is too early for: ``"logged"`` metrics and ``"gradients"``; empty if there is none.
     """
-    for callback in trainer.checkpoint_callbacks:
-        found = checkpoint.get("callbacks", {}).get(callback.state_key)
-        if isinstance(callback, ModelCheckpoint) and found:
-            callback.current_score = found.get("current_score")  # the one entry that it leaves out itself
     states = checkpoint.get(KEY)
     if states is None:  # of an older version
         return {}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -18,6 +19,7 @@ class ResumePoint:
             may follow it, which Lightning leaves out.
         after_last_batch: the batch was the last one of its epoch, whose end is still to come.
         at_epoch_end: the checkpoint was written at the end of an epoch, before schedules that watch a metric.
+        callbacks: their states by their keys, which callbacks may change until training starts.
         logged: metrics that callbacks and schedules may ask for before they are logged again.
         gradients: of the parameters, accumulated since the last optimizer step.
     """
@@ -25,6 +27,7 @@ class ResumePoint:
     after_batch: bool
     after_last_batch: bool
     at_epoch_end: bool
+    callbacks: dict[str, Any]
     logged: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
@@ -43,11 +46,22 @@ class ResumePoint:
             for progress in (batches["current"], batches["total"]):
                 progress["completed"] += 1
         at_epoch_end = epoch["processed"] == epoch["started"] == epoch["completed"] + 1
-        return cls(after_batch, after_last_batch, at_epoch_end, state.get("logged", {}), state.get("gradients", {}))
+        return cls(
+            after_batch,
+            after_last_batch,
+            at_epoch_end,
+            checkpoint.get("callbacks", {}),
+            state.get("logged", {}),
+            state.get("gradients", {}),
+        )
 
     def enter(self, trainer: Trainer, task: LightningModule) -> None:
         """Make a training that is about to start go on from here."""
         trainer.callback_metrics.update(self.logged)
+        for callback in trainer.checkpoint_callbacks:
+            found = self.callbacks.get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and found:
+                callback.current_score = found.get("current_score")  # the one entry that it leaves out itself
         loop = trainer.fit_loop
         loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()  # a validation that was stopped begins anew
         if self.at_epoch_end and self.logged and loop.epoch_loop._num_ready_batches_reached():

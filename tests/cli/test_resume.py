@@ -119,6 +119,19 @@ def test_the_best_checkpoint_of_before_stays_the_best(
     assert rows(run_folder) == before
 
 
+def test_a_validation_that_a_kill_makes_come_twice_changes_no_score(run: Run, workplace: Path) -> None:
+    every_step = [
+        *("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.init_args.every_n_train_steps=1"),
+        *("--trainer.callbacks.init_args.filename=last-step", "--trainer.callbacks.init_args.save_top_k=1"),
+    ]
+    run(*FIT, *every_step)
+    straight = best_of(LAST)
+    assert straight["current_score"] is not None
+    LAST.unlink()  # killed when the best one was written, and the newest one was not
+    run(*FIT, *every_step, "--ckpt_path", "last")
+    assert best_of(LAST) == straight
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no process inherits files")
 def test_loader_processes_that_outlive_a_killed_training_do_not_lock_its_folder(run_folder: Path) -> None:
     lock = RunLock()
