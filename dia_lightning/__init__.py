@@ -1,8 +1,9 @@
 """Dense-and-Implicit Attention: one attention module per stage, shared by its blocks, for any vision network.
 
-Importing this package imports nothing heavy. `dia_lightning.check(model, example_input)` checks what holds on a network
-with attention; take what you need from `dia_lightning.attention`, `dia_lightning.models`,
-`dia_lightning.tasks`, `dia_lightning.datamodules` and `dia_lightning.callbacks`.
+Importing this package imports nothing heavy. `dia_lightning.attach(model, "dia-lstm")` puts attention into a network,
+`dia_lightning.detach(model)` takes it out, and `dia_lightning.check(model, example_input)` checks what holds on a
+network with attention; take the rest from `dia_lightning.attention`, `dia_lightning.models`, `dia_lightning.tasks`,
+`dia_lightning.datamodules` and `dia_lightning.callbacks`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 from dia_lightning._version import __version__
 
 if TYPE_CHECKING:
+    from dia_lightning.attention import attach as attach
     from dia_lightning.attention import check as check
+    from dia_lightning.attention import detach as detach
 
-__all__ = ["__version__", "check"]
+_OF_ATTENTION = ("attach", "check", "detach")  # imported when they are asked for: torch takes seconds
+
+__all__ = ["__version__", "attach", "check", "detach"]
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "check"])
+    return sorted({*globals(), *_OF_ATTENTION})
 
 
 def __getattr__(name: str) -> Any:
-    if name != "check":
+    if name not in _OF_ATTENTION:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dia_lightning.attention import check
+    from dia_lightning import attention
 
-    return check
+    return getattr(attention, name)
