@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from dia_lightning import __version__
-from dia_lightning.cli._commands import COMMANDS, LIGHT_COMMANDS
+from dia_lightning._extras import needed_by, require
+from dia_lightning.cli._commands import COMMANDS, CORE_COMMANDS, LIGHT_COMMANDS
 from dia_lightning.cli._errors import fail, is_for_the_user, message_of
 from dia_lightning.cli._nearest import nearest
 
@@ -81,7 +82,9 @@ def _run(arguments: list[str]) -> None:
     try:
         import dia_lightning._torchvision_guard  # noqa: F401
 
-        with _working_folder_importable():
+        with _working_folder_importable(), needed_by(f"dia-lightning {arguments[0]}"):
+            if arguments[0] not in CORE_COMMANDS:
+                require("jsonargparse", by=f"dia-lightning {arguments[0]}")  # first: its extra brings all others
             if arguments[0] in LIGHT_COMMANDS:
                 import_module(f"dia_lightning.cli.{LIGHT_COMMANDS[arguments[0]]}").run(arguments[1:])
             else:

@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from dia_lightning._extras import missing
+
 
 def coco_backend() -> Literal["faster_coco_eval", "pycocotools"]:
     """Return the name of the implementation, as torchmetrics takes it.
@@ -15,7 +17,7 @@ def coco_backend() -> Literal["faster_coco_eval", "pycocotools"]:
         return "faster_coco_eval"
     if find_spec("pycocotools") is not None:
         return "pycocotools"
-    raise ImportError("Detection needs faster-coco-eval or pycocotools: pip install 'dia-lightning[detection]'.")
+    raise missing("Detection", "faster-coco-eval or pycocotools", "detection")
 
 
 def mask_tools() -> Any:

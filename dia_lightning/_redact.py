@@ -5,8 +5,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from dia_lightning._hyperparameters import MASK
 
 #: Parts of a name that tell a secret, such as ``token`` and ``hftoken``. As a number they are counts, as in max_tokens.
@@ -88,6 +86,8 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _redact_argument(name: str, value: str) -> str:
+    import yaml  # of the extras; a message of the program does without
+
     try:
         given = yaml.safe_load(value)
     except (yaml.YAMLError, RecursionError):  # no value of an option either

@@ -10,20 +10,20 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 
 # What each layer may import from this package ...
 BELOW = {
-    "attention": {"_hyperparameters"},
-    "models": {"attention", "_checkpoint_file", "_torchvision_guard", "_whole_files"},
-    "analysis": {"attention", "models"},
+    "attention": {"_extras", "_hyperparameters"},
+    "models": {"attention", "_checkpoint_file", "_extras", "_torchvision_guard", "_whole_files"},
+    "analysis": {"attention", "models", "_extras"},
     "datamodules": {
-        *("_checkpoint_file", "_coco_tools", "_hyperparameters"),
+        *("_checkpoint_file", "_coco_tools", "_extras", "_hyperparameters"),
         *("_text", "_torchvision_guard", "_whole_files"),
     },
-    "loggers": {"_redact", "_text", "_whole_files"},
+    "loggers": {"_extras", "_redact", "_text", "_whole_files"},
     "callbacks": {
         *("analysis", "tasks", "datamodules", "models", "attention"),
-        *("_checkpoint_file", "_coco_tools", "_whole_files"),
+        *("_checkpoint_file", "_coco_tools", "_extras", "_whole_files"),
     },
     "tasks": {
-        *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_coco_tools"),
+        *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_coco_tools", "_extras"),
         *("_hyperparameters", "_redact", "_whole_files"),
     },
     "cli": {
@@ -65,13 +65,15 @@ def test_imports_point_downwards(path: Path) -> None:
     if layer in BELOW:
         assert own - {layer, "__version__"} <= BELOW[layer]
     elif layer == "__main__.py":
-        assert own <= {"cli", "__version__", "_version", "_torchvision_guard"}
+        assert own <= {"cli", "__version__", "_extras", "_version", "_torchvision_guard"}
     elif layer == "__init__.py":  # attention is imported when it is asked for
         assert own <= {"_version", "__version__", "attention"}
     elif layer == "_checkpoint_file.py":
         assert own <= {"_checkpoint_kind", "_whole_files"}
     elif layer == "_redact.py":
         assert own <= {"_hyperparameters"}
+    elif layer == "_coco_tools.py":
+        assert own <= {"_extras"}
     else:  # what is imported with the package itself must stay light
         assert own <= {"_version", "__version__"}
 

@@ -1,5 +1,9 @@
 """What shared attention does: how maps of different layers agree, what they are, and what it does to gradients."""
 
+from dia_lightning._extras import require
+
+require("matplotlib", by=__name__)
+
 from dia_lightning.analysis._curves import draw_gates, draw_gradients, draw_relative_change, draw_stage_gradients
 from dia_lightning.analysis._heat_maps import draw_correlation, draw_importance
 from dia_lightning.analysis.correlation import (

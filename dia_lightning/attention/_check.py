@@ -1,7 +1,6 @@
 """Check on a user's own network what attaching must not break."""
 
 import copy
-import importlib.util
 import io
 import pickle
 import weakref
@@ -17,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from dia_lightning._extras import require
 from dia_lightning.attention._attach import detach
 from dia_lightning.attention._attached_block import AttachedBlock, is_attached
 from dia_lightning.attention._links import tensors_in
@@ -257,12 +257,14 @@ def _weights_survive(subject: _Subject) -> _Finding:
 
 
 def _saves_as_safetensors(subject: _Subject) -> _Finding:
-    if importlib.util.find_spec("safetensors") is None:
-        return True, "not checked: pip install safetensors"
-    from safetensors.torch import load, save
-
+    try:
+        safetensors = require("safetensors.torch", by="it")
+    except ImportError as error:
+        return True, f"not checked: {error}"
     network = subject.copy()
-    network.load_state_dict(load(save({key: value.contiguous() for key, value in network.state_dict().items()})))
+    network.load_state_dict(
+        safetensors.load(safetensors.save({key: value.contiguous() for key, value in network.state_dict().items()}))
+    )
     pointers = [value.data_ptr() for value in network.state_dict().values() if value.numel()]
     return _finding(len(pointers) == len(set(pointers)), "tensors are shared")
 

@@ -1,5 +1,9 @@
 """Callbacks for pictures, averaged weights, predictions and attention maps."""
 
+from dia_lightning._extras import require
+
+require("lightning", "matplotlib", "torchmetrics", by=__name__)
+
 from dia_lightning.callbacks._run_folder import run_folder
 from dia_lightning.callbacks.checkpoint_io import SafeCheckpointIO
 from dia_lightning.callbacks.confusion_matrix import ConfusionMatrix

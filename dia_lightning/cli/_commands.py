@@ -10,6 +10,8 @@ LIGHT_COMMANDS = {
     "analyze": "analyze",
     "reproduce": "reproduce",
 }
+#: Those that need no more than torch and torchvision.
+CORE_COMMANDS = ("models",)
 #: Those of Lightning's command line.
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*TRAINER_COMMANDS, *LIGHT_COMMANDS)

@@ -1,5 +1,9 @@
 """Data modules with one API. They know where pixels come from; everything else is in the base class."""
 
+from dia_lightning._extras import require
+
+require("lightning", "sklearn", by=__name__)
+
 from dia_lightning.datamodules._sampling import SampleError
 from dia_lightning.datamodules.base import DIADataModule
 from dia_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule

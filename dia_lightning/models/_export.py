@@ -1,7 +1,6 @@
 """Networks as files that run elsewhere."""
 
 import copy
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dia_lightning._extras import require
 from dia_lightning._whole_files import written_with_others
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._evaluating import evaluating
@@ -107,7 +107,7 @@ def export_network(
 
 
 def _write_onnx(network: nn.Module, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
-    require_packages("onnx", "onnxscript", "onnxruntime", extra="export")
+    require("onnx", "onnxscript", "onnxruntime", by="ONNX")
     import onnxruntime
 
     program: Any = torch.onnx.export(network, (_two(images),), dynamo=True, dynamic_shapes=_free_batch(), verbose=False)
@@ -132,7 +132,7 @@ def _write_weights(network: nn.Module, images: Tensor, path: Path, metadata: dic
 
 def written_weights(network: nn.Module, path: Path, metadata: dict[str, str]) -> nn.Module:
     """Write the weights to a file of safetensors, and return a copy of the network with what is in the file."""
-    require_packages("safetensors", extra="export")
+    require("safetensors", by="This format")
     from safetensors.torch import load_model, save_model
 
     save_model(network, str(path), metadata=metadata)  # a weight that two layers share is written once
@@ -151,14 +151,3 @@ def _two(images: Tensor) -> Tensor:
 
 def _free_batch() -> tuple[dict[int, Any]]:
     return ({0: torch.export.Dim("batch", min=1, max=65536)},)
-
-
-def require_packages(*packages: str, extra: str) -> None:
-    """Refuse to go on without packages.
-
-    Raises:
-        ImportError: if one is missing.
-    """
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"This format needs {', '.join(missing)}: pip install 'dia-lightning[{extra}]'.")

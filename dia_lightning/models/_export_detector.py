@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.onnx.operators import shape_as_tensor
 
+from dia_lightning._extras import require
 from dia_lightning._whole_files import written_with_others
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.models._evaluating import evaluating
-from dia_lightning.models._export import require_packages, written_weights
+from dia_lightning.models._export import written_weights
 from dia_lightning.models._exported_detector import Detection, ExportedDetector, compared
 
 _OPSET = 17  # the first that torch exports RoiAlign to as torchvision computes it is 16
@@ -111,7 +112,7 @@ _Run: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def _write_onnx(one: _OneImage, image: Tensor, path: Path, metadata: dict[str, str]) -> _Run:
-    require_packages("onnx", "onnxruntime", extra="export")
+    require("onnx", "onnxruntime", by="ONNX")
     import onnx
     import onnxruntime
 

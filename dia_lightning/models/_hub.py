@@ -5,18 +5,19 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from dia_lightning._extras import require
 from dia_lightning._whole_files import written_whole
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 #: Names of weights in folders of this package and transformers, and of diffusers.
 _WEIGHTS = (WEIGHTS, "diffusion_pytorch_model.safetensors")
 #: In a card that may be written again.
+_SHARING = "Sharing networks"  # which needs packages
 _OURS = "<!-- Written by dia-lightning. Take this line out to keep your own text. -->"
 
 
@@ -43,7 +44,7 @@ def fetch(
     if folder.exists() or not is_name:
         raise ValueError(f"{name!r} is neither a folder nor the name of a repository, such as 'user/network'.")
     try:
-        found = _require("huggingface_hub").snapshot_download(
+        found = require("huggingface_hub", by=_SHARING).snapshot_download(
             name,
             revision=revision,
             token=token,
@@ -75,7 +76,7 @@ def upload(
         ValueError: if the Hub does not take it.
         ImportError: if huggingface_hub is not installed.
     """
-    api = _require("huggingface_hub").HfApi(token=token)
+    api = require("huggingface_hub", by=_SHARING).HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))  # what cannot be saved makes no repository
         try:
@@ -96,7 +97,7 @@ def write_folder(folder: str | os.PathLike[str], module: nn.Module, config: Mapp
         ValueError: if the folder is a file, or the weights cannot be written.
         ImportError: if safetensors is not installed.
     """
-    safetensors = _require("safetensors.torch")
+    safetensors = require("safetensors.torch", by=_SHARING)
     path = Path(folder).expanduser()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(folder)!r} is a file. Give a folder.")
@@ -156,7 +157,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         ImportError: if safetensors is not installed.
     """
     names = _weight_files(folder)
-    safe_open = _require("safetensors").safe_open
+    safe_open = require("safetensors", by=_SHARING).safe_open
     weights: dict[str, Tensor] = {}
     for name in names:
         try:
@@ -216,11 +217,3 @@ def in_one_line(error: BaseException) -> str:
     """Return what an error says, cut where it is long."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]} ..."
-
-
-def _require(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        name = package.partition(".")[0]
-        raise ImportError(f"Sharing networks needs {name}: pip install 'dia-lightning[hub]'.") from error

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from dia_lightning._extras import require
 from dia_lightning.models._meta import build_on_meta
 
 
@@ -81,9 +82,7 @@ class Timm:
         return list(timm.list_models())
 
     def has(self, name: str) -> bool:
-        if find_spec("timm") is None:
-            raise ImportError(f"timm/{name} needs timm: pip install 'dia-lightning[timm]'.")
-        import timm
+        timm = require("timm", by=f"timm/{name}")
 
         return ":" in name or timm.is_model(name)  # hf-hub:NAME and local-dir:PATH are resolved by timm itself
 

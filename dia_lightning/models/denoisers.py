@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from dia_lightning._extras import require
+
 Denoiser = Literal["unet", "ddpm_cifar10", "ddpm_256", "dit", "dit_s", "dit_b", "dit_l", "dit_xl"]
 
 # Where diffusers' defaults differ from the TensorFlow networks of DDPM's authors.
@@ -30,8 +32,6 @@ _DITS: dict[str, dict[str, Any]] = {
     "dit_l": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
     "dit_xl": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
-#: What is said where diffusers is needed and not installed.
-DIFFUSERS_MISSING = "Diffusion needs diffusers: pip install 'dia-lightning[diffusion]'."
 #: Arguments of diffusers' classes that are made here.
 _MADE_HERE = {
     "self", "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "num_class_embeds",
@@ -134,11 +134,8 @@ def require_diffusers() -> ModuleType:
     Raises:
         ImportError: if it is not installed.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(DIFFUSERS_MISSING) from error
-    return diffusers  # type: ignore[no-any-return]
+    module: ModuleType = require("diffusers", by="Diffusion")
+    return module
 
 
 def _unet(

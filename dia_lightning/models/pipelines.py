@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dia_lightning._extras import needed_by
 from dia_lightning.attention import attach
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._description import arguments_of, descriptions
@@ -20,9 +21,9 @@ from dia_lightning.attention._roles import plain_class
 from dia_lightning.models import _denoising, _hub
 from dia_lightning.models._evaluating import evaluating
 from dia_lightning.models._pipeline_index import check_index, check_network
-from dia_lightning.models.denoisers import DIFFUSERS_MISSING, keep_labels
+from dia_lightning.models.denoisers import keep_labels
 
-try:
+with needed_by("Diffusion"):
     from diffusers import (
         ConfigMixin,
         DDIMScheduler,
@@ -34,8 +35,6 @@ try:
         SchedulerMixin,
         UNet2DModel,
     )
-except ImportError as error:
-    raise ImportError(DIFFUSERS_MISSING) from error
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
 

@@ -1,5 +1,9 @@
 """Tasks: LightningModules that train a backbone, with or without attention."""
 
+from dia_lightning._extras import require
+
+require("lightning", "torchmetrics", "tqdm", by=__name__)
+
 from dia_lightning.tasks._finite import NonFiniteLossError
 from dia_lightning.tasks._load import load_task
 from dia_lightning.tasks._noise_schedule import Sampler

@@ -69,8 +69,8 @@ class MeanAveragePrecision(_MeanAveragePrecision):
             raise ValueError(f"max_detections must be 100, as COCO has it, or more, got {max_detections}.")
         if max_detections != 100 and coco_backend() != "faster_coco_eval":  # pycocotools gives -1 as mAP
             raise ValueError(
-                f"max_detections={max_detections} needs faster-coco-eval: pip install faster-coco-eval, or leave it at "
-                "100."
+                f'max_detections={max_detections} needs faster-coco-eval: pip install "dia-lightning[detection]", or '
+                "leave it at 100."
             )
         super().__init__(
             iou_type=("bbox", "segm") if masks else "bbox",

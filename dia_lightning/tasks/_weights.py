@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dia_lightning._checkpoint_file import DamagedFileError, load
 from dia_lightning._checkpoint_kind import WrongCheckpointError, kind_of
+from dia_lightning._extras import require
 
 
 def load_weights(network: nn.Module, path: str) -> str:
@@ -103,14 +104,10 @@ def _read(path: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path!r} to take weights from.")
+    is_safetensors = file.suffix == ".safetensors"
+    read = require("safetensors.torch", by=f"Reading {path!r}").load_file if is_safetensors else load
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return load(file)
-    except ModuleNotFoundError:
-        raise ValueError(f"Reading {path!r} needs safetensors: pip install safetensors.") from None
+        return read(file)
     except DamagedFileError as error:
         raise ValueError(f"{path!r} is damaged or not a weights file ({error.reason}).{error.instead}") from error
     except Exception as error:

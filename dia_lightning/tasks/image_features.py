@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+from dia_lightning._extras import needed_by
 from dia_lightning.tasks._load import load_task
 from dia_lightning.tasks.classification import ClassificationTask
 
@@ -132,10 +133,8 @@ class InceptionFeatures(ImageFeatures):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        try:
+        with needed_by("FID"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise ImportError("FID needs torch-fidelity: pip install 'dia-lightning[diffusion]'.") from error
         path = _fetched(URL_INCEPTION_V3) if weights is None else Path(weights)
         _check_holds_weights_only(path)
         try:

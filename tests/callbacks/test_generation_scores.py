@@ -477,5 +477,5 @@ def test_a_task_without_the_callback_needs_no_torch_fidelity(classifier: str, tm
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
         assert "test/frechet_distance" in scores_of(diffusion(), tmp_path, classifier=classifier)
-        with pytest.raises(ImportError, match=r"FID needs torch-fidelity: pip install 'dia-lightning\[diffusion\]'"):
+        with pytest.raises(ImportError, match=r'FID needs torch_fidelity: pip install "dia-lightning\[diffusion\]"'):
             InceptionFeatures()

@@ -174,7 +174,7 @@ def test_the_program_says_what_to_install(
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(CONFIGS / "diffusion" / "digits.yaml"), "--trainer.fast_dev_run", "true"])
-    assert "Diffusion needs diffusers: pip install 'dia-lightning[diffusion]'" in capsys.readouterr().err
+    assert 'Diffusion needs diffusers: pip install "dia-lightning[diffusion]"' in capsys.readouterr().err
 
 
 def test_predict_says_that_there_is_nothing_to_predict(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

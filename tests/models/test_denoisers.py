@@ -125,5 +125,5 @@ def test_an_image_shape_is_asked_for() -> None:
 
 def test_without_diffusers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"pip install 'dia-lightning\[diffusion\]'"):
+    with pytest.raises(ImportError, match=r'pip install "dia-lightning\[diffusion\]"'):
         get_denoiser("unet", image_shape=(1, 8, 8))

@@ -401,7 +401,7 @@ def test_names_have_to_fit_the_network(kind: str, names: dict[int, str] | None) 
 def test_without_diffusers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.delitem(sys.modules, "dia_lightning.models.pipelines")
-    with pytest.raises(ImportError, match=r"pip install 'dia-lightning\[diffusion\]'"):
+    with pytest.raises(ImportError, match=r'pip install "dia-lightning\[diffusion\]"'):
         import dia_lightning.models.pipelines  # noqa: F401
 
 

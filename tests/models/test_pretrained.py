@@ -298,10 +298,10 @@ def test_without_huggingface_hub_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     from_pretrained(resnet(), tmp_path)  # a folder needs none
     for share in (lambda: from_pretrained(resnet(), "me/net"), lambda: push_to_hub(network, "me/net")):
-        with pytest.raises(ImportError, match=r"huggingface_hub: pip install 'dia-lightning\[hub\]'"):
+        with pytest.raises(ImportError, match=r'huggingface_hub: pip install "dia-lightning\[hub\]"'):
             share()
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"safetensors: pip install 'dia-lightning\[hub\]'"):
+    with pytest.raises(ImportError, match=r'safetensors: pip install "dia-lightning\[hub\]"'):
         from_pretrained(resnet(), tmp_path)
 
 

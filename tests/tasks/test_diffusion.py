@@ -558,7 +558,7 @@ def test_without_diffusers_the_message_says_what_to_install(monkeypatch: pytest.
     network = get_denoiser("unet", image_shape=(1, 8, 8), block_out_channels=(8, 16))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for backbone, args in (("unet", NETWORK), (network, None)):
-        with pytest.raises(ImportError, match=r"pip install 'dia-lightning\[diffusion\]'"):
+        with pytest.raises(ImportError, match=r'pip install "dia-lightning\[diffusion\]"'):
             tiny_task(backbone=backbone, backbone_args=args)
 
 

@@ -224,5 +224,5 @@ def test_a_missing_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match="max_detections=150 needs faster-coco-eval"):
         MeanAveragePrecision(masks=False, max_detections=150)
     missing.add("pycocotools")
-    with pytest.raises(ImportError, match=r"pip install 'dia-lightning\[detection\]'"):
+    with pytest.raises(ImportError, match=r'pip install "dia-lightning\[detection\]"'):
         MeanAveragePrecision(masks=False)
