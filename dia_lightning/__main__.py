@@ -18,10 +18,11 @@ USAGE = """\
 usage: dia-lightning COMMAND [options]
 
 commands:
-  fit        train: dia-lightning fit -c configs/classification/digits.yaml
+  fit        train: dia-lightning fit -c classification/digits.yaml
   validate   measure on the validation data
   test       measure on the test data
   predict    write predictions to a file: a CSV of classes, a COCO json of boxes
+  configs    list the configs that come with the package, by the names that -c and reproduce take
   models     list networks and attention units with their parameters; --cost NAME compares kinds of attention,
              'timm/resnet*' --sites tells which take it
   sites      show where attention goes in a network and what it adds there: dia-lightning sites timm/convnext_tiny
@@ -31,7 +32,7 @@ commands:
   sample     make images with a trained diffusion task: dia-lightning sample best --classes 3 7 --trace
   analyze    see what the attention of a network does, trained or not: dia-lightning analyze best --split test
   reproduce  train the arms of a comparison over seeds, and table them with intervals; goes on where it was stopped:
-             dia-lightning reproduce configs/reproduce/digits_sharing.yaml --jobs 2
+             dia-lightning reproduce reproduce/digits_sharing.yaml --jobs 2
 
 Every option of a config can be given on the command line: --model.lr 0.05 --trainer.max_epochs 3. The command line
 overrides the config, and the config overrides the checkpoint of --ckpt_path (a file, 'last' or 'best').

@@ -44,7 +44,7 @@ class PredictionTable(PredictionGrid):
         super().setup(trainer, pl_module, stage)
         if stage == "test" and not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
             rank_zero_warn(
-                "PredictionTable needs Weights & Biases and there is no such logger. Add -c configs/logger/wandb.yaml, "
+                "PredictionTable needs Weights & Biases and there is no such logger. Add -c logger/wandb.yaml, "
                 "or use PredictionWriter, which writes a CSV file."
             )
 

@@ -44,7 +44,7 @@ def option_of_a_name(option: str, message: str) -> str:
 def missing(options: str) -> str:
     """Options that must be given are not."""
     return (
-        f"{options} missing: give a config (-c configs/classification/digits.yaml, -c <run folder>/config.yaml), or "
+        f"{options} missing: give a config (-c classification/digits.yaml, -c <run folder>/config.yaml), or "
         "for validate, test and predict a checkpoint, whose run has one (--ckpt_path best)."
     )
 

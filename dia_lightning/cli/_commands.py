@@ -2,6 +2,7 @@
 
 #: Those that do without Lightning, and the module of each.
 LIGHT_COMMANDS = {
+    "configs": "configs",
     "models": "networks",
     "sites": "sites",
     "check": "check",
@@ -11,7 +12,7 @@ LIGHT_COMMANDS = {
     "reproduce": "reproduce",
 }
 #: Those that need no more than torch and torchvision.
-CORE_COMMANDS = ("models",)
+CORE_COMMANDS = ("configs", "models")
 #: Those of Lightning's command line.
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*TRAINER_COMMANDS, *LIGHT_COMMANDS)

@@ -12,6 +12,7 @@ import yaml
 
 from dia_lightning._text import read_text
 from dia_lightning.cli import _strict_yaml
+from dia_lightning.cli._config_files import find_config, no_config
 
 KEYS = ("name", "base", "options", "seeds", "control", "metrics", "arms")
 #: What the runner sets itself, and what to write instead.
@@ -99,7 +100,7 @@ def read_experiment(path: str) -> Experiment:
     """Read a specification.
 
     Args:
-        path: a YAML file with ``name``, ``base`` (config files, relative to the working folder), ``arms`` (name ->
+        path: a YAML file, or the name of the package's, with ``name``, ``base`` (configs, likewise), ``arms`` (name ->
             options), ``seeds`` and ``metrics`` (logged name -> ``scale``, ``unit``, ``digits``); optionally ``options``
             of all arms and ``control``, the arm to compare with, or for each arm its own (arm -> control).
 
@@ -108,7 +109,7 @@ def read_experiment(path: str) -> Experiment:
         ValueError: if something in it is unknown, missing or of the wrong kind; the message has the place.
     """
     try:
-        content = _load(Path(path), "Give the path of a specification, such as configs/reproduce/digits_sharing.yaml.")
+        content = _load(path, "Give the path of a specification, such as reproduce/digits_sharing.yaml.")
         if not isinstance(content, dict):
             raise ValueError(f"a specification has the keys {', '.join(KEYS)}, but here is {content!r}.")
         _check_keys("", content, KEYS)
@@ -116,7 +117,7 @@ def read_experiment(path: str) -> Experiment:
             if not content.get(key):
                 raise ValueError(f"{key} is missing or empty. Needed are name, base, arms, seeds and metrics.")
         configs = tuple(map(str, _list(content["base"], "base")))
-        hint = "Base configs are looked for from the working folder: go to that of the repository."
+        hint = "Base configs are looked for from the working folder, then among those of the package."
         common = _mapping(content.get("options"), "options")
         arms = {
             _name(arm, "an arm"): _as_arguments({**common, **_mapping(options, f"arms: {arm}")})
@@ -125,7 +126,7 @@ def read_experiment(path: str) -> Experiment:
         return Experiment(
             name=_name(content["name"], "name"),
             configs=configs,
-            digests={config: _digest(_load(Path(config), hint)) for config in configs},
+            digests={config: _digest(_load(config, hint)) for config in configs},
             arms=arms,
             seeds=_seeds(content["seeds"]),
             controls=_controls(content.get("control"), arms),
@@ -135,9 +136,10 @@ def read_experiment(path: str) -> Experiment:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _load(path: Path, hint: str) -> Any:
+def _load(name: str, hint: str) -> Any:
+    path = find_config(name)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. {hint}")
+        raise FileNotFoundError(no_config(name, hint))
     return _strict_yaml.load(read_text(path))
 
 

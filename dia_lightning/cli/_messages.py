@@ -1,11 +1,9 @@
 """One line for a mistake on the command line or in a config: what was given, what was meant, how to go on."""
 
-import difflib
 import os
 import re
 from argparse import HelpFormatter
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dia_lightning._redact import redact
 from dia_lightning.cli import _class_messages
 from dia_lightning.cli._commands import COMMANDS
+from dia_lightning.cli._config_files import no_config
 from dia_lightning.cli._errors import fail
 from dia_lightning.cli._help import clean
 from dia_lightning.cli._nearest import nearest
@@ -87,10 +86,7 @@ def _missing(match: re.Match[str], message: str, parser: LightningArgumentParser
 
 
 def _missing_file(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
-    path = Path(os.path.relpath(match[1]))
-    near = {other.name: other for other in (*Path("configs").rglob("*.yaml"), *path.parent.glob("*.yaml"))}
-    close = difflib.get_close_matches(path.name, near, n=1, cutoff=0.6)
-    return f"There is no file {path}." + (f" Did you mean {near[close[0]]}?" if close else "")
+    return no_config(os.path.relpath(match[1]))
 
 
 def _no_command(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:

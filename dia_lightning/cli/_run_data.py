@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_lightning import datamodules
+from dia_lightning.cli._config_files import find_config
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli._own_classes import own_class, section_of
 from dia_lightning.datamodules import ClassificationDataModule, DetectionDataModule, DIADataModule
@@ -30,7 +31,7 @@ def data_module_of(
         FileNotFoundError: if there is no such file, or there are no data.
         ValueError: if it says nothing that fits about the data, or the task was trained on others.
     """
-    section = _section(Path(config))
+    section = _section(find_config(config))
     kind = _kind(str(section.get("class_path", "")), config, task)
     changed = {"root": root, "download": download}
     given = {**(section.get("init_args") or {}), **{name: new for name, new in changed.items() if new is not None}}

@@ -26,6 +26,7 @@ from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it ca
 from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
 from dia_lightning.cli._claimed_version import claim_versions
 from dia_lightning.cli._class_messages import imported
+from dia_lightning.cli._config_files import is_packaged
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._help import describe_checkpoints
@@ -124,6 +125,9 @@ class DIACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep apart what the user gave from what is default."""
         self.config = parser.parse_args(args)
+        for path in filter(None, self.config[self.config.subcommand].get("config") or ()):
+            if is_packaged(path.absolute) and not Path(path.relative).exists():
+                _say(f"config {path.absolute}")
         check_limits(self.config[self.config.subcommand])
         given = parser.parse_args(args, defaults=False)
         self._given = init_args_of(given[given.subcommand].get("model"))

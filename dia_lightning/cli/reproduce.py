@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train every arm of a comparison with every seed, and table the results. Finished runs are not "
         "repeated: after a stop, give the same command again. Nothing is downloaded by the runner itself.",
     )
-    parser.add_argument("spec", help="what to compare, such as configs/reproduce/digits_sharing.yaml")
+    parser.add_argument("spec", help="what to compare, such as reproduce/digits_sharing.yaml")
     parser.add_argument("--runs", default="runs/reproduce", help="folder of all files (default: runs/reproduce)")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, each with its share of the CPU or one GPU (default: 1)"

@@ -128,7 +128,10 @@ def test_duplicate_key_names_the_file(fails: Fails) -> None:
     [
         (["fitt"], "Unknown command 'fitt'. Did you mean 'fit'?"),
         (["analize", "best"], "Unknown command 'analize'. Did you mean 'analyze'?"),
-        (["run"], "Unknown command 'run'. Known: analyze, check, export, fit, models, predict, reproduce, sample, s"),
+        (
+            ["run"],
+            "Unknown command 'run'. Known: analyze, check, configs, export, fit, models, predict, reproduce, sa",
+        ),
         (["fit", "--data.batch_size", "3"], "--data missing: give a config"),
         (["fit", "--data", "DigitsDataModule", "--model.backbone", "x"], "--model missing: give a config"),
         (["model"], "Unknown command 'model'. Did you mean 'models'?"),

@@ -1,0 +1,38 @@
+"""The command ``configs``: the configs that come with the package, each with its first line, and where they are."""
+
+import argparse
+from collections.abc import Sequence
+
+from dia_lightning._text import read_text
+from dia_lightning.cli._config_files import FOLDER, config_names, find_config, no_config
+
+
+def run(args: Sequence[str]) -> None:
+    """Print the list, or the path of one.
+
+    Args:
+        args: arguments of the command, without its name.
+
+    Raises:
+        FileNotFoundError: if there is no such config.
+    """
+    parser = argparse.ArgumentParser(
+        "dia-lightning configs",
+        description="List the configs that come with the package. Give their names to -c and reproduce; a file of the "
+        "same path in the working folder is used instead.",
+    )
+    parser.add_argument("name", nargs="?", help="print where this one is, to copy it or to hand it to another program")
+    name = parser.parse_args(args).name
+    if name is None:
+        _print_all()
+        return
+    path = find_config(name)
+    if not path.is_file():
+        raise FileNotFoundError(no_config(name))
+    print(path)
+
+
+def _print_all() -> None:
+    width = max(map(len, config_names()), default=0)
+    for name in config_names():
+        print(f"{name:<{width}}  {read_text(FOLDER / name).partition(chr(10))[0].removeprefix('#').strip()}")
