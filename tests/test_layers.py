@@ -1,10 +1,13 @@
 """Imports point downwards only, and the lower layers do without the upper ones' packages."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from dia_lightning._extras import _EXTRA_OF
 
 PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 
@@ -87,3 +90,15 @@ def test_lower_layers_do_without_the_packages_of_upper_ones(path: Path) -> None:
 def test_every_layer_is_known() -> None:
     layers = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert layers == set(BELOW)
+
+
+def test_the_wheel_has_every_package() -> None:
+    """`packages` in pyproject.toml is a list, because one is a folder from elsewhere."""
+    listed = re.findall(r'^  "(dia_lightning[\w.]*)",$', (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("*.py")}
+    assert sorted(listed) == sorted({*found, "dia_lightning.configs"})
+
+
+def test_every_extra_that_a_message_names_is_there() -> None:
+    extras = (PACKAGE.parent / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    assert all(re.search(rf"^{name} = \[", extras, re.MULTILINE) for name in {*_EXTRA_OF.values(), "detection"})
