@@ -1,0 +1,104 @@
+"""Settings of the site: python -m sphinx -W --keep-going docs build/site."""
+
+import os
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from docutils.nodes import SkipNode, math
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # pages are made of text: no device is needed, or may change them
+
+from dia_lightning import __version__ as release  # noqa: E402  # the path comes first
+
+project = "dia-lightning"
+author = "The dia-lightning authors"
+copyright = author
+version = release
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_math_renderer = "mathml"
+html_title = "dia-lightning"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the outputs that are kept are shown; tests/test_notebooks.py runs the notebooks
+
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autosummary_generate = False  # one page per package, in place of one per name
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+python_maximum_signature_line_length = 80
+
+PACKAGES = ("attention", "models", "tasks", "datamodules", "callbacks", "analysis", "loggers")
+#: Pages that stand in the root of the repository, where GitHub looks for them.
+IN_ROOT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "security": "SECURITY.md"}
+#: Links that are right on GitHub, and where they lead here.
+MOVED = {
+    "(../SECURITY.md": "(security.md",
+    "(SECURITY.md": "(security.md",
+    "(../notebooks/": "(notebooks/",
+    "(docs/": "(",
+}
+
+
+def _copy_notebooks(app: Sphinx, config: Config) -> None:
+    """Put the notebooks below the pages, where the site can take them from."""
+    copies = ROOT / "docs" / "notebooks"
+    copies.mkdir(exist_ok=True)
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        copy = copies / notebook.name
+        if not copy.is_file() or copy.read_bytes() != notebook.read_bytes():
+            copy.write_bytes(notebook.read_bytes())
+
+
+def _take_from_root(app: Sphinx, name: str, source: list[str]) -> None:
+    """Read pages that stand in the root, and make links lead to pages of the site."""
+    if name in IN_ROOT:
+        app.env.note_dependency(str(ROOT / IN_ROOT[name]))
+        source[0] = (ROOT / IN_ROOT[name]).read_text(encoding="utf-8")
+    for on_github, here in MOVED.items():
+        source[0] = source[0].replace(on_github, here)
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")  # the empty line that ends an example for doctest
+
+
+def _formula(writer: HTML5Translator, node: math, *, environment: str = "") -> None:
+    """Write a formula as MathML, which browsers draw by themselves, in place of a script from elsewhere."""
+    text = rf"\begin{{{environment}}}{node.astext()}\end{{{environment}}}" if environment else node.astext()
+    writer.body.append(tex2mathml(text, as_block=bool(environment)))
+    raise SkipNode
+
+
+def _warn_of_missing_names(app: Sphinx, error: Exception | None) -> None:
+    """Fail a build with -W if a public name is on no page."""
+    described = set(app.env.domains.python_domain.objects)
+    for package in PACKAGES:
+        path = f"dia_lightning.{package}"
+        missing = {f"{path}.{name}" for name in import_module(path).__all__} - described
+        if missing and error is None and app.builder.name == "html":
+            logging.getLogger(__name__).warning("no page describes %s", ", ".join(sorted(missing)))
+
+
+def setup(app: Sphinx) -> None:
+    """Connect all of this."""
+    app.add_html_math_renderer("mathml", (_formula, None), (partial(_formula, environment="aligned"), None))
+    app.connect("config-inited", _copy_notebooks)
+    app.connect("source-read", _take_from_root)
+    app.connect("build-finished", _warn_of_missing_names)
