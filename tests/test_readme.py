@@ -1,8 +1,11 @@
-"""The README's commands run as they are written. Its Python examples are doctests."""
+"""Commands of the README and of the pages run as they are written. Their Python examples are doctests."""
 
 import re
 import shlex
 import sys
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,50 @@ from torchvision.models import resnet18
 from dia_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-COMMANDS = [shlex.split(line, comments=True)[1:] for line in SHELL if line.startswith("dia-lightning")]
+README = ROOT / "README.md"
+#: In the order of the commands: each may use what those before it have left.
+PAGES = [
+    README,
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in (
+            "index",
+            "start",
+            "your-project",
+            "any-network",
+            "classification",
+            "detection",
+            "diffusion",
+            "sharing",
+            "command-line",
+            "analysis",
+            "reproduce",
+            "wandb",
+            "faq",
+            "extending",
+            "architecture",
+            "citing",
+        )
+    ),
+]
+#: Measured over hours, or on other machines: what their commands name has to be there.
+MEASURED = [ROOT / "docs" / f"{name}.md" for name in ("networks", "performance", "reliability", "results")]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in (*PAGES, *MEASURED)}
+
+
+def blocks(language: str, pages: Iterable[Path] = PAGES) -> list[str]:
+    """Return the code blocks in a language, in the order of the pages."""
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", TEXTS[page], re.DOTALL)]
+
+
+SHELL = [line for block in blocks("sh") for line in block.splitlines()]
+#: A command that stands on several pages runs once.
+COMMANDS = [
+    list(command)
+    for command in dict.fromkeys(
+        tuple(shlex.split(line, comments=True)[1:]) for line in SHELL if line.startswith("dia-lightning")
+    )
+]
 
 
 @pytest.fixture
@@ -38,7 +82,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_two_commands_set_everything_up_themselves() -> None:
-    first, second = (line for line in SHELL if line.startswith("python3 -m venv"))
+    first, second = dict.fromkeys(line for line in SHELL if line.startswith("python3 -m venv"))
     setup = "python3 -m venv .venv && .venv/bin/python -m pip install -e '.[test]' && .venv/bin/python -m "
     assert first == f"{setup}dia_lightning fit -c configs/classification/digits.yaml"
     assert second == f"{setup}pytest -n auto"
@@ -76,7 +120,7 @@ def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_fine_tuning_in_python_leaves_the_body_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [example] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "freeze=" in block]
+    [example] = [block for block in blocks("python") if ">>>" not in block]  # the others are doctests
     names: dict[str, Any] = {}
     exec(example.replace("image_size=224", "image_size=32"), names)
     assert "34 tensors were trained, 32 of them attention" in capsys.readouterr().out
@@ -87,8 +131,8 @@ def test_fine_tuning_in_python_leaves_the_body_alone(workplace: Path, capsys: py
     assert [group["name"] for group in task.optimizers().param_groups] == ["main", "attention"]
 
 
-def test_the_configs_that_the_readme_names_are_there() -> None:
-    for names in re.findall(r"^\| (`.*?`) \|", README, re.MULTILINE):
+def test_the_configs_that_the_pages_name_are_there() -> None:
+    for names in re.findall(r"^\| (`.*?`) \|", "\n".join(TEXTS[page] for page in PAGES), re.MULTILINE):
         for name in re.findall(
             r"`((?:classification|detection|diffusion|scores|reproduce|sweeps|logger|trainer)/[\w*.]+)`", names
         ):
@@ -96,7 +140,48 @@ def test_the_configs_that_the_readme_names_are_there() -> None:
 
 
 def test_the_specification_of_a_comparison_can_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [specification] = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    [specification] = blocks("yaml")
     Path("spec.yaml").write_text(specification)
     main(["reproduce", "spec.yaml", "--dry_run"])
     assert capsys.readouterr().out.count("dia-lightning fit") == 9
+
+
+def test_every_block_is_of_a_kind_that_runs() -> None:
+    known = {"sh", "python", "yaml", "bibtex", "{toctree}"}
+    for page in PAGES:
+        assert set(re.findall(r"^```(\S+)$", TEXTS[page], re.MULTILINE)) <= known, page.name
+        assert TEXTS[page].count("\n```") % 2 == 0, page.name
+    for line in SHELL:
+        assert line.startswith(("dia-lightning ", "python3 -m venv ", "# ")), line
+
+
+def test_what_measured_commands_name_is_there() -> None:
+    text = "\n".join(blocks("sh", MEASURED))
+    for name in set(re.findall(r"configs/[\w/.]+\.yaml", text)):
+        assert (ROOT / name).is_file(), name
+    for module in set(re.findall(r"python -m ((?:benchmarks|docs)\.\w+)", "\n".join(TEXTS.values()))):
+        assert find_spec(module) is not None, module
+
+
+def test_every_page_is_in_the_site_and_every_link_leads_to_one() -> None:
+    pages = {page.stem: page for page in (ROOT / "docs").glob("*.md")}
+    listed = set(re.findall(r"^([\w-]+)$", "".join(blocks(r"\{toctree\}", [ROOT / "docs" / "index.md"])), re.MULTILINE))
+    assert listed == set(pages) - {"index"}
+    for page in TEXTS:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", TEXTS[page]):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("[!i]*.md")), ids=lambda page: page.stem)
+def test_every_public_name_is_on_a_page(page: Path) -> None:
+    described = re.findall(r"^\.\. (?:auto\w+|data):: (\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(described) == sorted(import_module(f"dia_lightning.{page.stem}").__all__)
+
+
+def test_every_public_package_has_a_page() -> None:
+    packages = {path.parent.name for path in (ROOT / "dia_lightning").glob("*/__init__.py")}
+    assert {page.stem for page in (ROOT / "docs" / "api").glob("[!i]*.md")} == packages - {"cli"}
+
+
+def test_the_readme_is_short() -> None:
+    assert README.stat().st_size <= 8 * 1024
