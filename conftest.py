@@ -1,18 +1,54 @@
-"""Tests that run side by side share the CPUs of the machine, and processes that tests start share what they import."""
+"""Tests that run side by side share the CPUs of the machine, and processes that tests start share what they import.
+
+With ``--skip-without-extras``, what needs a package that is not installed is skipped, and does not fail.
+"""
 
 import gc
 import multiprocessing
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import TypeVar
 
 import pytest
+
+Report = TypeVar("Report", pytest.CollectReport, pytest.TestReport)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which reads it once
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # a process that is started with the method "forkserver" has these at once, in place of seconds later
 multiprocessing.set_forkserver_preload(["dia_lightning.callbacks", "dia_lightning.tasks", "diffusers", "timm"])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of ``.ci/bare``, which tests installations without some extras."""
+    parser.addoption("--skip-without-extras", action="store_true", help="skip what needs a package that is missing")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip a file that imports what is missing."""
+    return _skipped_if_missing((yield), collector.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skip a test that needs what is missing, in this process or in one that it has started."""
+    return _skipped_if_missing((yield), item.config)
+
+
+def _skipped_if_missing(report: Report, config: pytest.Config) -> Report:
+    if report.failed and config.getoption("skip_without_extras"):
+        found = re.search(
+            r"No module named '(?!dia_lightning|tests)\w+|pip install \\?\"dia-lightning\[\w+", str(report.longrepr)
+        )
+        if found:
+            report.outcome, report.longrepr = "skipped", (__file__, 0, f"Skipped: {found[0]}")
+    return report
 
 
 def pytest_collection_finish() -> None:
