@@ -1,4 +1,4 @@
-"""Activation checkpointing, backward in other threads, forwards inside backward (S10 to S13)."""
+"""Activation checkpointing, backward in other threads, forwards inside backward."""
 
 import threading
 from collections.abc import Callable
@@ -25,12 +25,12 @@ from .running import Pair, assert_gradients, by_block, checkpointed, directly, e
 
 both_kinds = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 
-# S10 to S13: activation checkpointing
+# activation checkpointing
 
 
 @both_kinds
 @pytest.mark.parametrize("forwards", [1, 2])
-def test_s10_checkpointing_whole_stages_gives_exact_gradients(tiny: Pair, forwards: int, reentrant: bool) -> None:
+def test_checkpointing_whole_stages_gives_exact_gradients(tiny: Pair, forwards: int, reentrant: bool) -> None:
     batches = [images(seed=seed) for seed in range(forwards)]
     losses = [staged(tiny[1], batch, checkpointed(reentrant)).square().sum() for batch in batches]
     assert_gradients(tiny, total(losses), *batches)
@@ -39,20 +39,20 @@ def test_s10_checkpointing_whole_stages_gives_exact_gradients(tiny: Pair, forwar
 
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("forwards", [1, 2, 3])
-def test_s11_checkpointing_single_blocks_gives_exact_gradients(tiny: Pair, forwards: int, early_stop: bool) -> None:
+def test_checkpointing_single_blocks_gives_exact_gradients(tiny: Pair, forwards: int, early_stop: bool) -> None:
     batches = [images(seed=seed) for seed in range(forwards)]
     with set_checkpoint_early_stop(early_stop):
         losses = [by_block(tiny[1], batch, checkpointed(reentrant=False)).square().sum() for batch in batches]
         assert_gradients(tiny, total(losses), *batches)
 
 
-def test_s11_checkpointed_blocks_in_training_mode_give_exact_gradients() -> None:
+def test_checkpointed_blocks_in_training_mode_give_exact_gradients() -> None:
     tiny = pair(TinyNet().double().train())
     loss = by_block(tiny[1], images(4), checkpointed(reentrant=False)).square().sum()
     assert_gradients(tiny, loss, images(4))
 
 
-def test_s11_backward_twice_gives_twice_the_gradients(tiny: Pair) -> None:
+def test_backward_twice_gives_twice_the_gradients(tiny: Pair) -> None:
     loss = by_block(tiny[1], images(), checkpointed(reentrant=False)).square().sum()
     backward(loss, retain_graph=True)
     backward(loss)
@@ -60,7 +60,7 @@ def test_s11_backward_twice_gives_twice_the_gradients(tiny: Pair) -> None:
     assert largest_difference(gradients(tiny[1]), twice) <= 1e-12
 
 
-def test_s11_code_between_checkpointed_blocks_is_exact_with_two_forwards(tiny: Pair) -> None:
+def test_code_between_checkpointed_blocks_is_exact_with_two_forwards(tiny: Pair) -> None:
     def run(block: nn.Module, features: Tensor) -> Tensor:
         return checkpointed(reentrant=False)(block, features * 1)
 
@@ -69,7 +69,7 @@ def test_s11_code_between_checkpointed_blocks_is_exact_with_two_forwards(tiny: P
     assert_gradients(tiny, total(losses), *batches)
 
 
-def test_s11_some_blocks_checkpointed_and_some_not_is_exact(tiny: Pair) -> None:
+def test_some_blocks_checkpointed_and_some_not_is_exact(tiny: Pair) -> None:
     chosen = {tiny[1].stage1[1], tiny[1].stage3[0], tiny[1].stage3[2]}
 
     def run(block: nn.Module, features: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ def test_s11_some_blocks_checkpointed_and_some_not_is_exact(tiny: Pair) -> None:
     assert_gradients(tiny, total(losses), *batches)
 
 
-def test_s11_a_forward_between_forward_and_backward_changes_nothing(tiny: Pair) -> None:
+def test_a_forward_between_forward_and_backward_changes_nothing(tiny: Pair) -> None:
     loss = by_block(tiny[1], images(), checkpointed(reentrant=False)).square().sum()
     tiny[1](images(5, seed=9))
     tiny[1].stage1[0](tiny[1].stem(images(3, seed=8)))
     assert_gradients(tiny, loss, images())
 
 
-def test_s11_checkpointing_inside_a_checkpointed_stage_is_exact_or_refused(tiny: Pair) -> None:
+def test_checkpointing_inside_a_checkpointed_stage_is_exact_or_refused(tiny: Pair) -> None:
     def run(stage: nn.Module, features: Tensor) -> Tensor:
         def blocks(value: Tensor) -> Tensor:
             for block in stage.children():
@@ -104,7 +104,7 @@ def test_s11_checkpointing_inside_a_checkpointed_stage_is_exact_or_refused(tiny:
 
 
 @pytest.mark.parametrize("forwards", [1, 2])
-def test_s12_reentrant_checkpointing_of_single_blocks_is_refused_with_the_fix(tiny: Pair, forwards: int) -> None:
+def test_reentrant_checkpointing_of_single_blocks_is_refused_with_the_fix(tiny: Pair, forwards: int) -> None:
     run = checkpointed(reentrant=True)
     loss = total(by_block(tiny[1], images(seed=seed), run).square().sum() for seed in range(forwards))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
@@ -114,7 +114,7 @@ def test_s12_reentrant_checkpointing_of_single_blocks_is_refused_with_the_fix(ti
     assert_gradients(tiny, tiny[1](images()).square().sum(), images())
 
 
-def test_s12_a_recomputation_never_takes_the_state_of_a_forward_that_is_under_way(tiny: Pair) -> None:
+def test_a_recomputation_never_takes_the_state_of_a_forward_that_is_under_way(tiny: Pair) -> None:
     last = tiny[1].stage3[3]
 
     def run(block: nn.Module, features: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def test_s12_a_recomputation_never_takes_the_state_of_a_forward_that_is_under_wa
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_s12_a_single_reentrantly_checkpointed_block_is_refused(tiny: Pair, block: int) -> None:
+def test_a_single_reentrantly_checkpointed_block_is_refused(tiny: Pair, block: int) -> None:
     chosen = tiny[1].stage3[block]
 
     def run(module: nn.Module, features: Tensor) -> Tensor:
@@ -138,21 +138,21 @@ def test_s12_a_single_reentrantly_checkpointed_block_is_refused(tiny: Pair, bloc
         backward(by_block(tiny[1], images(), run).square().sum())
 
 
-def test_s12_offloading_with_checkpointed_blocks_is_exact(tiny: Pair) -> None:
+def test_offloading_with_checkpointed_blocks_is_exact(tiny: Pair) -> None:
     """The block is given a copy of its input, which autograd still knows."""
     with save_on_cpu():
         loss = by_block(tiny[1], images(), checkpointed(reentrant=False)).square().sum()
     assert_gradients(tiny, loss, images())
 
 
-def test_s12_offloading_alone_is_exact(tiny: Pair) -> None:
+def test_offloading_alone_is_exact(tiny: Pair) -> None:
     with save_on_cpu():
         loss = tiny[1](images()).square().sum()
     assert_gradients(tiny, loss, images())
 
 
 @pytest.mark.parametrize("run", [by_block, staged])
-def test_s13_backward_in_another_thread_is_exact(tiny: Pair, run: Callable[..., Tensor]) -> None:
+def test_backward_in_another_thread_is_exact(tiny: Pair, run: Callable[..., Tensor]) -> None:
     losses = [run(tiny[1], images(seed=seed), checkpointed(reentrant=False)).square().sum() for seed in range(2)]
     loss = total(losses)
     thread = threading.Thread(target=backward, args=(loss,))
@@ -177,7 +177,7 @@ class ForwardInBackward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("with_grad", [False, True], ids=["no grad", "with a backward of its own"])
-def test_s13_a_forward_inside_a_backward_changes_nothing(tiny: Pair, with_grad: bool) -> None:
+def test_a_forward_inside_a_backward_changes_nothing(tiny: Pair, with_grad: bool) -> None:
     attached = tiny[1]
     expected = attached(images(3, seed=5)).detach()
     outputs = []

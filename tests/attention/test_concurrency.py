@@ -1,4 +1,4 @@
-"""Several forwards at once: threads, nesting, replicas, interleaved streams (S7, S8, S9, S25)."""
+"""Several forwards at once: threads, nesting, replicas, interleaved streams."""
 
 import copy
 import threading
@@ -20,7 +20,7 @@ from .networks import (
 )
 from .running import Pair, by_block
 
-# S7, S8, S9, S25: several forwards at once
+# several forwards at once
 
 
 def in_threads(runs: list[Any]) -> list[Tensor]:
@@ -37,7 +37,7 @@ def in_threads(runs: list[Any]) -> list[Tensor]:
     return [outputs[number] for number in range(len(runs))]
 
 
-def test_s7_two_threads_on_one_network_do_not_mix(tiny: Pair) -> None:
+def test_two_threads_on_one_network_do_not_mix(tiny: Pair) -> None:
     attached = tiny[1]
     batches = [images(2, seed=seed) for seed in range(2)]
     expected = [attached(batch) for batch in batches]
@@ -67,7 +67,7 @@ def nesting_network() -> nn.Module:
     return randomised(attach(model, "dia-lstm"))
 
 
-def test_s8_a_forward_inside_a_forward_changes_neither() -> None:
+def test_a_forward_inside_a_forward_changes_neither() -> None:
     attached: Any = nesting_network()
     outer, inner = (torch.randn(2, 8, 6, 6, dtype=torch.float64) for _ in range(2))
     expected_outer, expected_inner = attached(outer), attached(inner)
@@ -79,7 +79,7 @@ def test_s8_a_forward_inside_a_forward_changes_neither() -> None:
     assert outstanding() == 0
 
 
-def test_s8_a_nested_forward_that_fails_leaves_the_outer_one_intact() -> None:
+def test_a_nested_forward_that_fails_leaves_the_outer_one_intact() -> None:
     attached: Any = nesting_network()
     outer = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     expected = attached(outer)
@@ -94,7 +94,7 @@ def test_s8_a_nested_forward_that_fails_leaves_the_outer_one_intact() -> None:
     assert outstanding() == 0
 
 
-def test_s8_a_forward_between_two_blocks_of_another_changes_neither(tiny: Pair) -> None:
+def test_a_forward_between_two_blocks_of_another_changes_neither(tiny: Pair) -> None:
     attached = tiny[1]
     expected, expected_other = attached(images()), attached(images(3, seed=1))
 
@@ -124,7 +124,7 @@ def replicated(network: TinyNet) -> TinyNet:
     return copied
 
 
-def test_s9_a_data_parallel_replica_uses_its_own_unit(tiny: Pair) -> None:
+def test_a_data_parallel_replica_uses_its_own_unit(tiny: Pair) -> None:
     attached = tiny[1]
     replica = replicated(attached)
     scaled = copy.deepcopy(attached)
@@ -136,7 +136,7 @@ def test_s9_a_data_parallel_replica_uses_its_own_unit(tiny: Pair) -> None:
     assert torch.equal(replica(images()), scaled(images()))
 
 
-def test_s9_replicas_in_threads_do_not_mix(tiny: Pair) -> None:
+def test_replicas_in_threads_do_not_mix(tiny: Pair) -> None:
     attached = tiny[1]
     replicas = [replicated(attached), replicated(attached)]
     expected = [replica(images(seed=seed)) for seed, replica in enumerate(replicas)]
@@ -149,7 +149,7 @@ def test_s9_replicas_in_threads_do_not_mix(tiny: Pair) -> None:
     assert all(torch.equal(output, target) for output, target in zip(outputs, expected, strict=True))
 
 
-def test_s25_two_streams_that_go_through_a_stage_in_turn_do_not_mix(tiny: Pair) -> None:
+def test_two_streams_that_go_through_a_stage_in_turn_do_not_mix(tiny: Pair) -> None:
     attached = tiny[1]
     u, v = images(seed=1), images(seed=2)
     expected = [attached(u), attached(v)]
@@ -163,7 +163,7 @@ def test_s25_two_streams_that_go_through_a_stage_in_turn_do_not_mix(tiny: Pair) 
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no grad"])
-def test_s25_two_streams_with_code_between_the_blocks_are_exact_with_autograd_and_refused_without(
+def test_two_streams_with_code_between_the_blocks_are_exact_with_autograd_and_refused_without(
     tiny: Pair, grad: bool
 ) -> None:
     stage = tiny[1].stage1
@@ -178,7 +178,7 @@ def test_s25_two_streams_with_code_between_the_blocks_are_exact_with_autograd_an
                 stage[1](u)
 
 
-def test_s25_cached_features_continue_with_the_state_that_belongs_to_them(tiny: Pair) -> None:
+def test_cached_features_continue_with_the_state_that_belongs_to_them(tiny: Pair) -> None:
     attached = tiny[1]
     cached = attached.stage1[0](attached.stem(images()))
     expected = attached.stage1[2](attached.stage1[1](cached))

@@ -1,4 +1,4 @@
-"""Networks that others take apart, convert, transform or trace (S16, S17, S20, S21, S24, S27)."""
+"""Networks that others take apart, convert, transform or trace."""
 
 import copy
 import warnings
@@ -31,14 +31,14 @@ from .networks import (
 )
 from .running import Pair, assert_gradients
 
-# S16, S17: networks that others take apart or convert
+# networks that others take apart or convert
 
 
 def own_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".dia." in name)
 
 
-def test_s16_an_intermediate_layer_getter_keeps_and_trains_every_unit(
+def test_an_intermediate_layer_getter_keeps_and_trains_every_unit(
     resnet18_pair: tuple[nn.Module, nn.Module],
 ) -> None:
     plain, attached = resnet18_pair
@@ -52,7 +52,7 @@ def test_s16_an_intermediate_layer_getter_keeps_and_trains_every_unit(
     assert all(parameter.grad is not None for parameter in getter.parameters())
 
 
-def test_s16_a_feature_pyramid_keeps_and_trains_every_unit() -> None:
+def test_a_feature_pyramid_keeps_and_trains_every_unit() -> None:
     attached = attach(resnet18(), "dia-lstm")
     returned = {f"layer{k}": str(k) for k in (1, 2, 3, 4)}
     pyramid = BackboneWithFPN(attached, returned, [64, 128, 256, 512], 16)
@@ -63,7 +63,7 @@ def test_s16_a_feature_pyramid_keeps_and_trains_every_unit() -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ["dia-lstm", "srm", "cbam"])
-def test_s17_conversion_to_synchronised_norms_keeps_the_attention(name: str, training: bool) -> None:
+def test_conversion_to_synchronised_norms_keeps_the_attention(name: str, training: bool) -> None:
     _, attached = pair(TinyNet().double().train(training), name)
     expected = copy.deepcopy(attached)(images(4))
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(attached))  # type: ignore[no-untyped-call]
@@ -72,7 +72,7 @@ def test_s17_conversion_to_synchronised_norms_keeps_the_attention(name: str, tra
     assert converted.state_dict().keys() == attached.state_dict().keys()
 
 
-def test_s17_timms_norm_conversions_keep_the_attention(tiny: Pair) -> None:
+def test_timms_norm_conversions_keep_the_attention(tiny: Pair) -> None:
     layers = pytest.importorskip("timm.layers")
     freeze = pytest.importorskip("timm.utils.model").freeze_batch_norm_2d
     expected = tiny[1](images())
@@ -83,7 +83,7 @@ def test_s17_timms_norm_conversions_keep_the_attention(tiny: Pair) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_s17_a_layer_put_into_a_slot_after_attaching_carries_the_attention_on(tiny: Pair, index: int) -> None:
+def test_a_layer_put_into_a_slot_after_attaching_carries_the_attention_on(tiny: Pair, index: int) -> None:
     plain, attached = tiny
     for network in tiny:
         network.stage1[index].bn2 = randomised(nn.GroupNorm(2, 8).double(), seed=3)
@@ -92,7 +92,7 @@ def test_s17_a_layer_put_into_a_slot_after_attaching_carries_the_attention_on(ti
     assert isinstance(attached.stage1[index].bn2, nn.GroupNorm)
 
 
-def test_s17_fusing_a_site_into_its_convolution_keeps_the_attention(tiny: Pair) -> None:
+def test_fusing_a_site_into_its_convolution_keeps_the_attention(tiny: Pair) -> None:
     expected = tiny[1](images())
     block = tiny[1].stage1[1]
     block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
@@ -113,7 +113,7 @@ class Adapter(nn.Module):
         return output
 
 
-def test_s17_an_adapter_around_a_site_takes_its_place_and_gives_it_back(tiny: Pair) -> None:
+def test_an_adapter_around_a_site_takes_its_place_and_gives_it_back(tiny: Pair) -> None:
     plain, attached = tiny
     adapter = randomised(Adapter(plain.stage1[1].bn2).double().eval(), seed=3)
     original, copied = attached.stage1[1].bn2, copy.deepcopy(adapter)
@@ -131,14 +131,14 @@ def test_s17_an_adapter_around_a_site_takes_its_place_and_gives_it_back(tiny: Pa
     torch.testing.assert_close(attached(images()), expected, rtol=0, atol=1e-12)
 
 
-def test_s17_a_slot_that_is_gone_is_named(tiny: Pair) -> None:
+def test_a_slot_that_is_gone_is_named(tiny: Pair) -> None:
     del tiny[1].stage1[1].bn2
     with pytest.raises(RuntimeError, match=r"belongs to 'bn2' of a BasicBlock, and nothing is there any more.*detach"):
         tiny[1](images())
     assert outstanding() == 0
 
 
-def test_s17_a_layer_replaced_before_a_full_compilation_is_named(tiny: Pair) -> None:
+def test_a_layer_replaced_before_a_full_compilation_is_named(tiny: Pair) -> None:
     tiny[1].stage1[1].bn2 = nn.BatchNorm2d(8).double().eval()
     with pytest.raises(Exception, match=r"'bn2' of a BasicBlock was replaced after attach\(\)\. Run the network once"):
         torch.compile(tiny[1], backend="eager", fullgraph=True)(images())
@@ -146,24 +146,24 @@ def test_s17_a_layer_replaced_before_a_full_compilation_is_named(tiny: Pair) -> 
     assert torch.equal(torch.compile(tiny[1], backend="eager")(images()), expected)
 
 
-def test_s17_fusing_other_norms_is_exact(tiny: Pair) -> None:
+def test_fusing_other_norms_is_exact(tiny: Pair) -> None:
     expected = tiny[1](images())
     for block in tiny[1].stage3:
         block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
     torch.testing.assert_close(tiny[1](images()), expected, rtol=0, atol=1e-12)
 
 
-# S20, S21, S24: function transforms, inference mode, low precision
+# function transforms, inference mode, low precision
 
 
-def test_s20_functional_call_with_named_parameters_is_exact(tiny: Pair) -> None:
+def test_functional_call_with_named_parameters_is_exact(tiny: Pair) -> None:
     attached = tiny[1]
     other = randomised(copy.deepcopy(attached), seed=5)
     weights = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     assert torch.equal(functional_call(attached, weights, (images(),)), other(images()))
 
 
-def test_s20_functional_call_with_a_state_dict_is_exact(tiny: Pair) -> None:
+def test_functional_call_with_a_state_dict_is_exact(tiny: Pair) -> None:
     attached = tiny[1]
     before = attached(images())
     other = randomised(copy.deepcopy(attached), seed=5)
@@ -172,7 +172,7 @@ def test_s20_functional_call_with_a_state_dict_is_exact(tiny: Pair) -> None:
     assert torch.equal(attached(images()), before)
 
 
-def test_s20_vmap_over_the_weights_of_an_ensemble_is_exact(tiny: Pair) -> None:
+def test_vmap_over_the_weights_of_an_ensemble_is_exact(tiny: Pair) -> None:
     members = [randomised(copy.deepcopy(tiny[1]), seed=seed) for seed in range(3)]
     parameters, buffers = stack_module_state(members)
     batch = images()
@@ -187,7 +187,7 @@ def test_s20_vmap_over_the_weights_of_an_ensemble_is_exact(tiny: Pair) -> None:
     assert outstanding() == 0
 
 
-def test_s20_gradients_per_sample_are_exact(tiny: Pair) -> None:
+def test_gradients_per_sample_are_exact(tiny: Pair) -> None:
     attached = tiny[1]
     parameters = {name: parameter.detach() for name, parameter in attached.named_parameters()}
 
@@ -203,7 +203,7 @@ def test_s20_gradients_per_sample_are_exact(tiny: Pair) -> None:
             torch.testing.assert_close(per_sample[name][sample], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_s20_a_directional_derivative_equals_finite_differences(tiny: Pair) -> None:
+def test_a_directional_derivative_equals_finite_differences(tiny: Pair) -> None:
     direction = images(seed=3)
     slope = jvp(tiny[1], (images(),), (direction,))[1]
     step = 1e-6
@@ -211,7 +211,7 @@ def test_s20_a_directional_derivative_equals_finite_differences(tiny: Pair) -> N
     torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_s20_second_derivatives_equal_those_of_the_network_threaded_by_hand(tiny: Pair) -> None:
+def test_second_derivatives_equal_those_of_the_network_threaded_by_hand(tiny: Pair) -> None:
     plain, attached = tiny
     units = unit_weights(attached)
     found = []
@@ -223,14 +223,14 @@ def test_s20_second_derivatives_equal_those_of_the_network_threaded_by_hand(tiny
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_s21_training_after_a_forward_without_autograd_is_exact(tiny: Pair, mode: Callable[[], Any]) -> None:
+def test_training_after_a_forward_without_autograd_is_exact(tiny: Pair, mode: Callable[[], Any]) -> None:
     with mode():
         tiny[1](images(seed=1))
         tiny[1].stage3[0](tiny[1].stage2(tiny[1].stage1(tiny[1].stem(images(seed=2)))))  # abandoned in mid-stage
     assert_gradients(tiny, tiny[1](images()).square().sum(), images())
 
 
-def test_s21_frozen_early_blocks_may_run_without_autograd(tiny: Pair) -> None:
+def test_frozen_early_blocks_may_run_without_autograd(tiny: Pair) -> None:
     attached = tiny[1]
     with torch.no_grad():
         features = attached.stage1[0](attached.stem(images()))
@@ -239,7 +239,7 @@ def test_s21_frozen_early_blocks_may_run_without_autograd(tiny: Pair) -> None:
     assert attached.stage1[1].conv1.weight.grad is not None
 
 
-def test_s24_bfloat16_autocast_drifts_little_over_18_blocks() -> None:
+def test_bfloat16_autocast_drifts_little_over_18_blocks() -> None:
     model = nn.Sequential(*(BasicBlock(8, 8) for _ in range(18))).double().eval()
     attached = attach(model, "dia-lstm")
     value = torch.randn(4, 8, 8, 8, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_s24_bfloat16_autocast_drifts_little_over_18_blocks() -> None:
 
 
 @pytest.mark.parametrize("name", ["dia-lstm", "dsu", "se", "eca", "cbam", "sge", "srm", "spa", "stac"])
-def test_s24_channels_last_features_stay_channels_last_through_the_network(name: str) -> None:
+def test_channels_last_features_stay_channels_last_through_the_network(name: str) -> None:
     attached = attach(TinyNet(), name).to(memory_format=torch.channels_last)
     seen = []
     for block in (attached.stage1[0], attached.stage3[3]):
@@ -263,10 +263,10 @@ def test_s24_channels_last_features_stay_channels_last_through_the_network(name:
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in seen)
 
 
-# S27: symbolic tracing
+# symbolic tracing
 
 
-def test_s27_symbolic_tracing_through_attached_blocks_is_refused_with_the_fix(tiny: Pair) -> None:
+def test_symbolic_tracing_through_attached_blocks_is_refused_with_the_fix(tiny: Pair) -> None:
     with pytest.raises(RuntimeError, match=r"torch.fx cannot trace .*leaf_modules"):
         torch.fx.symbolic_trace(tiny[1])
     with pytest.raises(RuntimeError, match=r"leaf_modules"):
@@ -274,7 +274,7 @@ def test_s27_symbolic_tracing_through_attached_blocks_is_refused_with_the_fix(ti
 
 
 @pytest.mark.parametrize("leaf", [BasicBlock, None], ids=["plain class", "attached class"])
-def test_s27_symbolic_tracing_with_blocks_as_leaves_is_exact(tiny: Pair, leaf: type | None) -> None:
+def test_symbolic_tracing_with_blocks_as_leaves_is_exact(tiny: Pair, leaf: type | None) -> None:
     attached = tiny[1]
     leaves = [leaf or type(attached.stage1[0])]
     extractor = create_feature_extractor(attached, ["head"], tracer_kwargs={"leaf_modules": leaves})

@@ -58,7 +58,7 @@ def in_the_middle(network: nn.Module, action: Callable[[], object]) -> Any:
     return handle
 
 
-def test_s4_an_exception_in_mid_stage_leaves_nothing(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_an_exception_in_mid_stage_leaves_nothing(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
 
     def fail() -> None:
@@ -71,7 +71,7 @@ def test_s4_an_exception_in_mid_stage_leaves_nothing(case: tuple[nn.Module, Inpu
     assert outstanding() == 0
 
 
-def test_s8_a_forward_of_the_network_inside_its_own_forward(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_a_forward_of_the_network_inside_its_own_forward(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
     inner: list[Tensor] = []
     in_the_middle(network, lambda: inner.append(output(network, changed(inputs, lambda tensor: -tensor))))
@@ -80,7 +80,7 @@ def test_s8_a_forward_of_the_network_inside_its_own_forward(case: tuple[nn.Modul
 
 
 @pytest.mark.parametrize("case", NAMES[:2], indirect=True)  # diffusers' own networks do not run as replicas
-def test_s9_a_replica_uses_its_own_attention(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_a_replica_uses_its_own_attention(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
     memo: dict[int, nn.Module] = {}
 
@@ -100,7 +100,7 @@ def test_s9_a_replica_uses_its_own_attention(case: tuple[nn.Module, Inputs, Tens
     assert torch.equal(output(replica, inputs), expected)
 
 
-def test_s7_threads_that_wait_for_each_other_in_mid_stage(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_threads_that_wait_for_each_other_in_mid_stage(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, _ = case
     variants = [inputs, changed(inputs, lambda tensor: -tensor)]
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_s7_threads_that_wait_for_each_other_in_mid_stage(case: tuple[nn.Module,
     assert all(torch.equal(found[index], expected[index]) for index in range(2))
 
 
-def test_s12_reentrant_checkpoints_of_single_blocks_are_refused(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_reentrant_checkpoints_of_single_blocks_are_refused(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, _ = case
     for block in blocks(network):
         forward = block.forward
@@ -137,7 +137,7 @@ def test_s12_reentrant_checkpoints_of_single_blocks_are_refused(case: tuple[nn.M
         torch.autograd.backward(output(network, inputs).sum())
 
 
-def test_s13_a_backward_in_another_thread(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_a_backward_in_another_thread(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, _ = case
     for module in network.modules():
         if isinstance(module, nn.Dropout):
@@ -164,7 +164,7 @@ def test_s13_a_backward_in_another_thread(case: tuple[nn.Module, Inputs, Tensor]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-def test_s15_a_block_of_the_middle_called_alone_is_refused(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_a_block_of_the_middle_called_alone_is_refused(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, _ = case
     seen: list[tuple[AttachedBlock, tuple[Any, ...]]] = []
     handles = [
@@ -178,7 +178,7 @@ def test_s15_a_block_of_the_middle_called_alone_is_refused(case: tuple[nn.Module
         block(*(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args))
 
 
-def test_s20_functional_call_with_other_weights(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_functional_call_with_other_weights(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
     other = copy.deepcopy(network)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_s20_functional_call_with_other_weights(case: tuple[nn.Module, Inputs, T
     assert torch.equal(output(network, inputs), expected)
 
 
-def test_s21_training_after_inference_mode(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_training_after_inference_mode(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
     with torch.inference_mode():
         assert torch.equal(output(network, inputs), expected)
@@ -202,7 +202,7 @@ def test_s21_training_after_inference_mode(case: tuple[nn.Module, Inputs, Tensor
     assert all(parameter.grad is not None for parameter in units)
 
 
-def test_s26_forwards_that_are_given_up_hold_no_more_than_one_state(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_forwards_that_are_given_up_hold_no_more_than_one_state(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
 
     class GivenUpError(Exception):
@@ -223,7 +223,7 @@ def test_s26_forwards_that_are_given_up_hold_no_more_than_one_state(case: tuple[
 
 
 @pytest.mark.slow
-def test_s18_compiling_after_a_plain_network_was_compiled(case: tuple[nn.Module, Inputs, Tensor]) -> None:
+def test_compiling_after_a_plain_network_was_compiled(case: tuple[nn.Module, Inputs, Tensor]) -> None:
     network, inputs, expected = case
     torch._dynamo.reset()
     plain: Any = torch.compile(detach(copy.deepcopy(network)), backend="eager")

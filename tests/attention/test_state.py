@@ -1,7 +1,4 @@
-"""The state of attention stays with its forward: earlier ones, batch mates, errors, copies, odd orders of blocks.
-
-Rows S2 to S6, S14, S15 and S26; the other rows are in the files beside this one.
-"""
+"""The state of attention stays with its forward: earlier ones, batch mates, errors, copies, odd orders of blocks."""
 
 import copy
 import gc
@@ -30,15 +27,15 @@ from .networks import (
 )
 from .running import Pair, by_block, checkpointed, directly
 
-# S2, S3: batch mates and earlier forwards
+# batch mates and earlier forwards
 
 
-def test_s2_a_sample_alone_gives_what_it_gives_in_a_batch(tiny: Pair) -> None:
+def test_a_sample_alone_gives_what_it_gives_in_a_batch(tiny: Pair) -> None:
     batch = images(4)
     torch.testing.assert_close(tiny[1](batch[2:3]), tiny[1](batch)[2:3], rtol=0, atol=1e-6)
 
 
-def test_s2_other_batch_mates_change_nothing(resnet18_pair: tuple[nn.Module, nn.Module]) -> None:
+def test_other_batch_mates_change_nothing(resnet18_pair: tuple[nn.Module, nn.Module]) -> None:
     batch, attached = images(4, 64, dtype=torch.float32), resnet18_pair[1].float()
     with torch.no_grad():
         expected = attached(batch)
@@ -48,7 +45,7 @@ def test_s2_other_batch_mates_change_nothing(resnet18_pair: tuple[nn.Module, nn.
         assert torch.equal(attached(batch)[:1], expected[:1])
 
 
-def test_s3_a_previous_forward_changes_nothing(tiny: Pair) -> None:
+def test_a_previous_forward_changes_nothing(tiny: Pair) -> None:
     expected = tiny[1](images())
     for batch in (images(5, seed=1), images(1, seed=2), images(2, 9, seed=3)):
         tiny[1](batch)
@@ -56,21 +53,21 @@ def test_s3_a_previous_forward_changes_nothing(tiny: Pair) -> None:
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 12), (7, 12), (2, 8), (3, 17), (2, 1)])
-def test_s3_other_batch_sizes_and_resolutions_are_exact(tiny: Pair, batch: int, size: int) -> None:
+def test_other_batch_sizes_and_resolutions_are_exact(tiny: Pair, batch: int, size: int) -> None:
     plain, attached = tiny
     attached(images())
     value = images(batch, size, seed=4)
     torch.testing.assert_close(attached(value), threaded(plain, unit_weights(attached), value), rtol=0, atol=1e-12)
 
 
-def test_s3_kernels_may_differ_between_batch_sizes_but_hardly(resnet18_pair: tuple[nn.Module, nn.Module]) -> None:
+def test_kernels_may_differ_between_batch_sizes_but_hardly(resnet18_pair: tuple[nn.Module, nn.Module]) -> None:
     attached, batch = resnet18_pair[1].float(), images(8, 64, dtype=torch.float32)
     with torch.no_grad():
         together, alone = attached(batch)[:1], attached(batch[:1])
     assert ((together - alone).abs().max() / together.abs().max()).item() <= 1e-5
 
 
-# S4, S5, S26: nothing stays
+# nothing stays
 
 
 class Interruption(BaseException):
@@ -79,7 +76,7 @@ class Interruption(BaseException):
 
 @pytest.mark.parametrize("error", [RuntimeError, Interruption])
 @pytest.mark.parametrize("block", range(4))
-def test_s4_an_exception_in_mid_stage_leaves_nothing_behind(tiny: Pair, block: int, error: type[BaseException]) -> None:
+def test_an_exception_in_mid_stage_leaves_nothing_behind(tiny: Pair, block: int, error: type[BaseException]) -> None:
     attached = tiny[1]
     expected = attached(images())
     conv = attached.stage3[block].conv2
@@ -105,7 +102,7 @@ def live_tensors() -> int:
         return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
 
 
-def test_s5_nothing_is_held_after_a_forward(tiny: Pair) -> None:
+def test_nothing_is_held_after_a_forward(tiny: Pair) -> None:
     attached = tiny[1]
     attached(images())
     assert outstanding() == 0
@@ -114,7 +111,7 @@ def test_s5_nothing_is_held_after_a_forward(tiny: Pair) -> None:
     assert live_tensors() == before
 
 
-def test_s5_forwards_without_backward_leak_nothing_even_without_the_garbage_collector(tiny: Pair) -> None:
+def test_forwards_without_backward_leak_nothing_even_without_the_garbage_collector(tiny: Pair) -> None:
     attached = tiny[1].train()
     attached(images(4))
     before = live_tensors()
@@ -132,19 +129,19 @@ def test_s5_forwards_without_backward_leak_nothing_even_without_the_garbage_coll
     assert outstanding() == 0
 
 
-def test_s5_activations_of_a_stage_that_is_over_carry_no_state(tiny: Pair) -> None:
+def test_activations_of_a_stage_that_is_over_carry_no_state(tiny: Pair) -> None:
     features = tiny[1].stage1(tiny[1].stem(images()))
     assert not [value for value in vars(features).values() if value]
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
-def test_s5_nothing_is_held_after_a_backward_that_recomputed_blocks(tiny: Pair, early_stop: bool) -> None:
+def test_nothing_is_held_after_a_backward_that_recomputed_blocks(tiny: Pair, early_stop: bool) -> None:
     with set_checkpoint_early_stop(early_stop):
         backward(by_block(tiny[1], images(), checkpointed(reentrant=False)).sum())
     assert outstanding() == 0
 
 
-def test_s26_forwards_abandoned_in_mid_stage_are_not_held(tiny: Pair) -> None:
+def test_forwards_abandoned_in_mid_stage_are_not_held(tiny: Pair) -> None:
     plain, attached = tiny
     features = attached.stem(images()).detach()
     states = []
@@ -160,10 +157,10 @@ def test_s26_forwards_abandoned_in_mid_stage_are_not_held(tiny: Pair) -> None:
     assert outstanding() == 0
 
 
-# S6: copies
+# copies
 
 
-def test_s6_a_deep_copy_after_a_training_forward_uses_its_own_unit(tiny: Pair) -> None:
+def test_a_deep_copy_after_a_training_forward_uses_its_own_unit(tiny: Pair) -> None:
     attached = tiny[1]
     output = attached(images())
     other = copy.deepcopy(attached)
@@ -174,7 +171,7 @@ def test_s6_a_deep_copy_after_a_training_forward_uses_its_own_unit(tiny: Pair) -
     assert torch.equal(attached(images()), output)
 
 
-def test_s6_a_deep_copy_in_mid_forward_starts_empty(tiny: Pair) -> None:
+def test_a_deep_copy_in_mid_forward_starts_empty(tiny: Pair) -> None:
     attached = tiny[1]
     features = attached.stage3[0](attached.stage2(attached.stage1(attached.stem(images()))))
     other = copy.deepcopy(attached)
@@ -183,7 +180,7 @@ def test_s6_a_deep_copy_in_mid_forward_starts_empty(tiny: Pair) -> None:
         other.stage3[1](features)
 
 
-def test_s6_an_averaged_copy_follows_the_average_and_not_the_original(tiny: Pair) -> None:
+def test_an_averaged_copy_follows_the_average_and_not_the_original(tiny: Pair) -> None:
     plain, attached = tiny
     averaged = AveragedModel(
         attached,
@@ -204,7 +201,7 @@ def test_s6_an_averaged_copy_follows_the_average_and_not_the_original(tiny: Pair
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_s6_a_pickled_network_works(tiny: Pair, protocol: int) -> None:
+def test_a_pickled_network_works(tiny: Pair, protocol: int) -> None:
     attached = tiny[1]
     attached(images())
     other = pickle.loads(pickle.dumps(attached, protocol=protocol))
@@ -212,7 +209,7 @@ def test_s6_a_pickled_network_works(tiny: Pair, protocol: int) -> None:
     assert type(other.stage1[0]) is type(attached.stage1[0])
 
 
-def test_s6_torch_saves_and_loads_a_whole_network(tiny: Pair) -> None:
+def test_torch_saves_and_loads_a_whole_network(tiny: Pair) -> None:
     buffer = io.BytesIO()
     torch.save(tiny[1], buffer)
     buffer.seek(0)
@@ -220,13 +217,13 @@ def test_s6_torch_saves_and_loads_a_whole_network(tiny: Pair) -> None:
     assert torch.equal(other(images()), tiny[1](images()))
 
 
-def test_s6_a_shallow_copy_of_a_block_stays_attached(tiny: Pair) -> None:
+def test_a_shallow_copy_of_a_block_stays_attached(tiny: Pair) -> None:
     block = copy.copy(tiny[1].stage2[0])
     features = tiny[1].stage1(tiny[1].stem(images()))
     assert torch.equal(block(features), tiny[1].stage2[0](features))
 
 
-def test_s6_a_saved_activation_leaves_the_state_behind_and_loads_with_weights_only(tiny: Pair) -> None:
+def test_a_saved_activation_leaves_the_state_behind_and_loads_with_weights_only(tiny: Pair) -> None:
     features = tiny[1].stage1[0](tiny[1].stem(images()))
     buffer = io.BytesIO()
     torch.save(features, buffer)
@@ -237,31 +234,31 @@ def test_s6_a_saved_activation_leaves_the_state_behind_and_loads_with_weights_on
     assert not any(vars(loaded).values())
 
 
-def test_s6_a_deep_copied_activation_leaves_the_state_behind(tiny: Pair) -> None:
+def test_a_deep_copied_activation_leaves_the_state_behind(tiny: Pair) -> None:
     with torch.no_grad():
         features = tiny[1].stage1[0](tiny[1].stem(images()))
     assert any(vars(features).values())
     assert not any(vars(copy.deepcopy(features)).values())
 
 
-# S14, S15: stages run in other ways
+# stages run in other ways
 
 
-def test_s14_a_stage_iterated_from_outside_is_exact(tiny: Pair) -> None:
+def test_a_stage_iterated_from_outside_is_exact(tiny: Pair) -> None:
     assert torch.equal(by_block(tiny[1], images(), directly), tiny[1](images()))
 
 
-def test_s14_a_stage_iterated_from_outside_with_code_between_is_exact(tiny: Pair) -> None:
+def test_a_stage_iterated_from_outside_with_code_between_is_exact(tiny: Pair) -> None:
     output = by_block(tiny[1], images(), lambda block, features: block(features * 1))
     torch.testing.assert_close(output, tiny[1](images()), rtol=0, atol=0)
 
 
-def test_s14_a_stage_called_by_keyword_is_exact(tiny: Pair) -> None:
+def test_a_stage_called_by_keyword_is_exact(tiny: Pair) -> None:
     output = by_block(tiny[1], images(), lambda block, features: block(x=features))
     assert torch.equal(output, tiny[1](images()))
 
 
-def test_s14_a_truncated_stage_does_not_change_the_next_forward(tiny: Pair) -> None:
+def test_a_truncated_stage_does_not_change_the_next_forward(tiny: Pair) -> None:
     attached = tiny[1]
     expected = attached(images())
     features = attached.stem(images(3, seed=1))
@@ -271,7 +268,7 @@ def test_s14_a_truncated_stage_does_not_change_the_next_forward(tiny: Pair) -> N
         assert torch.equal(attached(images()), expected)
 
 
-def test_s15_a_block_of_the_middle_called_alone_is_refused(tiny: Pair) -> None:
+def test_a_block_of_the_middle_called_alone_is_refused(tiny: Pair) -> None:
     attached = tiny[1]
     features = attached.stem(images())
     for index in (1, 2):
@@ -283,7 +280,7 @@ def test_s15_a_block_of_the_middle_called_alone_is_refused(tiny: Pair) -> None:
     assert outstanding() == 0
 
 
-def test_s15_the_first_block_alone_is_exact(tiny: Pair) -> None:
+def test_the_first_block_alone_is_exact(tiny: Pair) -> None:
     plain, attached = tiny
     one_block = nn.Sequential(plain.stage1[0])
     value = attached.stem(images())
@@ -294,7 +291,7 @@ def test_s15_the_first_block_alone_is_exact(tiny: Pair) -> None:
 
 
 @pytest.mark.parametrize("skipped", [1, 2])
-def test_s15_a_skipped_block_of_the_middle_hands_the_state_on_unchanged(tiny: Pair, skipped: int) -> None:
+def test_a_skipped_block_of_the_middle_hands_the_state_on_unchanged(tiny: Pair, skipped: int) -> None:
     plain, attached = tiny
     chosen = attached.stage3[skipped]
     output = by_block(attached, images(), lambda block, value: value if block is chosen else block(value))
@@ -304,19 +301,19 @@ def test_s15_a_skipped_block_of_the_middle_hands_the_state_on_unchanged(tiny: Pa
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
-def test_s15_skipping_the_first_block_is_refused(tiny: Pair) -> None:
+def test_skipping_the_first_block_is_refused(tiny: Pair) -> None:
     with pytest.raises(RuntimeError, match="Block 1 of a stage"):
         tiny[1].stage1[1:](tiny[1].stem(images()))
 
 
-def test_s15_the_same_block_twice_is_refused(tiny: Pair) -> None:
+def test_the_same_block_twice_is_refused(tiny: Pair) -> None:
     features = tiny[1].stage1[0](tiny[1].stem(images()))
     features = tiny[1].stage1[1](features)
     with pytest.raises(RuntimeError, match="in order, each on what the one before returned"):
         tiny[1].stage1[1](features)
 
 
-def test_s15_a_site_called_by_itself_is_the_plain_layer(tiny: Pair) -> None:
+def test_a_site_called_by_itself_is_the_plain_layer(tiny: Pair) -> None:
     features = tiny[1].stem(images())
     assert torch.equal(tiny[1].stage1[1].bn2(features), tiny[0].stage1[1].bn2(features))
 
@@ -332,7 +329,7 @@ class Inlined(nn.Sequential):
 
 
 @pytest.mark.parametrize("share", ["stage", "block"])
-def test_s15_a_network_that_runs_a_site_outside_of_its_block_is_refused(share: Any) -> None:
+def test_a_network_that_runs_a_site_outside_of_its_block_is_refused(share: Any) -> None:
     network = attach(Inlined(BasicBlock(8, 8), BasicBlock(8, 8)), "dia-lstm", share=share)
     with pytest.raises(RuntimeError, match="called outside of its block"):
         network(torch.randn(2, 8, 6, 6))
