@@ -14,20 +14,23 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 # What each layer may import from this package ...
 BELOW = {
     "attention": {"_extras", "_hyperparameters"},
-    "models": {"attention", "_checkpoint_file", "_extras", "_torchvision_guard", "_whole_files"},
-    "analysis": {"attention", "models", "_extras"},
+    "models": {
+        *("attention", "_checkpoint_file", "_evaluating", "_extras", "_float32", "_hub"),
+        *("_torchvision_guard", "_whole_files"),
+    },
+    "analysis": {"attention", "models", "_evaluating", "_extras"},
     "datamodules": {
-        *("_checkpoint_file", "_coco_tools", "_extras", "_hyperparameters"),
+        *("_apportion", "_checkpoint_file", "_coco_tools", "_extras", "_hyperparameters"),
         *("_text", "_torchvision_guard", "_whole_files"),
     },
     "loggers": {"_extras", "_redact", "_text", "_whole_files"},
     "callbacks": {
         *("analysis", "tasks", "datamodules", "models", "attention"),
-        *("_checkpoint_file", "_coco_tools", "_extras", "_whole_files"),
+        *("_apportion", "_checkpoint_file", "_coco_tools", "_extras", "_whole_files"),
     },
     "tasks": {
-        *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_coco_tools", "_extras"),
-        *("_hyperparameters", "_redact", "_whole_files"),
+        *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_coco_tools"),
+        *("_evaluating", "_extras", "_float32", "_hub", "_hyperparameters", "_redact", "_whole_files"),
     },
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),
@@ -75,6 +78,8 @@ def test_imports_point_downwards(path: Path) -> None:
         assert own <= {"_checkpoint_kind", "_whole_files"}
     elif layer == "_redact.py":
         assert own <= {"_hyperparameters"}
+    elif layer == "_hub.py":
+        assert own <= {"_extras", "_version", "_whole_files"}
     elif layer == "_coco_tools.py":
         assert own <= {"_extras"}
     else:  # what is imported with the package itself must stay light

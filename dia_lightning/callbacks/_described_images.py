@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning.datamodules._sampling import apportion
+from dia_lightning._apportion import apportion
 from dia_lightning.tasks.generation_metrics import DescribedImages
 from dia_lightning.tasks.image_features import ImageFeatures
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 from torchvision.transforms import v2
 
+from dia_lightning._apportion import apportion
 from dia_lightning.datamodules._draws import DrawingSampler, load_drawn
 from dia_lightning.datamodules._worker_notes import WorkerNotes
 from dia_lightning.datamodules.sources import Source
@@ -22,15 +23,6 @@ def _shuffled_by_class(labels: Positions, seed: int) -> list[Positions]:
     # RandomState's stream is frozen by NumPy's compatibility promise, so a split stays the same for ever.
     random = np.random.RandomState(seed)
     return [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-
-
-def apportion(sizes: Positions, count: int) -> Positions:
-    """Return how many of ``count`` each group gets in proportion to its size; the largest remainders are rounded up."""
-    shares = sizes * (count / sizes.sum())
-    counts: Positions = np.floor(shares).astype(np.int64)
-    by_remainder = np.argsort(counts - shares, kind="stable")
-    counts[by_remainder[: count - counts.sum()]] += 1
-    return counts
 
 
 def stratified_split(

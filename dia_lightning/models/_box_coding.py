@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 
-from dia_lightning.models._precision import at_least_float32
+from dia_lightning._float32 import at_least_float32
 
 
 class FullPrecisionBoxCoder(BoxCoder):  # type: ignore[misc]  # torchvision is typed in part only

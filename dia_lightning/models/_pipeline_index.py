@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from dia_lightning.models._hub import read_object
+from dia_lightning._hub import read_object
 
 INDEX = "model_index.json"
 #: Classes that this package writes, and those of diffusers that it loads, by the library that an index has for them.

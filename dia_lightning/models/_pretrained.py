@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from dia_lightning import _hub
 from dia_lightning.attention import attach, detach
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._description import DESCRIPTION, LOADS_WITH, arguments_of, descriptions
 from dia_lightning.attention._roles import plain_class
-from dia_lightning.models import _hub
 
 Network = TypeVar("Network", bound=nn.Module)
 _CARD = """---
@@ -64,7 +63,7 @@ def save_pretrained(network: nn.Module, folder: str | os.PathLike[str]) -> Path:
         8
     """
     attached = descriptions(network)
-    config = {"network": type(network).__name__, DESCRIPTION: attached, "versions": versions()}
+    config = {"network": type(network).__name__, DESCRIPTION: attached, "versions": _hub.versions()}
     return _hub.write_folder(folder, network, config, _CARD.format(name=type(network).__name__, dia=attached))
 
 
@@ -149,13 +148,6 @@ def push_to_hub(
 
 def _save(network: nn.Module, folder: Path) -> None:
     save_pretrained(network, folder)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what wrote a folder."""
-    from dia_lightning import __version__
-
-    return {"dia_lightning": __version__, "torch": str(torch.__version__)}
 
 
 def _build(kind: Any, config: dict[str, Any]) -> Any:

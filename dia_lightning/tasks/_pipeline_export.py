@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dia_lightning._evaluating import evaluating
 from dia_lightning._hyperparameters import OBJECT
 from dia_lightning.models import Exported
-from dia_lightning.models._evaluating import evaluating
 from dia_lightning.models.denoisers import predict, require_diffusers
 from dia_lightning.tasks._network import attach_arguments
 from dia_lightning.tasks.diffusion import DiffusionTask

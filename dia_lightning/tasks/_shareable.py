@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule
 
-from dia_lightning.models._hub import fetch, upload
+from dia_lightning._hub import fetch, upload
 
 if TYPE_CHECKING:
     from dia_lightning.tasks.base import DIATask

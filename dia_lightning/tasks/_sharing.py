@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dia_lightning import _hub
 from dia_lightning._hyperparameters import OBJECT, from_file, primitive
 from dia_lightning._redact import redact
-from dia_lightning.models import _hub
-from dia_lightning.models._pretrained import versions
 from dia_lightning.tasks._from_checkpoint import build
 from dia_lightning.tasks._load import task_named
 from dia_lightning.tasks.base import DIATask, brief
@@ -62,7 +61,7 @@ def write(task: DIATask, folder: str | os.PathLike[str], metrics: Mapping[str, f
         "hyper_parameters": redact(primitive({key: value for key, value in task.hparams.items() if key[:1] != "_"})),
         "data": primitive(task._data),
         "trained_steps": task.global_step or task.trained_steps,
-        "versions": versions(),
+        "versions": _hub.versions(),
     }
     return _hub.write_folder(folder, task, config, _card(task, _metrics(task) if metrics is None else metrics))
 
@@ -178,6 +177,6 @@ def _card(task: DIATask, metrics: Mapping[str, float]) -> str:
         pipeline=f"pipeline_tag: {pipeline}\n" if pipeline else "",
         network=" with ".join(parts).replace(OBJECT, ""),
         task=name,
-        version=versions()["dia_lightning"],
+        version=_hub.versions()["dia_lightning"],
         facts="\n".join(facts),
     )

@@ -7,10 +7,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from dia_lightning._float32 import at_least_float32
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
 from dia_lightning.models._head import drop_before_head
-from dia_lightning.models._precision import at_least_float32
 from dia_lightning.tasks._batch_checks import check_dtype, naming_channels, pixel_range, raw_pixels
 from dia_lightning.tasks._class_weights import (
     ClassWeights,

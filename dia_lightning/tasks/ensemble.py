@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dia_lightning.models._precision import at_least_float32
+from dia_lightning._float32 import at_least_float32
 from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks.base import brief
 from dia_lightning.tasks.classification import ClassificationTask, Stage

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dia_lightning._extras import require
+from dia_lightning._version import __version__
 from dia_lightning._whole_files import written_whole
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -120,6 +122,11 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
             write(part)
     except RuntimeError as error:  # of safetensors
         raise ValueError(f"{path} cannot be written: {in_one_line(error)}") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what writes a folder."""
+    return {"dia_lightning": __version__, "torch": str(torch.__version__)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
