@@ -10,7 +10,6 @@ from torchmetrics import Metric, MetricCollection
 from dia_lightning._float32 import at_least_float32
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models import get_model
-from dia_lightning.models._head import drop_before_head
 from dia_lightning.tasks._batch_checks import check_dtype, naming_channels, pixel_range, raw_pixels
 from dia_lightning.tasks._class_weights import (
     ClassWeights,
@@ -20,6 +19,7 @@ from dia_lightning.tasks._class_weights import (
     without_arrays,
 )
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
+from dia_lightning.tasks._head import drop_before_head
 from dia_lightning.tasks._label_kinds import ImageTask, label_kind
 from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like

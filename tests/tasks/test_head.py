@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dia_lightning.models import get_model
-from dia_lightning.models._head import DropoutLinear, drop_before_head
+from dia_lightning.tasks._head import DropoutLinear, drop_before_head
 
 
 @pytest.mark.parametrize(
