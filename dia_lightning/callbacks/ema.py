@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from dia_lightning.tasks._precision import input_dtype
+from dia_lightning.tasks.precision import input_dtype
 
 _Named: TypeAlias = tuple[str, Tensor]
 

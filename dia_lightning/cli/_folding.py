@@ -87,7 +87,7 @@ def _accuracy(task: Any, batches: Sequence[Any]) -> float:
 
 
 def _mean_average_precision(task: Any, batches: Sequence[Any]) -> float:
-    from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision
+    from dia_lightning.tasks.mean_average_precision import MeanAveragePrecision
 
     metric = MeanAveragePrecision(masks=task.has_masks, max_detections=task.max_detections)
     for images, targets, index in batches:

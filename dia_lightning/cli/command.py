@@ -46,7 +46,7 @@ from dia_lightning.cli._type_order import try_lists_of_loggers_first, try_whole_
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask
-from dia_lightning.tasks._load import check_is_related
+from dia_lightning.tasks.checkpoints import check_is_related
 
 PEER_TIMEOUT = timedelta(minutes=10)  # longer than for a loader's worker, whose error says more
 _PACKING = ("Does not validate against", "Call to compute_fn of link")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dia_lightning.models._libraries import LIBRARIES
+from dia_lightning.models.libraries import LIBRARIES
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}

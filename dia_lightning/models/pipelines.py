@@ -20,7 +20,7 @@ from dia_lightning.attention import attach
 from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._description import arguments_of, descriptions
 from dia_lightning.attention._roles import plain_class
-from dia_lightning.models import _denoising
+from dia_lightning.models import denoising
 from dia_lightning.models._pipeline_index import check_index, check_network
 from dia_lightning.models.denoisers import keep_labels
 
@@ -268,23 +268,23 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         _check_output_type(output_type, channels=shape[0])
         chosen = self._numbers(class_labels)
         count = (len(chosen) if isinstance(chosen, list) else 1) if batch_size is None else batch_size
-        _denoising.check_least("batch_size", count, 1)
+        denoising.check_least("batch_size", count, 1)
         generators = _checked(generator, count)
         if guidance_scale != 1 and self.no_class is not None and not self.supports_guidance:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a network that was also trained without the class."
             )
-        denoising = _denoising.Denoising(
+        sampling = denoising.Denoising(
             self.unet,
             lambda: self._new_scheduler(num_inference_steps),
             guidance=guidance_scale,
             no_class=self.no_class,
             seed=seed,
         )
-        labels = _denoising.class_labels(count, chosen, first=0, no_class=self.no_class)
+        labels = denoising.class_labels(count, chosen, first=0, no_class=self.no_class)
         labels = None if labels is None else labels.to(self.unet.device)
-        with self.progress_bar(total=denoising.steps) as bar, evaluating(self.unet):
-            images = denoising.run(range(count), labels, shape, after_step=bar.update, generator=generators)
+        with self.progress_bar(total=sampling.steps) as bar, evaluating(self.unet):
+            images = sampling.run(range(count), labels, shape, after_step=bar.update, generator=generators)
         found: Any = images
         if output_type != "pt":
             found = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -312,17 +312,17 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _new_scheduler(self, steps: int) -> Any:
         kind, config = type(self.scheduler), self.scheduler.config
         known, total = inspect.signature(kind.__init__).parameters, config.num_train_timesteps
-        _denoising.check_least("num_inference_steps", steps, 1)
+        denoising.check_least("num_inference_steps", steps, 1)
         if steps > total:
             raise ValueError(f"num_inference_steps must be at most the {total} timesteps of the network, got {steps}.")
         changed: dict[str, Any] = {}
         if "thresholding" in known and "clip_sample" not in known:
             changed = {"thresholding": True, "sample_max_value": 1.0}
         elif kind is DDPMScheduler and steps == total:  # as DiffusionTask.sample does
-            changed = {"variance_type": _denoising.ddpm_variance(steps, total)}
+            changed = {"variance_type": denoising.ddpm_variance(steps, total)}
         scheduler = kind.from_config(config, **changed)
         if isinstance(scheduler, (DDIMScheduler, DDPMScheduler)) and scheduler.config.timestep_spacing == "leading":
-            _denoising.check_divides(
+            denoising.check_divides(
                 steps, total, sampler=kind.__name__, otherwise="another scheduler, such as DPM-Solver++"
             )
         scheduler.set_timesteps(steps)

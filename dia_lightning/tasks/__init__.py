@@ -5,10 +5,10 @@ from dia_lightning._extras import require
 require("lightning", "torchmetrics", "tqdm", by=__name__)
 
 from dia_lightning.tasks._finite import NonFiniteLossError
-from dia_lightning.tasks._load import load_task
 from dia_lightning.tasks._noise_schedule import Sampler
 from dia_lightning.tasks._pipeline_export import export_pipeline
 from dia_lightning.tasks.base import DIATask
+from dia_lightning.tasks.checkpoints import load_task
 from dia_lightning.tasks.classification import ClassificationTask
 from dia_lightning.tasks.detection import DetectionTask
 from dia_lightning.tasks.diffusion import DiffusionTask

@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from dia_lightning.tasks._mean_average_precision import Crowd
+from dia_lightning.tasks.mean_average_precision import Crowd
 
 
 def detector_limits(detector: nn.Module) -> dict[str, int]:

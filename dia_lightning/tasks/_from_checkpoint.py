@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dia_lightning._checkpoint_kind import WrongCheckpointError, misfit
 from dia_lightning._hyperparameters import OBJECT, arguments_of, from_file
-from dia_lightning.models._libraries import is_elsewhere, without_weights
+from dia_lightning.models.libraries import is_elsewhere, without_weights
 
 if TYPE_CHECKING:  # imports this module
     from dia_lightning.tasks.base import DIATask

@@ -5,8 +5,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from dia_lightning.models._denoising import check_divides, ddpm_variance
 from dia_lightning.models.denoisers import require_diffusers
+from dia_lightning.models.denoising import check_divides, ddpm_variance
 
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
 BetaSchedule: TypeAlias = Literal["linear", "cosine"]

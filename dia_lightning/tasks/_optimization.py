@@ -26,7 +26,6 @@ from dia_lightning.tasks._freezing import (
 from dia_lightning.tasks._layers import head_of
 from dia_lightning.tasks._optimizers import Options, make_optimizer
 from dia_lightning.tasks._parameter_groups import GROUPING, Plan, fits, parameter_groups, plan_groups
-from dia_lightning.tasks._precision import check_gradients_survive
 from dia_lightning.tasks._rates import GroupRates
 from dia_lightning.tasks._resume_check import RECORD, ResumedTraining, classes_in_use
 from dia_lightning.tasks._schedule import NamedSchedule
@@ -38,6 +37,7 @@ from dia_lightning.tasks._schedule_options import (
     warn_of_long_warmup,
     warn_of_other_end,
 )
+from dia_lightning.tasks.precision import check_gradients_survive
 
 
 class TrainableModule(LightningModule):

@@ -12,8 +12,8 @@ from dia_lightning import _hub
 from dia_lightning._hyperparameters import OBJECT, from_file, primitive
 from dia_lightning._redact import redact
 from dia_lightning.tasks._from_checkpoint import build
-from dia_lightning.tasks._load import task_named
 from dia_lightning.tasks.base import DIATask, brief
+from dia_lightning.tasks.checkpoints import task_named
 
 Task = TypeVar("Task", bound=DIATask)
 

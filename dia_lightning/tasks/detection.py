@@ -23,12 +23,12 @@ from dia_lightning.tasks._batch_checks import (
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._detection_limits import crowding, detector_limits
 from dia_lightning.tasks._mean import Mean
-from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
-from dia_lightning.tasks._precision import check_keeps_boxes
 from dia_lightning.tasks._targets import Target, check_targets
 from dia_lightning.tasks._weights import load_detector_weights
 from dia_lightning.tasks.base import DIATask
+from dia_lightning.tasks.mean_average_precision import MeanAveragePrecision
+from dia_lightning.tasks.precision import check_keeps_boxes
 
 if TYPE_CHECKING:
     NamedDetector: TypeAlias = Detector | nn.Module

@@ -13,8 +13,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning._evaluating import evaluating
 from dia_lightning._hyperparameters import check_is_no_mark
-from dia_lightning.models._denoising import Denoising, check_least, class_labels, seeded_generator
 from dia_lightning.models.denoisers import check_image_shape, get_denoiser, predict
+from dia_lightning.models.denoising import Denoising, check_least, class_labels, seeded_generator
 from dia_lightning.tasks._batch_checks import check_dtype, class_numbers, not_symmetric, pixel_range
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._mean import Mean

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from dia_lightning._extras import needed_by
-from dia_lightning.tasks._load import load_task
+from dia_lightning.tasks.checkpoints import load_task
 from dia_lightning.tasks.classification import ClassificationTask
 
 

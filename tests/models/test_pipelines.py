@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dia_lightning.attention import attach
-from dia_lightning.models._denoising import seeded_generator
 from dia_lightning.models.denoisers import get_denoiser, predict
+from dia_lightning.models.denoising import seeded_generator
 from dia_lightning.models.pipelines import DIADiTTransformer2DModel, DIAPipeline, DIAUNet2DModel
 from dia_lightning.tasks import DiffusionTask, export_pipeline
 

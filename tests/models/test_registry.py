@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dia_lightning.models import _libraries, _registry, get_model, list_models, register_model
+from dia_lightning.models import _registry, get_model, libraries, list_models, register_model
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ HEADS = [
 def test_classifier_of_every_torchvision_family_can_be_replaced(name: str) -> None:
     with torch.device("meta"):
         network = get_model(f"torchvision/{name}")
-        _libraries.replace_head(network, 7)
+        libraries.replace_head(network, 7)
         assert network.eval()(torch.empty(1, 3, 224, 224)).shape == (1, 7)
 
 

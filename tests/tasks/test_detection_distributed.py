@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dia_lightning.datamodules import DigitScenesDataModule
-from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision, Scores
 from dia_lightning.tasks.detection import DetectionTask
+from dia_lightning.tasks.mean_average_precision import MeanAveragePrecision, Scores
 from tests.tasks.conftest import Given, small_trainer
 from tests.tasks.test_mean_average_precision import random_images
 from tests.tasks.tiny_detection import tiny_task, training_batch

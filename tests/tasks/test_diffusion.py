@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dia_lightning.callbacks import EMA
 from dia_lightning.datamodules import DigitsDataModule
-from dia_lightning.models._denoising import seeded_generator
 from dia_lightning.models.denoisers import get_denoiser
+from dia_lightning.models.denoising import seeded_generator
 from dia_lightning.tasks import DiffusionTask, NonFiniteLossError, load_task
 from dia_lightning.tasks._noise_schedule import NoiseSchedule
 from tests.datamodules.tiny_data import samples_of

@@ -14,8 +14,8 @@ from pycocotools.coco import COCO  # type: ignore[import-untyped]
 from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
 from torch import Tensor
 
-from dia_lightning.tasks import _mean_average_precision
-from dia_lightning.tasks._mean_average_precision import MeanAveragePrecision, Scores
+from dia_lightning.tasks import mean_average_precision
+from dia_lightning.tasks.mean_average_precision import MeanAveragePrecision, Scores
 
 SIZE = 160
 NAMES = ["map", "map_50", "map_75", "map_small", "map_medium", "map_large"]
@@ -141,7 +141,7 @@ def assert_same(scores: Scores, stats: list[float], per_class: dict[int, float],
 @pytest.fixture(params=["faster_coco_eval", "pycocotools"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both implementations in turn."""
-    monkeypatch.setattr(_mean_average_precision, "coco_backend", lambda: request.param)
+    monkeypatch.setattr(mean_average_precision, "coco_backend", lambda: request.param)
     return str(request.param)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from dia_lightning.attention import SqueezeExcitation
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.models import get_model
-from dia_lightning.models._libraries import without_weights
+from dia_lightning.models.libraries import without_weights
 from dia_lightning.tasks import ClassificationTask, DIATask, DiffusionTask
 from tests.models.test_pretrained import moved
 from tests.tasks.conftest import small_task, small_trainer

@@ -1,4 +1,4 @@
-"""From noise to images, step by step."""
+"""From noise to images, step by step: for the pipelines here and for the diffusion task."""
 
 import inspect
 import math

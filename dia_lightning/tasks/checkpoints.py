@@ -1,4 +1,4 @@
-"""Tasks from checkpoints, whatever class they are of."""
+"""Tasks from checkpoints, whatever class they are of: what the command line and shared folders build on."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""Classification networks of torchvision and timm, imported when they are asked for."""
+"""Classification networks of torchvision and timm, imported when they are asked for.
+
+For the factory here, and for tasks and the command line, which ask what a name or its arguments would read.
+"""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the precision of the trainer means for a task."""
+"""What the precision of the trainer means for tasks and for callbacks."""
 
 import torch
 from lightning.pytorch import Trainer

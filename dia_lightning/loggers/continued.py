@@ -1,4 +1,4 @@
-"""Loggers that go on in the files of an earlier start, where Lightning's begin anew."""
+"""Loggers that go on in the files of an earlier start, where Lightning's begin anew: for runs that are resumed."""
 
 import csv
 import re
