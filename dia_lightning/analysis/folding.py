@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dia_lightning._evaluating import evaluating
-from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention import is_attached
 from dia_lightning.attention._folding import attached_chains, finding_obstacles, fold, slots_of
 from dia_lightning.attention._links import Slot
 from dia_lightning.attention._watch import watched_layers, watching

@@ -1,12 +1,14 @@
 """Shared attention: the attention modules, and how they get into a network."""
 
 from dia_lightning.attention._attach import attach, detach
+from dia_lightning.attention._attached_block import is_attached
 from dia_lightning.attention._attention_parameters import attention_parameters
 from dia_lightning.attention._check import check
 from dia_lightning.attention._find import find_sites
 from dia_lightning.attention._masks import EAN_MASKS
-from dia_lightning.attention._registry import list_attention, register_attention
-from dia_lightning.attention._sites import LeftOut, Site, Stages
+from dia_lightning.attention._registry import attention_builder, list_attention, register_attention
+from dia_lightning.attention._roles import plain_class
+from dia_lightning.attention._sites import Branch, LeftOut, Site, Stages
 from dia_lightning.attention._unit import AttentionUnit
 from dia_lightning.attention._watch import AttentionLayer, attention_layers, watch_maps
 from dia_lightning.attention.attention_condenser import AttentionCondenser
@@ -26,6 +28,7 @@ __all__ = [
     "AttentionCondenser",
     "AttentionLayer",
     "AttentionUnit",
+    "Branch",
     "DynamicSharingUnit",
     "EfficientChannelAttention",
     "LeftOut",
@@ -36,12 +39,15 @@ __all__ = [
     "Stages",
     "StyleRecalibration",
     "attach",
+    "attention_builder",
     "attention_layers",
     "attention_parameters",
     "check",
     "detach",
     "find_sites",
+    "is_attached",
     "list_attention",
+    "plain_class",
     "register_attention",
     "watch_maps",
 ]

@@ -156,7 +156,20 @@ def take_apart(module: nn.Module) -> None:
 
 
 def is_attached(network: nn.Module) -> bool:
-    """Tell whether a network, or a part of it, has attention attached."""
+    """Tell whether a network, or a part of it, has attention attached.
+
+    Attention modules that a network has of its own do not count.
+
+    Args:
+        network: any network.
+
+    Example:
+        >>> from dia_lightning.attention import attach, detach
+        >>> from dia_lightning.models import get_model
+        >>> network = attach(get_model("cifar_resnet", depth=11), "dia-lstm")
+        >>> is_attached(network), is_attached(detach(network))
+        (True, False)
+    """
     return any(isinstance(module, AttachedBlock) for module in network.modules())
 
 

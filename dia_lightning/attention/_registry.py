@@ -60,6 +60,10 @@ def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict
 
     Raises:
         ValueError: if the name is unknown, or the unit takes no such argument.
+
+    Example:
+        >>> attention_builder("se", {"reduction": 8})(64).reduce.out_features
+        8
     """
     if isinstance(attention, nn.Module):
         raise ValueError(

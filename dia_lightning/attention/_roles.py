@@ -83,7 +83,21 @@ def _changed(kind: type, change: Callable[[_Roles], set[type[Role]]], *, is_deri
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module without any role."""
+    """Return the class that a module has without attention; of any other module, its class.
+
+    A block or a site with attention is of a subclass, made for it. For tables by ``type(module)`` that hold no
+    subclasses, and to build another module of the same kind.
+
+    Args:
+        module: any module.
+
+    Example:
+        >>> from dia_lightning.attention import attach
+        >>> from dia_lightning.models import get_model
+        >>> network = attach(get_model("cifar_resnet", depth=11), "dia-lstm")
+        >>> plain_class(network.layer1[0].bn3)
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
+    """
     return _recipe(type(module))[0]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention import is_attached
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.analysis import FoldReport

@@ -139,7 +139,7 @@ def _check_attention(task: "DIATask", source: Path) -> None:
 
 def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace) -> "Analysis":
     from dia_lightning import analysis
-    from dia_lightning.attention._attached_block import is_attached
+    from dia_lightning.attention import is_attached
     from dia_lightning.cli._analysis import Analysis
 
     network = task.network_body()

@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from dia_lightning.attention import attach, find_sites, list_attention
-from dia_lightning.attention._registry import attention_builder
+from dia_lightning.attention import attach, attention_builder, find_sites, list_attention
 from dia_lightning.attention._site_listing import reasons
 from dia_lightning.models import build_on_meta, get_model, list_models, network_cost
 

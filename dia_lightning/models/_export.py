@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dia_lightning._evaluating import evaluating
 from dia_lightning._extras import require
 from dia_lightning._whole_files import written_with_others
-from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention import is_attached
 from dia_lightning.models._example import require_images
 
 _SNIPPETS = {

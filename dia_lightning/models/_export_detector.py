@@ -14,7 +14,7 @@ from torch.onnx.operators import shape_as_tensor
 from dia_lightning._evaluating import evaluating
 from dia_lightning._extras import require
 from dia_lightning._whole_files import written_with_others
-from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention import is_attached
 from dia_lightning.models._export import written_weights
 from dia_lightning.models._exported_detector import Detection, ExportedDetector, compared
 

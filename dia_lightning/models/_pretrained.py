@@ -9,10 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from dia_lightning import _hub
-from dia_lightning.attention import attach, detach
-from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention import attach, detach, is_attached, plain_class
 from dia_lightning.attention._description import DESCRIPTION, LOADS_WITH, arguments_of, descriptions
-from dia_lightning.attention._roles import plain_class
 
 Network = TypeVar("Network", bound=nn.Module)
 _CARD = """---

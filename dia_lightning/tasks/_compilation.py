@@ -6,8 +6,8 @@ from typing import Any, Literal, TypeAlias
 import torch._dynamo
 from torch import nn
 
-from dia_lightning.attention import find_sites
-from dia_lightning.attention._attached_block import AttachedBlock, is_attached
+from dia_lightning.attention import find_sites, is_attached
+from dia_lightning.attention._attached_block import AttachedBlock
 from dia_lightning.attention._examples import known_examples
 
 Compile: TypeAlias = bool | Literal["blocks"]

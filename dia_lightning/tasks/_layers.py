@@ -4,7 +4,7 @@ from collections.abc import Iterator, Set
 
 from torch import nn
 
-from dia_lightning.attention._roles import plain_class
+from dia_lightning.attention import plain_class
 from dia_lightning.tasks._head import classifiers
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import Self
 
-from dia_lightning.attention import attention_parameters
-from dia_lightning.attention._attached_block import is_attached
+from dia_lightning.attention import attention_parameters, is_attached
 from dia_lightning.tasks._freezing import (
     finetuning,
     freeze_parameters,

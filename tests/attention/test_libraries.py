@@ -9,11 +9,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dia_lightning.attention import DIALSTM, attach, attention_layers, check, detach
+from dia_lightning.attention import DIALSTM, Branch, attach, attention_layers, check, detach
 from dia_lightning.attention._attached_block import AttachedBlock
 from dia_lightning.attention._links import Chain, Slot
 from dia_lightning.attention._site_table import BLOCK_RULES
-from dia_lightning.attention._sites import Branch
 from tests.attention.libraries import NETWORKS, build, images, output
 
 BRANCHES: tuple[Branch, ...] = ("conv", "attention", "mlp")

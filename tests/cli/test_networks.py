@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from dia_lightning.attention import _registry, list_attention
-from dia_lightning.attention._registry import attention_builder
+from dia_lightning.attention import _registry, attention_builder, list_attention
 from dia_lightning.cli.networks import FORMULAS, parameters_of
 from dia_lightning.models import get_model
 from tests.cli.conftest import Run
