@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from dia_lightning.attention import Stages, find_sites
-from dia_lightning.attention._site_listing import reasons
 from dia_lightning.models import build_on_meta
 from tests.attention.families import FAMILIES, NO_BRANCH
 
@@ -162,7 +161,7 @@ def _row(name: str, build: Builder) -> tuple[bool, str]:
 
 
 def _left_out(stages: Stages) -> str:
-    found = "; ".join(f"{len(blocks)}: {reason.partition(', as ')[0]}" for reason, blocks in reasons(stages.left_out))
+    found = "; ".join(f"{len(blocks)}: {reason.partition(', as ')[0]}" for reason, blocks in stages.reasons())
     found = re.sub(r"'([^']+)'", r"`\1`", found)  # stars in paths are no emphasis
     return found or ("" if stages else "no addition of a branch to a shortcut")
 

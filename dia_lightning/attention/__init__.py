@@ -8,7 +8,8 @@ from dia_lightning.attention._find import find_sites
 from dia_lightning.attention._masks import EAN_MASKS
 from dia_lightning.attention._registry import attention_builder, list_attention, register_attention
 from dia_lightning.attention._roles import plain_class
-from dia_lightning.attention._sites import Branch, LeftOut, Site, Stages
+from dia_lightning.attention._sites import Branch, LeftOut, Site
+from dia_lightning.attention._stages import Stages
 from dia_lightning.attention._unit import AttentionUnit
 from dia_lightning.attention._watch import AttentionLayer, attention_layers, watch_maps
 from dia_lightning.attention.attention_condenser import AttentionCondenser

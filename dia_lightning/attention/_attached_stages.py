@@ -6,7 +6,8 @@ from torch import nn
 
 from dia_lightning.attention._attached_block import AttachedBlock
 from dia_lightning.attention._links import Slot
-from dia_lightning.attention._sites import LeftOut, Site, Stages
+from dia_lightning.attention._sites import LeftOut, Site
+from dia_lightning.attention._stages import Stages
 
 
 def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int]]:

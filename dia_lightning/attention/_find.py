@@ -14,7 +14,8 @@ from dia_lightning.attention._graph import Run
 from dia_lightning.attention._named_sites import sites_by_rules
 from dia_lightning.attention._own_attention import own_attention
 from dia_lightning.attention._site_table import is_optional, rule_of
-from dia_lightning.attention._sites import Branch, LeftOut, Site, Stages, in_stages, possible_sites, size_and_lane
+from dia_lightning.attention._sites import Branch, LeftOut, Site, in_stages, possible_sites, size_and_lane
+from dia_lightning.attention._stages import Stages
 from dia_lightning.attention._trace import trace
 
 

@@ -20,12 +20,12 @@ from dia_lightning.attention._site_table import BlockRule, rule_of
 from dia_lightning.attention._sites import (
     Branch,
     Site,
-    Stages,
     in_layers,
     in_stages,
     possible_sites,
     size_and_lane,
 )
+from dia_lightning.attention._stages import Stages
 
 Patterns: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
 #: A pattern of module paths, several, a function of path and module, or a list of these per group that shares a unit.

@@ -8,8 +8,6 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from dia_lightning.attention._site_listing import listing
-
 #: ``"conv"``: the only branch of a convolutional block; ``"attention"`` and ``"mlp"``: those of a transformer block.
 Branch = Literal["conv", "attention", "mlp"]
 
@@ -64,22 +62,6 @@ class LeftOut:
 
     block: str
     reason: str
-
-
-class Stages(list[list[Site]]):
-    """Stages, each a list of its sites in the order in which they run. Printing it gives a table.
-
-    Args:
-        stages: the stages.
-        left_out: the other additions of the network.
-    """
-
-    def __init__(self, stages: Iterable[list[Site]] = (), left_out: Iterable[LeftOut] = ()) -> None:
-        super().__init__(stages)
-        self.left_out = list(left_out)
-
-    def __str__(self) -> str:
-        return listing(self)
 
 
 def in_stages(sites: Iterable[Site], size: Callable[[Site], Any]) -> list[list[Site]]:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dia_lightning.attention import attach, attention_builder, find_sites, list_attention
-from dia_lightning.attention._site_listing import reasons
 from dia_lightning.models import build_on_meta, get_model, list_models, network_cost
 
 # H is the width of the bottleneck at the unit's default reduction. A test compares these with the units.
@@ -99,7 +98,7 @@ def takes_attention(name: str) -> str:
         return "no   it does not run on images alone: attach() needs an example"
     if stages:
         return f"yes  {'+'.join(str(len(stage)) for stage in stages)}"
-    grouped = sorted(reasons(stages.left_out), key=lambda item: -len(item[1]))
+    grouped = sorted(stages.reasons(), key=lambda item: -len(item[1]))
     return f"no   {grouped[0][0] if grouped else 'it has no shortcut'}"
 
 

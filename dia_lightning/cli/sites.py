@@ -12,7 +12,6 @@ from torch import nn
 
 from dia_lightning.attention import Branch, Stages, attach, detach, find_sites, is_attached
 from dia_lightning.attention._attached_stages import attached_stages
-from dia_lightning.attention._site_listing import listing
 from dia_lightning.cli import _network_argument
 from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.models import build_on_meta, get_model
@@ -52,7 +51,7 @@ def run(args: Sequence[str]) -> None:
     stages, added = attached_stages(network, found)
     total = _count(network) - size
     print(f"{title}: {size:,} parameters; {told} {total:,} ({total / max(1, size):+.1%})\n")
-    print(listing(stages, [("parameters", [f"{number:,}" for number in added])]))
+    print(stages.table([("parameters", [f"{number:,}" for number in added])]))
 
 
 def _parser() -> argparse.ArgumentParser:
