@@ -13,7 +13,7 @@ from dia_lightning._evaluating import evaluating
 from dia_lightning.attention import is_attached
 from dia_lightning.attention._folding import attached_chains, finding_obstacles, fold, slots_of
 from dia_lightning.attention._links import Slot
-from dia_lightning.attention._watch import watched_layers, watching
+from dia_lightning.attention.watching import watched_layers, watching
 
 
 @dataclass(frozen=True)

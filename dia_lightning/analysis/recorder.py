@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dia_lightning.analysis._moments import StageMoments
 from dia_lightning.attention import AttentionLayer, AttentionUnit
-from dia_lightning.attention._watch import watched_layers, watching
+from dia_lightning.attention.watching import watched_layers, watching
 
 Content: TypeAlias = Literal["maps", "states"]
 

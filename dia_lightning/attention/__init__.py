@@ -11,7 +11,6 @@ from dia_lightning.attention._roles import plain_class
 from dia_lightning.attention._sites import Branch, LeftOut, Site
 from dia_lightning.attention._stages import Stages
 from dia_lightning.attention._unit import AttentionUnit
-from dia_lightning.attention._watch import AttentionLayer, attention_layers, watch_maps
 from dia_lightning.attention.attention_condenser import AttentionCondenser
 from dia_lightning.attention.cbam import CBAM
 from dia_lightning.attention.dia_lstm import DIALSTM
@@ -21,6 +20,7 @@ from dia_lightning.attention.spatial_group import SpatialGroupEnhance
 from dia_lightning.attention.spatial_pyramid import SpatialPyramidAttention
 from dia_lightning.attention.squeeze_excitation import SqueezeExcitation
 from dia_lightning.attention.style_recalibration import StyleRecalibration
+from dia_lightning.attention.watching import AttentionLayer, attention_layers, watch_maps
 
 __all__ = [
     "CBAM",

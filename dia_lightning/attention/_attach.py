@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from dia_lightning.attention._attached_block import is_attached, take_apart
-from dia_lightning.attention._description import describe, remember
 from dia_lightning.attention._find import refuse_unfit
 from dia_lightning.attention._masks import plugged
 from dia_lightning.attention._own_attention import SharedModule
@@ -28,6 +27,7 @@ from dia_lightning.attention._wiring import (
     take_out,
     wire,
 )
+from dia_lightning.attention.description import describe, remember
 
 _LOG = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)

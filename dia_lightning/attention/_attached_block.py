@@ -8,11 +8,11 @@ import torch.fx
 from torch import nn
 
 from dia_lightning.attention._attached_site import AttachedSite, site_in
-from dia_lightning.attention._description import saving
 from dia_lightning.attention._frame import Frame
 from dia_lightning.attention._links import Chain, Link, Slot
 from dia_lightning.attention._roles import Role, remove_role
 from dia_lightning.attention._running import RUNNING, Scope
+from dia_lightning.attention.description import saving
 
 
 def _always(value: Any) -> property:

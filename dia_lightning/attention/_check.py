@@ -21,7 +21,7 @@ from dia_lightning.attention._attach import detach
 from dia_lightning.attention._attached_block import AttachedBlock, is_attached
 from dia_lightning.attention._links import tensors_in
 from dia_lightning.attention._trace import arguments_of
-from dia_lightning.attention._watch import watch_maps
+from dia_lightning.attention.watching import watch_maps
 
 #: Largest difference, relative to the largest output, that counts as equal where the arithmetic is the same.
 EXACT = 1e-5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dia_lightning import _hub
 from dia_lightning.attention import attach, detach, is_attached, plain_class
-from dia_lightning.attention._description import DESCRIPTION, LOADS_WITH, arguments_of, descriptions
+from dia_lightning.attention.description import DESCRIPTION, LOADS_WITH, arguments_of, descriptions
 
 Network = TypeVar("Network", bound=nn.Module)
 _CARD = """---

@@ -17,7 +17,7 @@ from dia_lightning import _hub
 from dia_lightning._evaluating import evaluating
 from dia_lightning._extras import needed_by
 from dia_lightning.attention import attach, is_attached, plain_class
-from dia_lightning.attention._description import arguments_of, descriptions
+from dia_lightning.attention.description import arguments_of, descriptions
 from dia_lightning.models import denoising
 from dia_lightning.models._pipeline_index import check_index, check_network
 from dia_lightning.models.denoisers import keep_labels

@@ -1,4 +1,8 @@
-"""Attention maps as they are made, for whoever wants to look at them."""
+"""Attention maps as they are made, for whoever wants to look at them.
+
+Users have :func:`watch_maps`; analysis, which watches the same layers again, :func:`watched_layers` and
+:func:`watching`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,6 +1,7 @@
 """What is attached to a network, in words that a config can hold, and the way back.
 
 Whoever saves a network of diffusers or transformers by its own ``save_pretrained`` gets these words into its config.
+Folders and pipelines of :mod:`dia_lightning.models` are written and loaded with them too.
 """
 
 import functools
