@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from dia_lightning._evaluating import evaluating
 from dia_lightning.attention import is_attached
-from dia_lightning.attention._folding import attached_chains, finding_obstacles, fold, slots_of
-from dia_lightning.attention._links import Slot
-from dia_lightning.attention.watching import watched_layers, watching
+from dia_lightning.attention.folding import attached_slots, finding_obstacles, fold, keep_remembered
+from dia_lightning.attention.watching import watching
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def fold_constant_maps(
     """
     _check(network, batches, tolerance)
     run = run or (lambda batch: network(batch[0] if isinstance(batch, tuple | list) else batch))
-    watched = [(layer, slot) for layer, slot in watched_layers(network, False, None) if isinstance(slot, Slot)]
+    watched = attached_slots(network)
     moments = [_Moments() for _ in watched]
 
     def see(number: int, attention_map: Tensor, state: Any) -> None:
@@ -125,8 +124,10 @@ def fold_constant_maps(
                 "batches must have two images at least, to see how much maps vary between images. Give some hundred."
             )
         of_slot = {slot: each for (_, slot), each in zip(watched, moments, strict=True)}
-        _keep_varying(of_slot, obstacles, tolerance)
-        _keep_remembered(network, of_slot, obstacles)
+        for slot, each in of_slot.items():
+            if not obstacles[slot] and not each.variation <= tolerance:
+                obstacles[slot] = f"its map varies by more than {tolerance:g}"
+        keep_remembered(network, {slot for slot, each in of_slot.items() if each.has_memory}, obstacles)
         fold(network, {slot: of_slot[slot].map(slot.channels) for slot in of_slot if not obstacles[slot]})
         after = [_outputs(run, batch) for batch in batches]
     sites = [FoldedSite(layer.path, layer.stage, of_slot[slot].variation, obstacles[slot]) for layer, slot in watched]
@@ -182,22 +183,6 @@ def _check(network: nn.Module, batches: Iterable[Any], tolerance: float) -> None
         raise ValueError("No attention is attached to this network, so there is nothing to fold.")
     if any(module._compiled_call_impl is not None for module in network.modules()):
         raise ValueError("The network is compiled and would keep running its attention. Fold before compile().")
-
-
-def _keep_varying(moments: dict[Slot, _Moments], obstacles: dict[Slot, str], tolerance: float) -> None:
-    for slot, each in moments.items():
-        if not obstacles[slot] and not each.variation <= tolerance:
-            obstacles[slot] = f"its map varies by more than {tolerance:g}"
-
-
-def _keep_remembered(network: nn.Module, moments: dict[Slot, _Moments], obstacles: dict[Slot, str]) -> None:
-    for chain in attached_chains(network):
-        slots = slots_of(chain)
-        if not any(moments[slot].has_memory for slot in slots):
-            continue
-        kept = [number for number, slot in enumerate(slots) if obstacles[slot]]
-        for slot in slots[: max(kept, default=0)]:
-            obstacles[slot] = obstacles[slot] or "later sites need the state that is made here"
 
 
 def _outputs(run: Callable[[Any], Any], batch: Any) -> list[Tensor]:

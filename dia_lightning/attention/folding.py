@@ -1,7 +1,10 @@
-"""Attention whose map is always the same, multiplied into the weights of the layer in its place."""
+"""Attention whose map is always the same, multiplied into the weights of the layer in its place.
+
+:mod:`dia_lightning.analysis` measures the maps and decides; what it may fold, and how, is here.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,19 +17,19 @@ from dia_lightning.attention._attached_block import AttachedBlock, ChainOwner
 from dia_lightning.attention._attached_site import AttachedSite
 from dia_lightning.attention._links import Chain, Link, Slot
 from dia_lightning.attention._roles import plain_class, remove_role
+from dia_lightning.attention.watching import AttentionLayer, watched_layers
 
 #: An obstacle to folding, by slot; none where the map can be multiplied into the layer.
 Obstacles = dict[Slot, str]
 
 
-def attached_chains(network: nn.Module) -> list[Chain]:
-    """Return the chains of a network with attention."""
-    return list(dict.fromkeys(link.chain for _, link in _links(network)))
+def attached_slots(network: nn.Module) -> list[tuple[AttentionLayer, Slot]]:
+    """Return the layers that attention is attached to, each with its slot, in the order in which they run in a stage.
 
-
-def slots_of(chain: Chain) -> list[Slot]:
-    """Return the slots of a chain in the order in which they run."""
-    return sorted((slot for link in chain.links for slot in link.slots), key=lambda slot: slot.layer)
+    Raises:
+        ValueError: if there are none.
+    """
+    return [(layer, slot) for layer, slot in watched_layers(network, False, None) if isinstance(slot, Slot)]
 
 
 @contextmanager
@@ -52,6 +55,23 @@ def finding_obstacles(network: nn.Module) -> Iterator[Obstacles]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def keep_remembered(network: nn.Module, remembering: Set[Slot], obstacles: Obstacles) -> None:
+    """Note an obstacle at the slots whose state a later slot with attention needs.
+
+    Args:
+        network: with attention.
+        remembering: slots after which the unit hands on a state.
+        obstacles: at all slots; those that are found are added.
+    """
+    for chain in _chains(network):
+        slots = sorted((slot for link in chain.links for slot in link.slots), key=lambda slot: slot.layer)
+        if remembering.isdisjoint(slots):
+            continue
+        kept = [number for number, slot in enumerate(slots) if obstacles[slot]]
+        for slot in slots[: max(kept, default=0)]:
+            obstacles[slot] = obstacles[slot] or "later sites need the state that is made here"
 
 
 def _known_obstacle(block: nn.Module, slot: Slot, used: Counter[int]) -> str:
@@ -119,7 +139,7 @@ def fold(network: nn.Module, maps: Mapping[Slot, Tensor]) -> None:
     for block, link in _links(network):
         _take_out(block, [slot for slot in link.slots if slot in maps])
         link.slots = tuple(slot for slot in link.slots if slot not in maps)
-    for chain in attached_chains(network):
+    for chain in _chains(network):
         _shorten(network, chain)
     for module in list(network.modules()):
         if isinstance(module, ChainOwner):
@@ -181,6 +201,10 @@ def _shorten(network: nn.Module, chain: Chain) -> None:
 def _links(network: nn.Module) -> list[tuple[AttachedBlock, Link]]:
     blocks = [module for module in network.modules() if isinstance(module, AttachedBlock)]
     return [(block, link) for block in blocks for link in block.dia_links]
+
+
+def _chains(network: nn.Module) -> list[Chain]:
+    return list(dict.fromkeys(link.chain for _, link in _links(network)))
 
 
 def _target(site: nn.Module, channels: int) -> nn.Module:
