@@ -21,13 +21,13 @@ from dia_lightning.attention._unit import AttentionUnit, start_at_zero
 from dia_lightning.attention._wiring import (
     let_go,
     like,
-    parameters_saved,
     put_back,
     refuse_unfit_places,
     take_out,
     wire,
 )
 from dia_lightning.attention.description import describe, remember
+from dia_lightning.attention.inspection import parameters_saved
 
 _LOG = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)

@@ -11,7 +11,6 @@ from dia_lightning.attention._attached_block import AttachedBlock
 from dia_lightning.attention._examples import known_examples
 from dia_lightning.attention._found_sites import branch_sites
 from dia_lightning.attention._graph import Run
-from dia_lightning.attention._named_sites import sites_by_rules
 from dia_lightning.attention._own_attention import own_attention
 from dia_lightning.attention._site_table import is_optional, rule_of
 from dia_lightning.attention._sites import Branch, LeftOut, Site, in_stages, possible_sites, size_and_lane
@@ -84,11 +83,6 @@ def refuse_unfit(model: nn.Module) -> None:
                 f"({wrapper or 'compile()'}), which would miss the attention's parameters or keep running code without "
                 "it. Attach before the network is wrapped, sharded or compiled."
             )
-
-
-def needs_example(model: nn.Module) -> bool:
-    """Tell whether neither the blocks of a network are known nor what it takes."""
-    return not sites_by_rules(model) and not any(True for _ in known_examples(model))
 
 
 def check_branches(branches: Sequence[Branch] | None) -> None:

@@ -1,7 +1,6 @@
 """Give the blocks and layers of a network what they need to have attention."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -93,16 +92,6 @@ def put_back(model: nn.Module) -> None:
                 module = copy.deepcopy(shared[chains[block, path]].module)
             if module is not None and isinstance(block.get_submodule(path), nn.Identity):  # else somebody's new layer
                 block.set_submodule(path, like(module, block))
-
-
-def parameters_saved(model: nn.Module) -> int:
-    """Return the number of parameters that a network saves by sharing attention modules of its own."""
-    blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
-    links = [(block, link) for block in blocks for link in block.dia_links]
-    sites = Counter(link.chain for _, link in links for slot in link.slots if slot.is_whole)
-    first = [(block, link) for block, link in links if link.before is None and link.chain in sites]
-    sizes = {link.chain: sum(each.numel() for each in getattr(block, link.unit).parameters()) for block, link in first}
-    return sum(sizes[chain] * (count - 1) for chain, count in sites.items())
 
 
 def _plugged_sites(blocks: list[Place]) -> list[tuple[Place, Site]]:

@@ -7,8 +7,7 @@ import torch._dynamo
 from torch import nn
 
 from dia_lightning.attention import find_sites, is_attached
-from dia_lightning.attention._attached_block import AttachedBlock
-from dia_lightning.attention._examples import known_examples
+from dia_lightning.attention.inspection import attached_blocks, takes_what_is_known
 
 Compile: TypeAlias = bool | Literal["blocks"]
 
@@ -53,10 +52,9 @@ def compile_in_place(parts: Iterable[nn.Module]) -> None:
 
 def _residual_blocks(network: nn.Module, example: Any) -> list[nn.Module]:
     if is_attached(network):  # by the user
-        return [module for module in network.modules() if isinstance(module, AttachedBlock)]
-    is_known = any(True for _ in known_examples(network))
+        return attached_blocks(network)
     try:
-        stages = find_sites(network, None if is_known else example)
+        stages = find_sites(network, None if takes_what_is_known(network) else example)
     except ValueError as error:
         raise ValueError(f"{_no_blocks(network)} Looking for some: {error}") from error
     paths = dict.fromkeys(site.block for stage in stages for site in stage)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.attention import attach
-from dia_lightning.attention._find import needs_example
-from dia_lightning.attention._wiring import parameters_saved
+from dia_lightning.attention.inspection import needs_example, parameters_saved
 
 # The command line knows networks by name only: from the types of objects its help would list every module of torch.
 if TYPE_CHECKING:

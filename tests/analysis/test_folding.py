@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dia_lightning.analysis import fold_constant_maps
 from dia_lightning.attention import AttentionUnit, Stages, attach, attention_layers, watch_maps
-from dia_lightning.attention._attached_stages import attached_stages
 from dia_lightning.attention._roles import Role
+from dia_lightning.attention.inspection import attached_stages
 from dia_lightning.models import get_model
 
 IMAGES = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]

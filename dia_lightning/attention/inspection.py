@@ -1,13 +1,23 @@
-"""Where attention is attached, and how many parameters it has there."""
+"""What tasks and the command line ask of a network: where attention is, what it costs there, what the network takes.
+
+Users have :func:`is_attached`, :func:`find_sites` and :func:`attention_layers`.
+"""
 
 from collections import Counter
 
 from torch import nn
 
 from dia_lightning.attention._attached_block import AttachedBlock
+from dia_lightning.attention._examples import known_examples
 from dia_lightning.attention._links import Slot
+from dia_lightning.attention._named_sites import sites_by_rules
 from dia_lightning.attention._sites import LeftOut, Site
 from dia_lightning.attention._stages import Stages
+
+
+def attached_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks with attention, as they are registered; those that only hand a state on are among them."""
+    return [module for module in network.modules() if isinstance(module, AttachedBlock)]
 
 
 def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int]]:
@@ -36,6 +46,26 @@ def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int
     stages = [[site for slot, site in slots if slot.stage == number] for number in numbers]
     left_out = [LeftOut(site.block, "no attention is attached here") for site in known.values()]
     return Stages(stages, [*found.left_out, *left_out]), [added[number] for number in numbers]
+
+
+def parameters_saved(model: nn.Module) -> int:
+    """Return the number of parameters that a network saves by sharing attention modules of its own."""
+    blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
+    links = [(block, link) for block in blocks for link in block.dia_links]
+    sites = Counter(link.chain for _, link in links for slot in link.slots if slot.is_whole)
+    first = [(block, link) for block, link in links if link.before is None and link.chain in sites]
+    sizes = {link.chain: sum(each.numel() for each in getattr(block, link.unit).parameters()) for block, link in first}
+    return sum(sizes[chain] * (count - 1) for chain, count in sites.items())
+
+
+def takes_what_is_known(model: nn.Module) -> bool:
+    """Tell whether a network, or a part of it, is of a library whose networks take what is known."""
+    return any(True for _ in known_examples(model))
+
+
+def needs_example(model: nn.Module) -> bool:
+    """Tell whether neither the blocks of a network are known nor what it takes."""
+    return not sites_by_rules(model) and not takes_what_is_known(model)
 
 
 def _count(module: nn.Module) -> int:
