@@ -1,18 +1,16 @@
 """Tasks from what checkpoints hold: plain values go into the constructor as they are, and no parser sees them."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dia_lightning._checkpoint_kind import WrongCheckpointError, misfit
 from dia_lightning._hyperparameters import OBJECT, arguments_of, from_file
 from dia_lightning.models.libraries import is_elsewhere, without_weights
 
-if TYPE_CHECKING:  # imports this module
-    from dia_lightning.tasks.base import DIATask
-
-Task = TypeVar("Task", bound="DIATask")
+Task = TypeVar("Task", bound=LightningModule)
 #: Needed to train on only: a task is built without, and asks for them then.
 _OF_TRAINING = ("optimizer", "schedule")
 
