@@ -49,15 +49,14 @@ WITHOUT = {
 FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
-def imported_modules(path: Path) -> Iterator[str]:
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield the full names of what a file imports, in functions too: modules, and names from modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
-            yield node.module or ""
-            if node.module == "dia_lightning":
-                yield from (f"dia_lightning.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def layer_of(path: Path) -> str:
@@ -67,7 +66,7 @@ def layer_of(path: Path) -> str:
 @pytest.mark.parametrize("path", FILES)
 def test_imports_point_downwards(path: Path) -> None:
     layer = layer_of(path)
-    own = {name.split(".")[1] for name in imported_modules(path) if name.startswith("dia_lightning.")}
+    own = {name.split(".")[1] for name in imported_names(path) if name.startswith("dia_lightning.")}
     if layer in BELOW:
         assert own - {layer, "__version__"} <= BELOW[layer]
     elif layer == "__main__.py":
@@ -87,8 +86,16 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
+def test_no_package_imports_what_is_private_in_another(path: Path) -> None:
+    """Modules beside the packages are common ground."""
+    own = {"__main__.py": "cli"}.get(layer_of(path), layer_of(path))  # the command line, as a module that is run
+    others = [name for name in imported_names(path) if re.match(rf"dia_lightning\.(?!{own}\.)[a-z]", name)]
+    assert [name for name in others if "._" in name] == []
+
+
+@pytest.mark.parametrize("path", FILES)
 def test_lower_layers_do_without_the_packages_of_upper_ones(path: Path) -> None:
-    packages = {name.split(".")[0] for name in imported_modules(path)}
+    packages = {name.split(".")[0] for name in imported_names(path)}
     assert not packages & WITHOUT.get(layer_of(path), set())
 
 
