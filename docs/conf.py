@@ -49,11 +49,13 @@ python_maximum_signature_line_length = 80
 
 PACKAGES = ("attention", "models", "tasks", "datamodules", "callbacks", "analysis", "loggers")
 #: Pages that stand in the root of the repository, where GitHub looks for them.
-IN_ROOT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "security": "SECURITY.md"}
+IN_ROOT = {name: f"{name.upper()}.md" for name in ("changelog", "contributing", "releasing", "security")}
 #: Links that are right on GitHub, and where they lead here.
 MOVED = {
     "(../SECURITY.md": "(security.md",
     "(SECURITY.md": "(security.md",
+    "(CONTRIBUTING.md": "(contributing.md",
+    "(RELEASING.md": "(releasing.md",
     "(../notebooks/": "(notebooks/",
     "(docs/": "(",
 }
