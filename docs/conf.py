@@ -47,7 +47,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 80
 
-PACKAGES = ("attention", "models", "tasks", "datamodules", "callbacks", "analysis", "loggers")
+PACKAGES = ("attention", "models", "tasks", "datamodules", "callbacks", "analysis", "drawing", "loggers")
 #: Pages that stand in the root of the repository, where GitHub looks for them.
 IN_ROOT = {name: f"{name.upper()}.md" for name in ("changelog", "contributing", "releasing", "security")}
 #: Links that are right on GitHub, and where they lead here.

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 # What each layer may import from this package ...
 BELOW = {
     "attention": {"_extras", "_hyperparameters"},
+    "drawing": {"_extras"},
     "models": {
         *("attention", "_checkpoint_file", "_evaluating", "_extras", "_float32", "_hub"),
         *("_torchvision_guard", "_whole_files"),
@@ -25,7 +26,7 @@ BELOW = {
     },
     "loggers": {"_extras", "_redact", "_text", "_whole_files"},
     "callbacks": {
-        *("analysis", "tasks", "datamodules", "models", "attention"),
+        *("analysis", "tasks", "datamodules", "models", "attention", "drawing"),
         *("_apportion", "_checkpoint_file", "_coco_tools", "_extras", "_whole_files"),
     },
     "tasks": {
@@ -33,7 +34,7 @@ BELOW = {
         *("_evaluating", "_extras", "_float32", "_hub", "_hyperparameters", "_redact", "_whole_files"),
     },
     "cli": {
-        *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention"),
+        *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing"),
         *("_checkpoint_file", "_checkpoint_kind", "_hyperparameters", "_redact", "_text"),
         *("_torchvision_guard", "_whole_files"),
     },
@@ -43,6 +44,7 @@ UPPER = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "matplotlib"
 WITHOUT = {
     "attention": UPPER | {"torchvision", "numpy", "sklearn"},
     "models": UPPER - {"timm", "diffusers"},
+    "drawing": UPPER - {"matplotlib"},
     "analysis": UPPER - {"matplotlib"},
 }
 

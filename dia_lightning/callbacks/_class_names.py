@@ -1,39 +1,10 @@
-"""Names of classes, and how they fit into a picture."""
+"""Names of the classes of a task or its data."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-
-class ObjectClasses(NamedTuple):
-    """Classes of a detector, whose labels start at 1; ``None`` where nobody knows."""
-
-    names: list[str] | None
-    category_ids: list[int] | None
-
-    def name(self, label: int) -> str:
-        """Return the name of a label, else its number."""
-        return str(label) if self.names is None else self.names[self._position(label, len(self.names))]
-
-    def category_id(self, label: int) -> int:
-        """Return the id of a label in the user's files, else the label."""
-        if self.category_ids is None:
-            return label
-        return self.category_ids[self._position(label, len(self.category_ids))]
-
-    @property
-    def category_names(self) -> dict[int, str]:
-        """Return the names of all known categories by id."""
-        count = len(self.names or self.category_ids or [])
-        return {self.category_id(label): self.name(label) for label in range(1, count + 1)}
-
-    def _position(self, label: int, count: int) -> int:
-        if not 1 <= label <= count:
-            raise ValueError(
-                f"Label {label} is none of the {count} classes, whose labels are 1 to {count}. "
-                "Set num_classes of the model to the number of classes of the data."
-            )
-        return label - 1
+from dia_lightning.drawing import ObjectClasses
 
 
 def object_classes(trainer: Trainer, pl_module: LightningModule) -> ObjectClasses:
@@ -92,27 +63,3 @@ def check_has_one_class(pl_module: LightningModule, callback: str, instead: str)
     """
     if has_several_labels(pl_module):
         raise ValueError(f"{callback} is for images of one class each, not for task='multilabel'. {instead}")
-
-
-def short_label(text: str, length: int) -> str:
-    """Return ``text`` as one line of at most ``length`` characters that matplotlib draws as it stands.
-
-    Example:
-        >>> short_label("american staffordshire terrier", 15)
-        'american …rrier'
-        >>> print(short_label("$5 bill", 15))
-        \\$5 bill
-    """
-    return shorten(text, length).replace("$", r"\$")  # two dollar signs would start a formula
-
-
-def shorten(text: str, length: int) -> str:
-    """Return ``text`` as one line of at most ``length`` characters.
-
-    The middle is left out, because long class names often share their beginning.
-    """
-    text = " ".join(text.split())
-    if len(text) <= length:
-        return text
-    tail = (length - 1) * 2 // 5
-    return text[: length - 1 - tail] + "…" + text[len(text) - tail :]

@@ -11,12 +11,12 @@ import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks._run_folder import run_folder
+from dia_lightning.drawing import as_image
 
 
 def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | None) -> Path | None:
@@ -54,7 +54,7 @@ def log_picture(trainer: Trainer, name: str, picture: Image.Image | Figure | Non
     folder = run_folder(trainer)
     if not trainer.is_global_zero or picture is None:
         return None
-    image = _as_image(picture)
+    image = as_image(picture)
     step = _step_of_the_weights(trainer)
     path = folder / "pictures" / name / f"step={step:06d}.png"
     written = write_picture(image, path, name)
@@ -72,7 +72,7 @@ def send_picture(logger: Logger, name: str, picture: Image.Image | Figure, step:
         picture: an image, or a figure that was made without pyplot.
         step: of the weights.
     """
-    _try(logger, name, partial(_send, logger, name, _as_image(picture), step))
+    _try(logger, name, partial(_send, logger, name, as_image(picture), step))
 
 
 def write_picture(image: Image.Image, path: Path, name: str) -> bool:
@@ -124,16 +124,6 @@ def _warn_once(logger: Logger, name: str, error: Exception) -> None:
             f"Picture {name} did not reach {type(logger).__name__}: {type(error).__name__}: {error}. "
             "Pictures are also files in the run folder; later ones that do not reach this logger are not warned about."
         )
-
-
-def _as_image(picture: Image.Image | Figure) -> Image.Image:
-    return _render(picture) if isinstance(picture, Figure) else picture.convert("RGB")
-
-
-def _render(figure: Figure) -> Image.Image:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
 
 
 def _write_png(image: Image.Image, path: Path) -> None:

@@ -1,10 +1,14 @@
-"""What the callbacks read from the outputs of a step."""
+"""What the callbacks read from the outputs of a step, and from the targets of a detector."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dia_lightning.drawing import Objects
+
+MASK_THRESHOLD = 0.5  # probability from which a pixel belongs to an object
 
 
 class StepOutputs(NamedTuple):
@@ -80,6 +84,29 @@ def read_detections(outputs: Any) -> StepDetections:
         _check_detections(found)
     rows = [row for row, sample in enumerate(index) if sample >= 0]
     return StepDetections(rows, [index[row] for row in rows], [detections[row] for row in rows])
+
+
+def true_objects(target: Mapping[str, Tensor]) -> Objects:
+    """Return the objects of a target."""
+    masks, crowd = target.get("masks"), target.get("iscrowd")
+    return Objects(
+        boxes=target["boxes"].detach().float().cpu(),
+        labels=target["labels"].detach().cpu(),
+        masks=None if masks is None else masks.detach().bool().cpu(),
+        crowd=None if crowd is None else crowd.detach().bool().cpu(),
+    )
+
+
+def detected_objects(detections: Mapping[str, Tensor], score_threshold: float) -> Objects:
+    """Return the detections of an image from a score on; their masks are the pixels of probability 0.5 and more."""
+    chosen = detections["scores"] >= score_threshold
+    masks = detections.get("masks")
+    return Objects(
+        boxes=detections["boxes"][chosen].detach().float().cpu(),
+        labels=detections["labels"][chosen].detach().cpu(),
+        scores=detections["scores"][chosen].detach().float().cpu(),
+        masks=None if masks is None else (masks[:, 0] >= MASK_THRESHOLD)[chosen].cpu(),
+    )
 
 
 def _check_keys(outputs: Any, wanted: dict[str, str]) -> None:

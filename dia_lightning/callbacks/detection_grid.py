@@ -7,12 +7,11 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dia_lightning.callbacks._class_names import ObjectClasses, object_classes
-from dia_lightning.callbacks._draw_detections import Scene, draw_detections
-from dia_lightning.callbacks._objects import Objects, detected_objects, true_objects
+from dia_lightning.callbacks._class_names import object_classes
 from dia_lightning.callbacks._pictures import log_boxes, log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
-from dia_lightning.callbacks._step_outputs import read_detections
+from dia_lightning.callbacks._step_outputs import detected_objects, read_detections, true_objects
+from dia_lightning.drawing import ObjectClasses, Objects, Scene, draw_detections
 
 
 class DetectionGrid(SampleGrid[Scene]):

@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import check_has_one_class, class_names
-from dia_lightning.callbacks._draw_grid import Prediction, draw_grid
 from dia_lightning.callbacks._pictures import log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
 from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
+from dia_lightning.drawing import Prediction, draw_predictions
 
 
 class PredictionGrid(SampleGrid[Prediction]):
@@ -82,7 +82,7 @@ class PredictionGrid(SampleGrid[Prediction]):
             title = f"{stage}: {when(trainer)}{right} of {len(others)} right"
             if self._mistakes:
                 title += ", then the most confident mistakes"
-            figure = draw_grid(others + self._mistakes, names, title)
+            figure = draw_predictions(others + self._mistakes, names, title)
         log_picture(trainer, f"{stage}/predictions", figure)
 
     def _others(self) -> list[Prediction]:

@@ -5,9 +5,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dia_lightning.callbacks._class_names import class_names
-from dia_lightning.callbacks._draw_grid import Prediction
 from dia_lightning.callbacks._result_writer import sample_name
 from dia_lightning.callbacks.prediction_grid import PredictionGrid
+from dia_lightning.drawing import Prediction
 
 COLUMNS = ["sample", "image", "true", "predicted", "confidence", "correct"]
 

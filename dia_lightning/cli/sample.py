@@ -186,7 +186,7 @@ def _grid(
     task: "DiffusionTask", images: Sequence[Tensor], labels: Sequence[int] | None, options: argparse.Namespace
 ) -> Image.Image:
     """Return a picture of the images in the order of the files, with one column per class if there are several."""
-    from dia_lightning.callbacks.generated_grid import draw_table
+    from dia_lightning.drawing import draw_table
 
     columns, headings = math.ceil(math.sqrt(len(images))), []
     if labels is not None:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dia_lightning.callbacks import DetectionGrid, detection_grid
-from dia_lightning.callbacks._class_names import ObjectClasses
-from dia_lightning.callbacks._draw_detections import CELL, Scene, draw_detections
-from dia_lightning.callbacks._draw_objects import class_colour
-from dia_lightning.callbacks._objects import Objects, detected_objects
+from dia_lightning.callbacks._step_outputs import detected_objects
+from dia_lightning.drawing import ObjectClasses, Objects, Scene, draw_detections
+from dia_lightning.drawing._boxes_and_masks import class_colour
+from dia_lightning.drawing._detections import CELL
 from tests.callbacks.tiny_classifier import tiny_trainer
 from tests.callbacks.tiny_detector import NAMES, Detections, TinyDetector, TinyScenes, by_index, detections
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dia_lightning import drawing
 from dia_lightning.callbacks import generated_grid
 from dia_lightning.tasks import DIATask, DiffusionTask, load_task
 from tests.cli.conftest import Run
@@ -81,14 +82,15 @@ def differ(first: Any, second: Any) -> bool:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the tables in pictures were made of."""
     tables: list[dict[str, Any]] = []
-    draw = generated_grid.draw_table
+    draw = drawing.draw_table
 
     def note(rows: Any, title: str, **options: Any) -> Image.Image:
         values = [np.stack([image.numpy()[0].astype(int) for image in row]) for row in rows]
         tables.append({"rows": values, "title": title, **options})
         return draw(rows, title, **options)
 
-    monkeypatch.setattr(generated_grid, "draw_table", note)
+    for module in (drawing, generated_grid):
+        monkeypatch.setattr(module, "draw_table", note)
     return tables
 
 

@@ -1,17 +1,10 @@
-"""The letters and pixels of the pictures that are drawn with Pillow."""
+"""Images and figures as pictures, in any size."""
 
-from functools import cache
-from pathlib import Path
-
-import matplotlib
-from PIL import Image, ImageFont
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
-
-
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font of matplotlib's pictures, which comes with it and knows more than Latin letters."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -39,3 +32,12 @@ def to_picture(image: Tensor) -> Image.Image:
 def scaled(picture: Image.Image, scale: float, resampling: Image.Resampling) -> Image.Image:
     """Return a picture in another size, of at least one pixel."""
     return picture.resize((max(1, round(scale * picture.width)), max(1, round(scale * picture.height))), resampling)
+
+
+def as_image(picture: Image.Image | Figure) -> Image.Image:
+    """Return a picture, or the pixels of a figure that was made without pyplot, as an RGB image."""
+    if not isinstance(picture, Figure):
+        return picture.convert("RGB")
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]

@@ -6,10 +6,9 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dia_lightning.callbacks._class_names import ObjectClasses, shorten
-from dia_lightning.callbacks._draw_objects import NAME_LENGTH, class_colour, draw_objects
-from dia_lightning.callbacks._drawing import font
-from dia_lightning.callbacks._objects import Objects
+from dia_lightning.drawing._boxes_and_masks import NAME_LENGTH, class_colour, draw_objects
+from dia_lightning.drawing._letters import font, shorten
+from dia_lightning.drawing._objects import ObjectClasses, Objects
 
 CELL = (720, 540)  # largest width and height of an image in pixels
 NARROWEST = 320  # column in pixels, wide enough for what is written below an image

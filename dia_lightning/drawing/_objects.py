@@ -1,12 +1,10 @@
-"""The objects of one image, true or detected, as the callbacks draw and write them."""
+"""The objects of one image, true or detected, and what their classes are called."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-MASK_THRESHOLD = 0.5  # probability from which a pixel belongs to an object
 
 
 @dataclass(frozen=True)
@@ -49,24 +47,32 @@ class Objects:
         return self.only(torch.isfinite(self.boxes).all(dim=1))
 
 
-def true_objects(target: Mapping[str, Tensor]) -> Objects:
-    """Return the objects of a target."""
-    masks, crowd = target.get("masks"), target.get("iscrowd")
-    return Objects(
-        boxes=target["boxes"].detach().float().cpu(),
-        labels=target["labels"].detach().cpu(),
-        masks=None if masks is None else masks.detach().bool().cpu(),
-        crowd=None if crowd is None else crowd.detach().bool().cpu(),
-    )
+class ObjectClasses(NamedTuple):
+    """Classes of a detector, whose labels start at 1; ``None`` where nobody knows."""
 
+    names: list[str] | None
+    category_ids: list[int] | None
 
-def detected_objects(detections: Mapping[str, Tensor], score_threshold: float) -> Objects:
-    """Return the detections of an image from a score on; their masks are the pixels of probability 0.5 and more."""
-    chosen = detections["scores"] >= score_threshold
-    masks = detections.get("masks")
-    return Objects(
-        boxes=detections["boxes"][chosen].detach().float().cpu(),
-        labels=detections["labels"][chosen].detach().cpu(),
-        scores=detections["scores"][chosen].detach().float().cpu(),
-        masks=None if masks is None else (masks[:, 0] >= MASK_THRESHOLD)[chosen].cpu(),
-    )
+    def name(self, label: int) -> str:
+        """Return the name of a label, else its number."""
+        return str(label) if self.names is None else self.names[self._position(label, len(self.names))]
+
+    def category_id(self, label: int) -> int:
+        """Return the id of a label in the user's files, else the label."""
+        if self.category_ids is None:
+            return label
+        return self.category_ids[self._position(label, len(self.category_ids))]
+
+    @property
+    def category_names(self) -> dict[int, str]:
+        """Return the names of all known categories by id."""
+        count = len(self.names or self.category_ids or [])
+        return {self.category_id(label): self.name(label) for label in range(1, count + 1)}
+
+    def _position(self, label: int, count: int) -> int:
+        if not 1 <= label <= count:
+            raise ValueError(
+                f"Label {label} is none of the {count} classes, whose labels are 1 to {count}. "
+                "Set num_classes of the model to the number of classes of the data."
+            )
+        return label - 1

@@ -6,11 +6,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dia_lightning.callbacks._class_names import ObjectClasses
-from dia_lightning.callbacks._draw_objects import Rectangle, class_colour, draw_objects, text_colour
-from dia_lightning.callbacks._drawing import font
-from dia_lightning.callbacks._objects import Objects
-from tests.callbacks.conftest import Written
+from dia_lightning.drawing import ObjectClasses, Objects, draw_objects
+from dia_lightning.drawing._boxes_and_masks import Rectangle, class_colour, text_colour
+from dia_lightning.drawing._letters import font
+from tests.drawing.conftest import Written
 
 NAMES = ObjectClasses(["cat", "dog", "owl"], None)
 

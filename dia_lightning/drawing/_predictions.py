@@ -7,8 +7,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dia_lightning.callbacks._class_names import shorten
-from dia_lightning.callbacks._drawing import font, scaled, to_picture
+from dia_lightning.drawing._letters import font, shorten
+from dia_lightning.drawing._pixels import scaled, to_picture
 
 RIGHT = "#1a7f37"  # green and red of equal darkness, readable on white
 WRONG = "#cf222e"
@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
         return self.true == self.predicted
 
 
-def draw_grid(predictions: Sequence[Prediction], names: Sequence[str], title: str) -> Image.Image:
+def draw_predictions(predictions: Sequence[Prediction], names: Sequence[str], title: str) -> Image.Image:
     """Draw predictions row by row, each with its predicted class and probability above it.
 
     The second line names the true class; both are green where the answer is right and red where it is wrong.

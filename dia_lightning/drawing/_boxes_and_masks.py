@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dia_lightning.callbacks._class_names import ObjectClasses, shorten
-from dia_lightning.callbacks._drawing import font, scaled, to_picture
-from dia_lightning.callbacks._objects import Objects
+from dia_lightning.drawing._letters import font, shorten
+from dia_lightning.drawing._objects import ObjectClasses, Objects
+from dia_lightning.drawing._pixels import scaled, to_picture
 
 CROWDED = 20  # objects; with more of them labels are smaller, and those without a free place are left out
 MOST_HIDDEN = 0.4  # of other labels and of boxes, added up, by a label in a crowded picture

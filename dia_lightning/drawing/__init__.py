@@ -1,0 +1,29 @@
+"""Pictures of arrays: images with what a model says about them, and figures of numbers."""
+
+from dia_lightning._extras import require
+
+require("matplotlib", by=__name__)
+
+from dia_lightning.drawing._boxes_and_masks import draw_objects
+from dia_lightning.drawing._confusion import draw_class_accuracy, draw_confusion_matrix
+from dia_lightning.drawing._detections import Scene, draw_detections
+from dia_lightning.drawing._image_table import draw_table
+from dia_lightning.drawing._letters import shorten
+from dia_lightning.drawing._objects import ObjectClasses, Objects
+from dia_lightning.drawing._pixels import as_image
+from dia_lightning.drawing._predictions import Prediction, draw_predictions
+
+__all__ = [
+    "ObjectClasses",
+    "Objects",
+    "Prediction",
+    "Scene",
+    "as_image",
+    "draw_class_accuracy",
+    "draw_confusion_matrix",
+    "draw_detections",
+    "draw_objects",
+    "draw_predictions",
+    "draw_table",
+    "shorten",
+]
