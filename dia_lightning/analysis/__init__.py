@@ -4,8 +4,6 @@ from dia_lightning._extras import require
 
 require("matplotlib", by=__name__)
 
-from dia_lightning.analysis._curves import draw_gates, draw_gradients, draw_relative_change, draw_stage_gradients
-from dia_lightning.analysis._heat_maps import draw_correlation, draw_importance
 from dia_lightning.analysis.correlation import (
     Protocol,
     StageCorrelation,
@@ -23,8 +21,16 @@ from dia_lightning.analysis.gradients import (
     without_shortcuts,
 )
 from dia_lightning.analysis.importance import StageImportance, map_importance
+from dia_lightning.analysis.pictures import (
+    draw_correlation,
+    draw_gates,
+    draw_gradients,
+    draw_importance,
+    draw_relative_change,
+)
 from dia_lightning.analysis.recommendation import Recommendation, recommend
 from dia_lightning.analysis.recorder import MapRecorder, RecordedStage
+from dia_lightning.drawing import draw_stage_gradients
 
 __all__ = [
     "FoldReport",
