@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
 from dia_lightning.callbacks._class_names import check_has_one_class, class_names
-from dia_lightning.callbacks._pictures import log_picture
+from dia_lightning.callbacks.pictures import log_picture
 from dia_lightning.drawing import draw_class_accuracy, draw_confusion_matrix
 
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dia_lightning.callbacks._class_names import object_classes
-from dia_lightning.callbacks._pictures import log_boxes, log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
 from dia_lightning.callbacks._step_outputs import detected_objects, read_detections, true_objects
+from dia_lightning.callbacks.pictures import log_boxes, log_picture
 from dia_lightning.drawing import ObjectClasses, Objects, Scene, draw_detections
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dia_lightning._coco_tools import mask_tools
 from dia_lightning.callbacks._class_names import object_classes
-from dia_lightning.callbacks._pictures import write_picture
 from dia_lightning.callbacks._result_writer import ResultWriter, in_order, sample_name, sample_owner, whole_text
 from dia_lightning.callbacks._step_outputs import detected_objects, read_detections
+from dia_lightning.callbacks.pictures import write_picture
 from dia_lightning.drawing import ObjectClasses, Objects, draw_objects
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import class_names
-from dia_lightning.callbacks._pictures import log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
 from dia_lightning.callbacks._sampling import Sampling, is_sharded
+from dia_lightning.callbacks.pictures import log_picture
 from dia_lightning.drawing import draw_table, shorten
 from dia_lightning.tasks import Sampler
 

@@ -17,7 +17,7 @@ from dia_lightning.analysis import (
     mean_correlation,
 )
 from dia_lightning.attention import attention_layers
-from dia_lightning.callbacks._pictures import log_picture
+from dia_lightning.callbacks.pictures import log_picture
 
 
 class MapCorrelation(Callback):

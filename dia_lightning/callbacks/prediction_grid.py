@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dia_lightning.callbacks._class_names import check_has_one_class, class_names
-from dia_lightning.callbacks._pictures import log_picture
 from dia_lightning.callbacks._sample_grid import SampleGrid, evenly, when
 from dia_lightning.callbacks._step_outputs import StepOutputs, read_step_outputs
+from dia_lightning.callbacks.pictures import log_picture
 from dia_lightning.drawing import Prediction, draw_predictions
 
 

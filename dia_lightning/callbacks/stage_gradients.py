@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dia_lightning.analysis import draw_stage_gradients
 from dia_lightning.attention import attention_layers
-from dia_lightning.callbacks._pictures import log_picture
+from dia_lightning.callbacks.pictures import log_picture
 
 
 class StageGradients(Callback):

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from dia_lightning.callbacks import DetectionGrid
-from dia_lightning.callbacks._pictures import log_picture
+from dia_lightning.callbacks.pictures import log_picture
 from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
 from tests.callbacks.tiny_detector import TinyDetector, TinyScenes, by_index
 
