@@ -13,15 +13,15 @@ PACKAGE = Path(__file__).parents[1] / "dia_lightning"
 
 # What each layer may import from this package ...
 BELOW = {
-    "attention": {"_extras", "_hyperparameters"},
+    "attention": {"_choices", "_extras", "_hyperparameters"},
     "drawing": {"_extras"},
     "models": {
-        *("attention", "_checkpoint_file", "_evaluating", "_extras", "_float32", "_hub"),
+        *("attention", "_checkpoint_file", "_choices", "_evaluating", "_extras", "_float32", "_hub"),
         *("_torchvision_guard", "_whole_files"),
     },
-    "analysis": {"attention", "models", "drawing", "_evaluating", "_extras"},
+    "analysis": {"attention", "models", "drawing", "_choices", "_evaluating", "_extras"},
     "datamodules": {
-        *("_apportion", "_checkpoint_file", "_coco_tools", "_extras", "_hyperparameters"),
+        *("_apportion", "_checkpoint_file", "_choices", "_coco_tools", "_extras", "_hyperparameters"),
         *("_text", "_torchvision_guard", "_whole_files"),
     },
     "loggers": {"_extras", "_redact", "_text", "_whole_files"},
@@ -30,12 +30,12 @@ BELOW = {
         *("_apportion", "_checkpoint_file", "_coco_tools", "_extras", "_whole_files"),
     },
     "tasks": {
-        *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_coco_tools"),
+        *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_choices", "_coco_tools"),
         *("_evaluating", "_extras", "_float32", "_hub", "_hyperparameters", "_redact", "_whole_files"),
     },
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing"),
-        *("_checkpoint_file", "_checkpoint_kind", "_hyperparameters", "_redact", "_text"),
+        *("_checkpoint_file", "_checkpoint_kind", "_choices", "_hyperparameters", "_redact", "_text"),
         *("_torchvision_guard", "_whole_files"),
     },
 }
@@ -72,7 +72,7 @@ def test_imports_point_downwards(path: Path) -> None:
     if layer in BELOW:
         assert own - {layer, "__version__"} <= BELOW[layer]
     elif layer == "__main__.py":
-        assert own <= {"cli", "__version__", "_extras", "_version", "_torchvision_guard"}
+        assert own <= {"cli", "__version__", "_choices", "_extras", "_version", "_torchvision_guard"}
     elif layer == "__init__.py":  # attention is imported when it is asked for
         assert own <= {"_version", "__version__", "attention"}
     elif layer == "_checkpoint_file.py":

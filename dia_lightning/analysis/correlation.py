@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from dia_lightning._choices import check_choice
 from dia_lightning.analysis._moments import StageMoments
 from dia_lightning.analysis.recorder import RecordedStage
 
@@ -55,8 +56,7 @@ def map_correlation(stages: list[RecordedStage], protocol: Protocol = "per-image
     Source:
         This package's own reading of arXiv 2210.16101, which does not state a protocol.
     """
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}.")
+    check_choice("protocol", protocol, get_args(Protocol))
     return [_of_stage(stage, protocol) for stage in stages]
 
 

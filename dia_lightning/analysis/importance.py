@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dia_lightning._choices import check_choice
 from dia_lightning.analysis.recorder import RecordedStage
 
 Layout: TypeAlias = Literal["values", "images"]
@@ -70,8 +71,7 @@ def map_importance(
         After the figure on feature integration of arXiv 1905.10671, whose sample layout is not known; both are this
         package's own reading.
     """
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}.")
+    check_choice("layout", layout, get_args(Layout))
     for name, value, least in (("rows", rows, 10), ("trees", trees, 30), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}.")

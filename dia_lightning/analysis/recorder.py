@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dia_lightning._choices import check_choice
 from dia_lightning.analysis._moments import StageMoments
 from dia_lightning.attention import AttentionLayer, AttentionUnit
 from dia_lightning.attention.watching import watched_layers, watching
@@ -82,8 +83,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         own: bool | None = None,
         example: Any = None,
     ) -> None:
-        if content not in get_args(Content):
-            raise ValueError(f"content must be one of {', '.join(get_args(Content))}, got {content!r}.")
+        check_choice("content", content, get_args(Content))
         for name, value in (("replicates", replicates), ("keep", keep), ("seed", seed)):
             if value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}.")

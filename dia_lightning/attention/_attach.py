@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
+from dia_lightning._choices import check_choice
 from dia_lightning.attention._attached_block import is_attached, take_apart
 from dia_lightning.attention._find import refuse_unfit
 from dia_lightning.attention._masks import plugged
@@ -109,16 +110,13 @@ def attach(
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "attention_args")}
     refuse_unfit(model)
-    if share not in ("stage", "block"):
-        raise ValueError(f"share must be 'stage' or 'block', got {share!r}.")
+    check_choice("share", share, ("stage", "block"))
     if identity and branch_norm:
         raise ValueError(
             "identity=True and branch_norm=True contradict each other: an added norm changes what the network computes."
         )
-    if existing not in get_args(Existing):
-        raise ValueError(f"existing must be one of {', '.join(map(repr, get_args(Existing)))}, got {existing!r}.")
-    if existing_start not in ("mean", "first"):
-        raise ValueError(f"existing_start must be 'mean' or 'first', got {existing_start!r}.")
+    check_choice("existing", existing, get_args(Existing))
+    check_choice("existing_start", existing_start, ("mean", "first"))
     if attention is None and existing != "share":
         raise ValueError("attention is None: name what to attach, or share the network's own with existing='share'.")
     planned: list[tuple[nn.Module, list[Place], int]] = []  # unit, chain, stage; all, before the network is touched

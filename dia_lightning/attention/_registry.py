@@ -1,11 +1,12 @@
 """Names of the attention modules."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
+
+from dia_lightning._choices import did_you_mean, near
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
@@ -93,6 +94,7 @@ def _named(name: str) -> Callable[..., nn.Module]:
             f"Give the class itself, attention={kind}, or register it first: register_attention({name!r})({kind}); the "
             "command line does so for what a config or an option names."
         )
-    near = difflib.get_close_matches(name.lower(), _BUILDERS, n=3, cutoff=0.3)
-    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"Unknown attention {name!r}. {hint}Registered: {', '.join(list_attention())}.")
+    names = list_attention()
+    raise ValueError(
+        f"Unknown attention {name!r}.{did_you_mean(near(name, names, likeness=0.3))} Known: {', '.join(names)}."
+    )

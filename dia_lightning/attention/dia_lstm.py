@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dia_lightning._choices import check_choice
 from dia_lightning.attention._gates import hand_on
 from dia_lightning.attention._recurrent import RecurrentUnit, next_cell
 from dia_lightning.attention._registry import register_attention
@@ -65,8 +66,7 @@ class DIALSTM(RecurrentUnit):
         super().__init__(channels, reduction, gates=4)
         if cells < 1:
             raise ValueError(f"cells must be a positive number, got {cells}.")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}.")
+        check_choice("activation", activation, _ACTIVATIONS)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         self.start_value = 0.25 if activation == "sigmoid" else 0.0

@@ -5,7 +5,7 @@ import re
 import sys
 from typing import Any
 
-from dia_lightning.cli._nearest import nearest
+from dia_lightning._choices import nearest
 from dia_lightning.cli._parser_text import body, place, value
 
 #: What to do about a class of the user's own that is none of these.

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dia_lightning._choices import nearest
 from dia_lightning._whole_files import written_whole
 from dia_lightning.cli import _checkpoint_argument
 from dia_lightning.cli._errors import UserError
-from dia_lightning.cli._nearest import nearest
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.tasks import DiffusionTask

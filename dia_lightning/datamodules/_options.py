@@ -1,7 +1,6 @@
 """Checks of what users give as options."""
 
 import math
-from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,16 +25,6 @@ def check_whole(name: str, value: Any, *, least: int, most: int | None = None, o
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}.")
     if not whole or int(value) < least:
         raise ValueError(f"{name} must be a whole number of {least} or more{_none(optional)}, got {value!r}.")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Check an option that is one of some words.
-
-    Raises:
-        ValueError: if it is none of them.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def check_positive_or_zero(name: str, value: Any) -> None:

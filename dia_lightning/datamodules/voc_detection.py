@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+from dia_lightning._choices import check_choice
 from dia_lightning.datamodules._download import Archive
 from dia_lightning.datamodules._image_files import inode
-from dia_lightning.datamodules._options import check_choice
 from dia_lightning.datamodules._voc_files import read_voc
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.detection import DetectionDataModule

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dia_lightning._choices import check_choice
+
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """Return a 1x1 convolution without bias."""
@@ -165,8 +167,7 @@ def classic_network(
 ) -> CifarNetwork:
     """Build a network with the widths of He et al.: 16, 32 and 64 channels, four times that with bottlenecks."""
     require_positive(widen_factor=widen_factor)
-    if block not in ("basic", "bottleneck"):
-        raise ValueError(f"block must be 'bottleneck' or 'basic', got {block!r}.")
+    check_choice("block", block, ("bottleneck", "basic"))
     is_basic = block == "basic"
     name = f"{family} with {block} blocks"
     return CifarNetwork(

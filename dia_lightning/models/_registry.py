@@ -3,11 +3,11 @@
 import fnmatch
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from torch import nn
 
+from dia_lightning._choices import did_you_mean, near
 from dia_lightning.models.libraries import LIBRARIES
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
@@ -118,12 +118,11 @@ def _unknown(name: str) -> str:
     prefix, slash, rest = name.rpartition("/")
     if slash and prefix not in LIBRARIES:
         prefixes = " or ".join(f"{library}/NAME" for library in LIBRARIES)
-        return f"Unknown model {name!r}: other libraries are reached by {prefixes}."
+        return f"Unknown model {name!r}. Other libraries are reached by {prefixes}."
     # a bare name may be meant for torchvision, whose own registry has no prefix
     library = prefix or "torchvision"
     known = {other: f"{library}/{other}" for other in LIBRARIES[library].names()}
     if not slash:
         known |= {other: other for other in _BUILDERS}
-    near = [known[match] for match in get_close_matches(rest, known)]
-    hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has all names."
-    return f"Unknown model {name!r}: {hint}"
+    hint = did_you_mean(known[match] for match in near(rest, known)) or " list_models() has all names."
+    return f"Unknown model {name!r}.{hint}"

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from dia_lightning._choices import check_choice
 from dia_lightning._extras import require
 
 Denoiser = Literal["unet", "ddpm_cifar10", "ddpm_256", "dit", "dit_s", "dit_b", "dit_l", "dit_xl"]
@@ -75,8 +76,7 @@ def get_denoiser(
         >>> network(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]), class_labels=torch.tensor([3, 10])).sample.shape
         torch.Size([2, 1, 8, 8])
     """
-    if name not in get_args(Denoiser):
-        raise ValueError(f"The denoiser must be one of {', '.join(get_args(Denoiser))}, got {name!r}.")
+    check_choice("The denoiser", name, get_args(Denoiser))
     shape = check_image_shape(image_shape)
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be 1 or more, or None for an unconditional network, got {num_classes}.")

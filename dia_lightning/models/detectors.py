@@ -12,6 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from dia_lightning._choices import check_choice
 from dia_lightning.models._box_coding import decode_in_full_precision
 from dia_lightning.models._feature_pyramid import Level, PyramidBackbone, feature_body, freeze, freeze_norms
 
@@ -80,8 +81,7 @@ def get_detector(
         >>> [sorted(found) for found in network.eval()([torch.rand(3, 64, 96)])]
         [['boxes', 'labels', 'scores']]
     """
-    if detector not in get_args(Detector):
-        raise ValueError(f"detector must be one of {', '.join(get_args(Detector))}, got {detector!r}.")
+    check_choice("detector", detector, get_args(Detector))
     if num_classes < 1:
         raise ValueError(f"num_classes must be 1 or more, without the background, got {num_classes}.")
     given = {

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dia_lightning import _hub
+from dia_lightning._choices import check_choice
 from dia_lightning._evaluating import evaluating
 from dia_lightning._extras import needed_by
 from dia_lightning.attention import attach, is_attached, plain_class
@@ -376,7 +377,6 @@ def _checked(generator: Any, count: int) -> torch.Generator | list[torch.Generat
 
 
 def _check_output_type(output_type: str, *, channels: int) -> None:
-    if output_type not in _OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
+    check_choice("output_type", output_type, _OUTPUT_TYPES)
     if output_type == "pil" and channels not in (1, 3):
         raise ValueError(f"output_type='pil' needs images of 1 or 3 channels, got {channels}. Take 'np' or 'pt'.")

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from dia_lightning._choices import check_choice
 from dia_lightning.models.denoisers import require_diffusers
 from dia_lightning.models.denoising import check_divides, ddpm_variance
 
@@ -32,8 +33,8 @@ class NoiseSchedule:
     """
 
     def __init__(self, *, prediction: Prediction, timesteps: int, beta_schedule: BetaSchedule) -> None:
-        _check_choice("prediction", prediction, get_args(Prediction))
-        _check_choice("beta_schedule", beta_schedule, get_args(BetaSchedule))
+        check_choice("prediction", prediction, get_args(Prediction))
+        check_choice("beta_schedule", beta_schedule, get_args(BetaSchedule))
         least = 25 if beta_schedule == "linear" else 2  # with fewer the last of the linear betas is near 1 or above
         if timesteps < least:
             raise ValueError(f"timesteps must be {least} or more for a {beta_schedule} schedule, got {timesteps}.")
@@ -87,7 +88,7 @@ class NoiseSchedule:
         Raises:
             ValueError: if the name is unknown or the number of steps does not fit.
         """
-        _check_choice("sampler", name, get_args(Sampler))
+        check_choice("sampler", name, get_args(Sampler))
         self._check_steps(name, steps)
         diffusers = require_diffusers()
         if name == "ddim":
@@ -108,8 +109,3 @@ class NoiseSchedule:
                 raise ValueError(f"steps must be from 1 to {total - 1} for sampler='dpm++', got {steps}.")
             return
         check_divides(steps, total, sampler=f"sampler={sampler!r}", otherwise="sampler='dpm++', which takes any number")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

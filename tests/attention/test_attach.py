@@ -236,7 +236,7 @@ class NoStart(AttentionUnit):
 @pytest.mark.parametrize(
     ("attention", "options", "message"),
     [
-        ("se", {"share": "net"}, "share must be 'stage' or 'block', got 'net'"),
+        ("se", {"share": "net"}, "share must be one of stage, block, got 'net'"),
         ("sa", {}, "Unknown attention 'sa'"),
         (None, {}, "attention is None: name what to attach"),
         ("se", {"reductoin": 4}, "'reductoin'"),

@@ -255,10 +255,10 @@ def test_weights_of_a_shared_module_are_saved_once() -> None:
 @pytest.mark.parametrize(
     ("attention", "options", "message"),
     [
-        ("se", {"existing": "drop"}, "existing must be one of 'keep', 'replace', 'share', got 'drop'"),
+        ("se", {"existing": "drop"}, "existing must be one of keep, replace, share, got 'drop'"),
         (None, {}, "attention is None"),
         (None, {"existing": "replace"}, "attention is None"),
-        (None, {"existing": "share", "existing_start": "last"}, "existing_start must be 'mean' or 'first'"),
+        (None, {"existing": "share", "existing_start": "last"}, "existing_start must be one of mean, first"),
         ("se", {"existing": "replace", "branches": ["conv"]}, "leave branches and sites out"),
     ],
 )

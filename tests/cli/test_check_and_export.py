@@ -104,7 +104,7 @@ def test_check_refuses_a_diffusion_task(fails: Callable[..., str], diffusion_che
         (("export", "nowhere.ckpt", "n.onnx"), "nowhere.ckpt: there is no such file"),
         (("export", "resnet164", "n.h5"), "must be one of .onnx, .pt2, .safetensors"),
         (("export", "resnet164", "model"), "as in 'network.onnx'; folders are for diffusion tasks"),
-        (("check", "resnet146"), "did you mean resnet164"),
+        (("check", "resnet146"), "Did you mean 'resnet164'"),
         (("check", "torchvision/vgg11"), "VGG has no residual branch"),
         (("check", "resnet164", "--attention", "dia"), "Did you mean 'dia-lstm'"),
     ],

@@ -54,7 +54,7 @@ class Task(LightningModule): ...
             ["--model.num_classes", "7"],
             "--model.num_classes 7: the number of classes comes from the data. Leave it out",
         ),
-        (["--model.backbone", "cifar_resnat"], "Unknown model 'cifar_resnat': did you mean cifar_resnet"),
+        (["--model.backbone", "cifar_resnat"], "Unknown model 'cifar_resnat'. Did you mean 'cifar_resnet'"),
         (["--model.backbone_args.depth", "12"], "depth"),
         (["--model.backbone_args.deph", "11"], "cifar_resnet does not take 'deph', it takes: depth"),
         (["--model.optimizer", "adma"], "'adma' is none of 'sgd', 'adamw', and no path of a class"),

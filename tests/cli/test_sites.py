@@ -108,7 +108,7 @@ def test_a_config_is_built(sites: Callable[..., str]) -> None:
     ("arguments", "message"),
     [
         (("nowhere.ckpt",), "there is no such file"),
-        (("resnet146",), "did you mean resnet164"),
+        (("resnet146",), "Did you mean 'resnet164'"),
         (("torchvision/vgg11",), "VGG has no residual branch"),
         (("resnet164", "--attention", "dia"), "Did you mean 'dia-lstm'"),
         ((), "Give either a network"),

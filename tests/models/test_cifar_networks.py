@@ -58,7 +58,7 @@ def test_parameters_of_the_papers_networks(name: str, plain: int, with_dia: int)
         (cifar_wrn, {"depth": 28 + 1}, r"depth 6n\+4 with n >= 1, got depth=29\. .* 28 and 34"),
         (cifar_wrn, {"depth": 4}, r"got depth=4\. .* 10 and 16"),
         (cifar_resnext, {"depth": 50}, r"depth 9n\+2 with n >= 1, got depth=50\. .* 47 and 56"),
-        (cifar_resnet, {"block": "Bottleneck"}, "block must be 'bottleneck' or 'basic', got 'Bottleneck'"),
+        (cifar_resnet, {"block": "Bottleneck"}, "block must be one of bottleneck, basic, got 'Bottleneck'"),
         (cifar_resnet, {"widen_factor": 0}, "widen_factor must be at least 1, got 0"),
         (cifar_resnext, {"cardinality": -1}, "cardinality must be at least 1, got -1"),
         (cifar_wrn, {"num_classes": 0}, "num_classes must be at least 1, got 0"),
