@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dia_lightning.datamodules._objects import Objects
+from dia_lightning.datamodules._annotated_files import Objects
 
 OnBadBox = Literal["drop", "raise"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dia_lightning.datamodules._account import named, warn_of_files_left_out
 from dia_lightning.datamodules._image_files import ImageFiles, find_images, folders_in, joined
-from dia_lightning.datamodules._names import Names, loose, plain, same_names
+from dia_lightning.datamodules._spellings import Names, loose, plain, same_names
+from dia_lightning.datamodules._split_warnings import named, warn_of_files_left_out
 
 _NO_SPLITS = frozenset({"dev", "eval", "evaluation", "testing", "training", "valid", "validate", "validation"})
 

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dia_lightning.datamodules._account import named
-from dia_lightning.datamodules._objects import Objects
+from dia_lightning.datamodules._annotated_files import Objects
+from dia_lightning.datamodules._split_warnings import named
 
 _ROUNDING = 2  # pixels by which boxes may be too small
 _SLACK = 1.5

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dia_lightning.datamodules._account import named
+from dia_lightning.datamodules._annotated_files import Objects
 from dia_lightning.datamodules._coco_file import CocoFile
+from dia_lightning.datamodules._enclosure import Enclosure
 from dia_lightning.datamodules._formats import ending, is_hidden, readable_endings
 from dia_lightning.datamodules._image_files import inode
 from dia_lightning.datamodules._images import image_size
-from dia_lightning.datamodules._links import Enclosure
-from dia_lightning.datamodules._names import FileFinder
-from dia_lightning.datamodules._objects import Objects
+from dia_lightning.datamodules._spellings import FileFinder
+from dia_lightning.datamodules._split_warnings import named
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dia_lightning.datamodules._annotated_files import Objects
 from dia_lightning.datamodules._coco_masks import segmentation_fault
-from dia_lightning.datamodules._objects import Objects
 
 _Entry = dict[str, Any]
 

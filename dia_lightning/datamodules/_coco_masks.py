@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dia_lightning._coco_tools import mask_tools
-from dia_lightning.datamodules._objects import Segmentation
+from dia_lightning.datamodules._annotated_files import Segmentation
 
 _FARTHEST = 1e6  # pixels; the C code that fills polygons computes with 32-bit integers
 

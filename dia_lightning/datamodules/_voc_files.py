@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dia_lightning.datamodules._annotated_files import Objects
+from dia_lightning.datamodules._enclosure import Enclosure
 from dia_lightning.datamodules._formats import ending, readable_endings
 from dia_lightning.datamodules._image_files import find_images
 from dia_lightning.datamodules._images import image_size
-from dia_lightning.datamodules._links import Enclosure
-from dia_lightning.datamodules._names import FileFinder, loose, plain
-from dia_lightning.datamodules._objects import Objects
-from dia_lightning.datamodules._text import read_lines, read_xml
+from dia_lightning.datamodules._lines_and_xml import read_lines, read_xml
+from dia_lightning.datamodules._spellings import FileFinder, loose, plain
 
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
 # Pixels count from 1 and the last one belongs to the object, so the first pixel, 1 to 1, is the box 0 to 1.

@@ -13,16 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from dia_lightning._checkpoint_file import read_checkpoint
 from dia_lightning._hyperparameters import arguments_of, primitive
-from dia_lightning.datamodules._account import (
-    warn_of_files_left_out,
-    warn_of_shared_files,
-    warn_of_untrained_classes,
-    warn_of_unused_depth,
-)
 from dia_lightning.datamodules._download import Archive, obtain
 from dia_lightning.datamodules._draws import DrawnCollate, loader_generator
 from dia_lightning.datamodules._image_files import images_at, joined
-from dia_lightning.datamodules._loading import (
+from dia_lightning.datamodules._loader_processes import (
     WORKER_TIMEOUT,
     automatic_workers,
     begin_worker,
@@ -30,8 +24,8 @@ from dia_lightning.datamodules._loading import (
     runs_on_cuda,
     silence_worker_advice,
 )
-from dia_lightning.datamodules._options import check_val_split, check_whole
-from dia_lightning.datamodules._place import PlacedData
+from dia_lightning.datamodules._number_checks import check_val_split, check_whole
+from dia_lightning.datamodules._resume_place import PlacedData
 from dia_lightning.datamodules._sampling import (
     PaddedSampler,
     Positions,
@@ -39,6 +33,12 @@ from dia_lightning.datamodules._sampling import (
     Samples,
     balanced_subset,
     stratified_split,
+)
+from dia_lightning.datamodules._split_warnings import (
+    warn_of_files_left_out,
+    warn_of_shared_files,
+    warn_of_untrained_classes,
+    warn_of_unused_depth,
 )
 from dia_lightning.datamodules._worker_notes import NamingLoader, WorkerNotes, add_to_message
 from dia_lightning.datamodules.sources import FileSource, Source

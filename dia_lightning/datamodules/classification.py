@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dia_lightning._choices import check_choice
-from dia_lightning.datamodules._loading import replicas
-from dia_lightning.datamodules._options import check_positive_or_zero
+from dia_lightning.datamodules._loader_processes import replicas
+from dia_lightning.datamodules._number_checks import check_positive_or_zero
 from dia_lightning.datamodules._sampling import (
     BalancedSampler,
     ClassificationSamples,

@@ -7,7 +7,7 @@ from dia_lightning.datamodules._coco_areas import plausible_areas
 from dia_lightning.datamodules._coco_entries import find_pictures, tell_of_unlisted
 from dia_lightning.datamodules._coco_file import CocoFile, read_coco
 from dia_lightning.datamodules._coco_masks import decode_masks
-from dia_lightning.datamodules._names import FileFinder, plain, same_names
+from dia_lightning.datamodules._spellings import FileFinder, plain, same_names
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.detection import DetectionDataModule
 from dia_lightning.datamodules.sources import Source

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dia_lightning._choices import check_choice
+from dia_lightning.datamodules._annotated_files import AnnotatedFiles, Objects
 from dia_lightning.datamodules._bad_boxes import OnBadBox, check_boxes
 from dia_lightning.datamodules._detection_samples import DetectionSamples, lists, lists_and_index
 from dia_lightning.datamodules._detection_transforms import DetectionAugment, build_detection_transform
-from dia_lightning.datamodules._objects import AnnotatedFiles, Objects
 from dia_lightning.datamodules._sampling import Positions, Role
 from dia_lightning.datamodules.base import DIADataModule, Split
 from dia_lightning.datamodules.sources import Source

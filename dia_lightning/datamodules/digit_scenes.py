@@ -3,7 +3,7 @@
 from typing import Any
 
 from dia_lightning.datamodules._detection_transforms import DetectionAugment
-from dia_lightning.datamodules._options import check_whole
+from dia_lightning.datamodules._number_checks import check_whole
 from dia_lightning.datamodules._sampling import stratified_split
 from dia_lightning.datamodules._scenes import SceneSource
 from dia_lightning.datamodules._uci_digits import read_digits

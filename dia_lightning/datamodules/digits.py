@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms import v2
 
-from dia_lightning.datamodules._options import check_whole
+from dia_lightning.datamodules._number_checks import check_whole
 from dia_lightning.datamodules._uci_digits import read_digits
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.classification import ClassificationDataModule

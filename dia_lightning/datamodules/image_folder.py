@@ -16,8 +16,8 @@ from dia_lightning.datamodules._class_folders import (
     warn_of_unknown_splits,
 )
 from dia_lightning.datamodules._image_files import folders_in, has_images, joined
-from dia_lightning.datamodules._names import Names, same_names
-from dia_lightning.datamodules._options import check_whole
+from dia_lightning.datamodules._number_checks import check_whole
+from dia_lightning.datamodules._spellings import Names, same_names
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.classification import ClassificationDataModule
 from dia_lightning.datamodules.sources import FileSource, Source

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dia_lightning._text import read_text
-from dia_lightning.datamodules._account import named
 from dia_lightning.datamodules._class_folders import warn_of_similar
+from dia_lightning.datamodules._enclosure import Enclosure
 from dia_lightning.datamodules._image_files import inode
-from dia_lightning.datamodules._links import Enclosure
-from dia_lightning.datamodules._names import FileFinder, plain
 from dia_lightning.datamodules._sampling import ClassificationSamples, Positions, Role
+from dia_lightning.datamodules._spellings import FileFinder, plain
+from dia_lightning.datamodules._split_warnings import named
 from dia_lightning.datamodules.base import Split
 from dia_lightning.datamodules.image_folder import ImageFolderDataModule
 from dia_lightning.datamodules.sources import FileSource, Source

@@ -1,12 +1,12 @@
 """Networks by name: the plain CIFAR families of the DIANet authors, torchvision's and timm's."""
 
+from dia_lightning.models._build_on_meta import build_on_meta
 from dia_lightning.models._cifar_network import CifarNetwork
 from dia_lightning.models._cost import Cost, network_cost
 from dia_lightning.models._dianet_checkpoint import load_dianet_checkpoint
 from dia_lightning.models._export import Exported, export_network
 from dia_lightning.models._export_detector import export_detector
 from dia_lightning.models._exported_detector import ExportedDetector
-from dia_lightning.models._meta import build_on_meta
 from dia_lightning.models._pretrained import from_pretrained, push_to_hub, save_pretrained
 from dia_lightning.models._registry import get_model, list_models, register_model
 from dia_lightning.models.cifar_preresnet import cifar_preresnet, preresnet164

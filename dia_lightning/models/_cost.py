@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dia_lightning.attention import attach
-from dia_lightning.models._example import require_images
-from dia_lightning.models._meta import build_on_meta
+from dia_lightning.models._build_on_meta import build_on_meta
+from dia_lightning.models._require_images import require_images
 
 #: The arms that are compared: name, attention, how it is shared.
 ARMS: tuple[tuple[str, str | None, Literal["stage", "block"]], ...] = (

@@ -13,7 +13,7 @@ from dia_lightning._evaluating import evaluating
 from dia_lightning._extras import require
 from dia_lightning._whole_files import written_with_others
 from dia_lightning.attention import is_attached
-from dia_lightning.models._example import require_images
+from dia_lightning.models._require_images import require_images
 
 _SNIPPETS = {
     ".onnx": (

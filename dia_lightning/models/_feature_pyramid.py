@@ -10,8 +10,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from dia_lightning.models._build_on_meta import build_on_meta
 from dia_lightning.models._cifar_network import CifarNetwork
-from dia_lightning.models._meta import build_on_meta
 from dia_lightning.models._registry import get_model
 
 _PROBE_SIZE = 128  # pixels; the deepest stages of all networks still have some there

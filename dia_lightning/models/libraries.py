@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dia_lightning._extras import require
-from dia_lightning.models._meta import build_on_meta
+from dia_lightning.models._build_on_meta import build_on_meta
 
 
 class Library(Protocol):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dia_lightning.datamodules import ImageFolderDataModule
-from tests.datamodules.test_links import KINDS
+from tests.datamodules.test_enclosure import KINDS
 
 
 def saved(kind: str, **options: Any) -> bytes:

@@ -312,7 +312,7 @@ def test_workers_share_the_cpus_of_the_machine(tmp_path: Path, monkeypatch: pyte
     write_fashion_mnist(tmp_path)
     data = FashionMNISTDataModule(root=str(tmp_path), val_split=20, pin_memory=False)
     data.setup("test")
-    monkeypatch.setattr("dia_lightning.datamodules._loading._cpu_count", lambda: 6)
+    monkeypatch.setattr("dia_lightning.datamodules._loader_processes._cpu_count", lambda: 6)
     assert data.test_dataloader().num_workers == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert data.test_dataloader().num_workers == 2

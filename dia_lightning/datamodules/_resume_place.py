@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler
 
 from dia_lightning.datamodules._draws import DrawingSampler, ShuffledSampler, training_seed
-from dia_lightning.datamodules._loading import replicas
+from dia_lightning.datamodules._loader_processes import replicas
 from dia_lightning.datamodules._sampling import Samples
 
 

@@ -1,4 +1,4 @@
-"""Checks of what users give as options."""
+"""Checks of numbers that users give as options."""
 
 import math
 from numbers import Integral, Real
