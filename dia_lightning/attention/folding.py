@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from dia_lightning.attention._attached_block import AttachedBlock, ChainOwner
 from dia_lightning.attention._attached_site import AttachedSite
@@ -90,8 +88,9 @@ def _known_obstacle(block: nn.Module, slot: Slot, used: Counter[int]) -> str:
     if slot.branch_norm is None:
         return ""
     norm = block.get_submodule(slot.branch_norm)
-    is_affine = isinstance(target, nn.Linear | _ConvNd) and not getattr(target, "transposed", False)
-    if not is_affine or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+    is_affine = isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    is_batch_norm = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
+    if not is_affine or not is_batch_norm or norm.running_mean is None:
         return f"the norm behind the {name} does not go into its weights"
     return ""
 

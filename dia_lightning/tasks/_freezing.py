@@ -7,7 +7,6 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 #: What ``freeze`` takes beside patterns.
 ALL_BUT = "all-but-attention-and-head"
@@ -62,10 +61,13 @@ def freeze_parameters(module: nn.Module, names: Set[str]) -> list[str]:
         if name in names:
             parameter.requires_grad_(False)
     return [
-        path
-        for path, part in module.named_modules()
-        if isinstance(part, _NormBase) and _is_frozen(module, path, part, names)
+        path for path, part in module.named_modules() if has_statistics(part) and _is_frozen(module, path, part, names)
     ]
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Tell whether a module is a norm that can follow the statistics of its inputs, as batch and instance norms do."""
+    return hasattr(module, "track_running_stats")
 
 
 def _is_frozen(module: nn.Module, path: str, norm: nn.Module, names: Set[str]) -> bool:
@@ -107,7 +109,7 @@ def keep_trained(module: nn.Module, callbacks: Iterable[BaseFinetuning], kept: S
         callbacks: that have frozen something.
         kept: parameters of attention and the head.
     """
-    norms = [part for part in module.modules() if isinstance(part, _NormBase)]  # which it may train
+    norms = [part for part in module.modules() if has_statistics(part)]  # which it may train
     in_norms = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
     is_all_frozen = not any(each.requires_grad for each in module.parameters() if each not in in_norms)
     if is_all_frozen or any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
@@ -119,5 +121,5 @@ def train_parameters(module: nn.Module, parameters: Set[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.requires_grad_(True)
     for part in module.modules():
-        if isinstance(part, _NormBase) and not parameters.isdisjoint(part.parameters(recurse=False)):
-            part.track_running_stats = True
+        if has_statistics(part) and not parameters.isdisjoint(part.parameters(recurse=False)):
+            part.track_running_stats = True  # type: ignore[assignment]  # it is a boolean

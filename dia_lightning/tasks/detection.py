@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torchvision.models.detection import MaskRCNN
 
 from dia_lightning._hyperparameters import check_is_no_mark
@@ -22,6 +20,7 @@ from dia_lightning.tasks._batch_checks import (
 )
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._detection_limits import crowding, detector_limits
+from dia_lightning.tasks._freezing import has_statistics
 from dia_lightning.tasks._mean import Mean
 from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
 from dia_lightning.tasks._targets import Target, check_targets
@@ -37,6 +36,7 @@ else:
 
 Detections: TypeAlias = list[dict[str, Tensor]]
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 #: Seed of the anchors and boxes that the losses of an evaluation are computed on.
 _EVALUATION_SEED = 0
 
@@ -228,7 +228,7 @@ class DetectionTask(DIATask):
         # torchvision returns losses in training mode only; the backbone, norms, dropout, the size of the images and
         # the random numbers of the training must not notice
         kept = {*self.detector.backbone.modules(), self.detector.transform}  # type: ignore[union-attr]
-        kept |= {module for module in self.detector.modules() if isinstance(module, _NormBase | _DropoutNd)}
+        kept |= {part for part in self.detector.modules() if has_statistics(part) or isinstance(part, _DROPOUTS)}
         changed = [module for module in self.detector.modules() if module not in kept and not module.training]
         for module in changed:
             module.training = True
