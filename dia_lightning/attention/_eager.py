@@ -26,7 +26,7 @@ def is_eager() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         or forward_ad._current_level >= 0
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
     )
