@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dia_lightning.tasks.precision import input_dtype
 
@@ -195,6 +196,6 @@ class EMA(WeightAveraging):
         if copied:
             torch._foreach_copy_([average for average, _ in copied], [weight for _, weight in copied])
         if moved:
-            step = 1.0 - self.decay_at(updates)
-            torch._foreach_lerp_([average for average, _ in moved], [weight for _, weight in moved], step)
+            move = get_ema_multi_avg_fn(self.decay_at(updates))  # type: ignore[no-untyped-call]
+            move([average for average, _ in moved], [weight for _, weight in moved], updates)
         self._average_model.n_averaged += 1
