@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dia_lightning import _checkpoint_file
@@ -41,7 +40,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             path: where to.
             storage_options: none, as for Lightning's own.
         """
-        if storage_options is not None or not _is_local_file_protocol(path):
+        if storage_options is not None or "://" in os.fspath(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         folder = Path(path).parent
