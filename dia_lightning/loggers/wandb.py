@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.fabric.utilities.logger import _convert_params
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
@@ -159,7 +159,7 @@ class WandbLogger(LightningWandbLogger):
     def log_hyperparams(self, params: Any) -> None:
         """Add to the config of the run, without secrets."""
         with self._unless_lost():
-            super().log_hyperparams(redact(_convert_params(params)))
+            super().log_hyperparams(redact(vars(params) if isinstance(params, Namespace) else params or {}))
 
     @rank_zero_only
     def log_graph(self, model: nn.Module, input_array: Tensor | None = None) -> None:
@@ -222,7 +222,7 @@ class WandbLogger(LightningWandbLogger):
                 run = wandb.init(**{**arguments, "mode": "offline"})
         except Exception as error:
             rank_zero_warn(f"Weights & Biases did not start ({_first_line(error)}), and nothing is logged to it.")
-            return wandb.init(mode="disabled", id=self._id)
+            return wandb.init(mode="disabled", id=self.version)
         folder = run.settings.sync_dir
         rank_zero_warn(
             f"Weights & Biases did not start online ({reason}). This run is logged offline in {folder}; "
