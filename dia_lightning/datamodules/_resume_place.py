@@ -2,11 +2,10 @@
 
 import dataclasses
 import warnings
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler
@@ -109,9 +108,9 @@ def training_position(trainer: Trainer) -> tuple[int, int]:
     Behind the last batch of an epoch that is the start of the next one, also before Lightning counts the epoch.
     """
     loop = trainer.fit_loop
-    epochs = cast(_ProcessedTracker, loop.epoch_progress.current)
+    epochs: Any = loop.epoch_progress.current
     if epochs.processed >= epochs.started:
         return epochs.processed, 0
     # `ready` and `completed` are one off within a batch
-    batches = cast(_ProcessedTracker, loop.epoch_loop.batch_progress.current).processed
+    batches: int = loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
     return (epochs.processed + 1, 0) if batches >= loop.max_batches else (epochs.processed, batches)

@@ -2,12 +2,11 @@
 
 import random
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -28,7 +27,7 @@ def save(trainer: Trainer, task: nn.Module, checkpoint: dict[str, Any]) -> None:
         "metrics": {},
         "gradients": {},
     }
-    epochs = cast(_ProcessedTracker, trainer.fit_loop.epoch_progress.current)
+    epochs: Any = trainer.fit_loop.epoch_progress.current
     if epochs.processed < epochs.started:  # else they are about to be reset
         own["metrics"] = {name: _metric_state(metric) for name, metric in _training_metrics(task)}
         if trainer.fit_loop._should_accumulate() and isinstance(trainer.strategy, _WHOLE_GRADIENTS):
@@ -101,13 +100,13 @@ def _metric_state(metric: Metric) -> dict[str, Any]:
     # on the CPU: each process reads the states of all, and a GPU's would open a context on every other process's GPU
     states = metric.metric_state.items()
     moved = {name: [each.cpu() for each in kept] if isinstance(kept, list) else kept.cpu() for name, kept in states}
-    return {"updates": metric._update_count, **moved}
+    return {"updates": metric.update_count, **moved}
 
 
 def _set_metric_state(metric: Metric, state: dict[str, Any]) -> None:
     metric._update_count = state["updates"]
     metric._computed = None
-    for name in metric._defaults:
+    for name in metric.metric_state:
         value = state[name]
         moved = [each.to(metric.device) for each in value] if isinstance(value, list) else value.to(metric.device)
         setattr(metric, name, moved)
