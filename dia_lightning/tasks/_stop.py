@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -151,8 +150,9 @@ class StopOnSignal(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the program its exit code, and tell which process failed."""
-        launcher = trainer.strategy.launcher
-        children = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+        children = getattr(trainer.strategy.launcher, "procs", [])
+        if not all(isinstance(child, subprocess.Popen) for child in children):
+            children = []  # of multiprocessing, which ends them itself
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + (self._stop or signal.SIGTERM)
         if isinstance(exception, (SIGTERMException, NonFiniteLossError)):
