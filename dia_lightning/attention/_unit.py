@@ -69,7 +69,8 @@ class AttentionUnit(nn.Module):
             )
         zero = {id(parameter) for parameter in self.output_parameters()}
         for module in self.modules():
-            start_at_zero(module, [name for name, own in module._parameters.items() if id(own) in zero])
+            own = module.named_parameters(recurse=False, remove_duplicate=False)
+            start_at_zero(module, [name for name, parameter in own if id(parameter) in zero])
         # A power of two in every unit, so that the product is exactly 1 in any floating-point format.
         self.scale = torch.tensor(1.0 / self.start_value)
 

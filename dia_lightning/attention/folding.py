@@ -218,9 +218,8 @@ def _is_per_channel(weights: Sequence[Tensor], channels: int) -> bool:
 
 def _weights(layer: nn.Module) -> list[Tensor]:
     """Return what a layer itself multiplies and adds; norms that are frozen hold it in buffers."""
-    held = {**layer._buffers, **layer._parameters}
-    names = [*layer._parameters, *(name for name in ("weight", "bias") if name in layer._buffers)]
-    return [tensor for name in names if (tensor := held[name]) is not None]
+    buffers = dict(layer.named_buffers(recurse=False))
+    return [*layer.parameters(recurse=False), *(buffers[name] for name in ("weight", "bias") if name in buffers)]
 
 
 def _over(factor: Tensor, weight: Tensor) -> Tensor:
@@ -231,6 +230,6 @@ def _over(factor: Tensor, weight: Tensor) -> Tensor:
 def _uses(network: nn.Module) -> Counter[int]:
     """Return how many places of a network have a module, or a parameter or buffer."""
     uses = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
-    for module in network.modules():
-        uses.update(id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
+    uses.update(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    uses.update(id(buffer) for _, buffer in network.named_buffers(remove_duplicate=False))
     return uses

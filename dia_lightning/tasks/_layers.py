@@ -42,7 +42,7 @@ def head_of(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> li
 
 def _parts(module: nn.Module, left_out: Set[nn.Parameter]) -> Iterator[tuple[list[nn.Parameter], bool]]:
     """Yield the parameters of layers and of what belongs to one, and whether they are loose ones."""
-    yield [parameter for parameter in module._parameters.values() if parameter is not None], True
+    yield list(module.parameters(recurse=False)), True
     for child in module.children():
         if isinstance(child, _LISTS) or any(_is_of_blocks(inner, left_out) for inner in child.modules()):
             yield from _parts(child, left_out)
