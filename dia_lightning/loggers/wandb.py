@@ -252,10 +252,12 @@ class WandbLogger(LightningWandbLogger):
         )
 
     def _keep_best_values(self, model: LightningModule) -> None:
-        trainer = model._trainer
-        if trainer is None or self.experiment.sweep_id is not None:
+        try:
+            callbacks: list[Any] = model.trainer.callbacks  # type: ignore[attr-defined]
+        except RuntimeError:  # what Lightning raises for a module without trainer
             return
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if self.experiment.sweep_id is not None:
+            return
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
                 name = f"{self._prefix}-{callback.monitor}" if self._prefix else callback.monitor

@@ -9,6 +9,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dia_lightning.tasks._optimization import TrainableModule
+from dia_lightning.tasks._trainer import trainer_of
 
 _ADVICE = "Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this batch."
 _STATISTICS = ("running_mean", "running_var")
@@ -49,7 +50,8 @@ class FiniteModule(TrainableModule):
         is_finite = torch.isfinite(loss.detach())
         if self._largest_gradient is not None:  # one look at the accelerator for both
             is_finite = is_finite & torch.isfinite(self._largest_gradient).to(is_finite.device)
-        if self._trainer is not None and self._trainer.world_size > 1:
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.world_size > 1:
             # else the others would wait for the one that stops
             is_finite = is_finite.int()
             torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)

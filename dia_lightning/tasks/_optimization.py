@@ -36,6 +36,7 @@ from dia_lightning.tasks._schedule_options import (
     warn_of_long_warmup,
     warn_of_other_end,
 )
+from dia_lightning.tasks._trainer import trainer_of
 from dia_lightning.tasks.precision import check_gradients_survive
 
 
@@ -282,7 +283,7 @@ class TrainableModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the classes of the optimizer and the schedule, and what ``ReduceLROnPlateau`` has seen last."""
-        if self._trainer is not None and "optimizer_states" in checkpoint:
+        if trainer_of(self) is not None and "optimizer_states" in checkpoint:
             checkpoint[RECORD] = classes_in_use(self.trainer)
         if self._monitored is not None:
             checkpoint["dia_monitored"] = self._monitored
@@ -296,7 +297,7 @@ class TrainableModule(LightningModule):
         self._monitored = checkpoint.get("dia_monitored")
         if self._monitored is not None:
             self._plateau_epoch = checkpoint["epoch"]  # at whose end Lightning's own step is left out again
-        trainer = self._trainer
+        trainer = trainer_of(self)
         if trainer is None or not trainer.training or "optimizer_states" not in checkpoint:
             return
         trained = checkpoint.get("hyper_parameters", {})

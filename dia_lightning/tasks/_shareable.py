@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from lightning.pytorch import LightningModule
 
 from dia_lightning._hub import fetch, upload
+from dia_lightning.tasks._trainer import trainer_of
 
 if TYPE_CHECKING:
     from dia_lightning.tasks.base import DIATask
@@ -107,7 +108,8 @@ class Shareable(LightningModule):
             ValueError: if the Hub does not take it.
             ImportError: if huggingface_hub or safetensors is not installed.
         """
-        if self._trainer is not None and not self._trainer.is_global_zero:
+        trainer = trainer_of(self)
+        if trainer is not None and not trainer.is_global_zero:
             return ""  # another process does it
 
         def save(folder: Path) -> None:

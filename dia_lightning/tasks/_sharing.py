@@ -12,6 +12,7 @@ from dia_lightning import _hub
 from dia_lightning._hyperparameters import OBJECT, from_file, primitive
 from dia_lightning._redact import redact
 from dia_lightning.tasks._from_checkpoint import build
+from dia_lightning.tasks._trainer import trainer_of
 from dia_lightning.tasks.base import DIATask, brief
 from dia_lightning.tasks.checkpoints import task_named
 
@@ -155,7 +156,7 @@ def _data(facts: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _metrics(task: DIATask) -> dict[str, float]:
-    trainer = task._trainer
+    trainer = trainer_of(task)
     logged = {} if trainer is None else trainer.callback_metrics
     return {name: float(value) for name, value in logged.items() if name.startswith(("val/", "test/"))}
 

@@ -28,6 +28,7 @@ from dia_lightning.tasks._resume_check import leave_out_finders
 from dia_lightning.tasks._resume_point import ResumePoint
 from dia_lightning.tasks._shareable import Shareable
 from dia_lightning.tasks._stop import StopOnSignal
+from dia_lightning.tasks._trainer import trainer_of
 
 Task = TypeVar("Task", bound="DIATask")
 
@@ -166,7 +167,7 @@ class DIATask(FiniteModule, Shareable):
         super().on_save_checkpoint(checkpoint)
         checkpoint["dia_task"] = type(self).__name__
         checkpoint["dia_data"] = self._data
-        if "loops" in checkpoint and self._trainer is not None:  # of a training that can go on
+        if "loops" in checkpoint and trainer_of(self) is not None:  # of a training that can go on
             _process_states.save(self.trainer, self, checkpoint)
         for part in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
             if part in checkpoint:
@@ -176,11 +177,12 @@ class DIATask(FiniteModule, Shareable):
         """Read it back, and compare it with the data at hand."""
         super().on_load_checkpoint(checkpoint)
         self.trained_steps = checkpoint.get("global_step")
-        if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
-            self.trainer.precision_plugin.convert_module(self)  # Lightning does it later, and would round the weights
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            leave_out_finders(self.trainer)
-            state = _process_states.restore(self.trainer, self, checkpoint)
+        trainer = trainer_of(self)
+        if trainer is not None and isinstance(trainer.precision_plugin, DoublePrecision):
+            trainer.precision_plugin.convert_module(self)  # Lightning does it later, and would round the weights
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            leave_out_finders(trainer)
+            state = _process_states.restore(trainer, self, checkpoint)
             self._resume_point = ResumePoint.of(checkpoint, state) if "loops" in checkpoint else None
         stored = checkpoint.get("dia_data", {})
         for name, value in stored.items():

@@ -1,0 +1,12 @@
+"""The trainer of a module that may have none."""
+
+from lightning.pytorch import LightningModule, Trainer
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the trainer that a module is attached to; ``None`` if it is used without one, or with Fabric."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # what Lightning raises for none
+        return None
+    return trainer if isinstance(trainer, Trainer) else None
