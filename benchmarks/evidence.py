@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.arms import Build, attached, cifar_resnet
+from benchmarks.captured import Loss, backward
 from benchmarks.pack_cifar import unpack
 from benchmarks.records import Row
 from dia_lightning.analysis import MapRecorder, Protocol, map_correlation, mean_correlation
 
 PROTOCOLS: tuple[Protocol, ...] = ("per-image", "pooled", "centred")
 MEAN, DEVIATION = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100's channels
-#: Steps of each arm that are timed, after as many that are not.
-CALIBRATION = 5
+#: Steps of each arm that are timed, after as many that are not; how often maps are recorded.
+CALIBRATION, RECORDINGS = 5, 5
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Plan:
     seeds: int
     seconds: float
     most_epochs: int
-    lr: float = 0.4
+    lr: float = 0.1
     mapped: int = 500
 
 
@@ -83,9 +84,10 @@ def evidence_rows(data: Data, plan: Plan) -> Iterator[Row]:
     """
     arms = attached(cifar_resnet(depth=plan.depth))
     start = time.monotonic()
-    seconds = sum(_seconds_per_epoch(build, data, plan) for build in arms.values())
+    costs = [_costs(build, data, plan, maps=arm.startswith("SE")) for arm, build in arms.items()]
+    epoch, beside = (plan.seeds * sum(seconds) for seconds in zip(*costs, strict=True))
     left = plan.seconds - (time.monotonic() - start)
-    epochs = min(plan.most_epochs, max(1, int(0.85 * left / (seconds * plan.seeds))))  # the rest is for tests and maps
+    epochs = min(plan.most_epochs, max(1, int((0.85 * left - beside) / epoch)))
     yield {"data": data.name, "train_images": len(data.train[0]), "test_images": len(data.test[0]), "epochs": epochs}
     for seed in range(plan.seeds):
         for arm, build in arms.items():
@@ -93,21 +95,28 @@ def evidence_rows(data: Data, plan: Plan) -> Iterator[Row]:
                 yield {"arm": arm, "seed": seed, "depth": plan.depth, "epochs": epochs, **row}
 
 
-def _seconds_per_epoch(build: Build, data: Data, plan: Plan) -> float:
+def _costs(build: Build, data: Data, plan: Plan, *, maps: bool) -> tuple[float, float]:
+    """Return the seconds of an epoch, and those of the test and the maps of a training."""
     training = _Training(build, data, plan, epochs=1, seed=0)
-    for step in range(2 * CALIBRATION):
-        if step == CALIBRATION:  # kernels are chosen
-            _wait(data)
-            start = time.monotonic()
-        training.step(torch.arange(plan.batch, device=data.train[0].device) % len(data.train[0]))
+    chosen = torch.arange(plan.batch, device=data.train[0].device) % len(data.train[0])
+    steps = _seconds(lambda: training.steps([chosen] * CALIBRATION), data)
+    recordings = RECORDINGS * _seconds(training.correlations, data) if maps else 0
+    return steps / CALIBRATION * training.steps_per_epoch, _seconds(training.accuracy, data) + recordings
+
+
+def _seconds(run: Callable[[], object], data: Data) -> float:
+    run()  # kernels are chosen
     _wait(data)
-    return (time.monotonic() - start) / CALIBRATION * training.steps_per_epoch
+    start = time.monotonic()
+    run()
+    _wait(data)
+    return time.monotonic() - start
 
 
 def _training(build: Build, data: Data, plan: Plan, epochs: int, seed: int, *, maps: bool) -> Iterator[Row]:
     start = time.monotonic()
     training = _Training(build, data, plan, epochs, seed)
-    recorded = {round(part * epochs / 4) for part in range(5)} if maps else set()
+    recorded = {round(part * epochs / (RECORDINGS - 1)) for part in range(RECORDINGS)} if maps else set()
     for epoch in range(epochs + 1):
         if epoch > 0:
             training.epoch()
@@ -133,6 +142,7 @@ class _Training:
         )
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
         self.loss = torch.zeros((), device=device)
+        self._backward: Loss | None = None
 
     @property
     def last_loss(self) -> float | None:
@@ -142,19 +152,24 @@ class _Training:
 
     def epoch(self) -> None:
         order = torch.randperm(len(self.data.train[0]), device=self.data.train[0].device)
-        for batch in torch.split(order, self.plan.batch)[: self.steps_per_epoch]:
+        self.steps(torch.split(order, self.plan.batch)[: self.steps_per_epoch])
+
+    def steps(self, batches: Sequence[Tensor]) -> None:
+        for batch in batches:
             self.step(batch)
 
     def step(self, chosen: Tensor) -> None:
         self.network.train()
-        images, labels = self.data.train[0][chosen], self.data.train[1][chosen]
-        with self.autocast():
-            loss = F.cross_entropy(self.network(normalised(augmented(images))), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        images, labels = normalised(augmented(self.data.train[0][chosen])), self.data.train[1][chosen]
+        if self._backward is None:
+            self._backward = backward(self.network, self._loss, images, labels)
+        self.loss = self._backward(images, labels)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        self.loss = loss.detach()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self.autocast():
+            return F.cross_entropy(self.network(images), labels)
 
     def accuracy(self) -> float:
         """Share of test images that are right."""

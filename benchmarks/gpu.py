@@ -19,8 +19,10 @@ from benchmarks.running import Mode, Setting
 
 #: Share of the time that each part may take at most; the first ones leave what they do not use.
 SHARES = {"eager": 0.15, "evidence": 0.55, "compiled": 0.3}
-#: Networks, the most wanted first, and images of a step.
-BATCHES = {"resnet50": 64, "resnet164": 128, "vit_s": 64}
+#: Networks, the most wanted first and the slowest last, and images of a step.
+BATCHES = {"resnet50": 64, "vit_s": 64, "resnet164": 128}
+#: How networks are compiled.
+MODES: tuple[Mode, ...] = ("compile", "reduce-overhead")
 #: Seconds until a process has imported everything and reached the GPU, at most.
 START = 15
 
@@ -94,7 +96,7 @@ def _run(part: str, options: argparse.Namespace) -> None:
         results.add(row)
 
 
-def _workloads(*, tiny: bool) -> list[Workload]:
+def workloads(*, tiny: bool) -> list[Workload]:
     """Return the networks of this package's family alone, with the batches of a GPU."""
     named = [WORKLOADS["tiny"]] if tiny else [replace(WORKLOADS[name], batch=size) for name, size in BATCHES.items()]
     return [replace(workload, families=workload.families[:1]) for workload in named]
@@ -102,15 +104,15 @@ def _workloads(*, tiny: bool) -> list[Workload]:
 
 def _eager(device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
     measures: list[Measure] = [times(2 if options.tiny else options.runs), memory, kernels]
-    for workload in _workloads(tiny=options.tiny):
+    for workload in workloads(tiny=options.tiny):
         yield from _rows(workload, Setting(device, "eager", bf16=True, channels_last=True), measures, None)
 
 
 def _compiled(device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
     timed = times(2 if options.tiny else options.runs)
-    modes: tuple[Mode, ...] = ("compile",) if options.tiny else ("compile", "reduce-overhead")
+    modes = MODES[:1] if options.tiny else MODES
     arms = [] if options.tiny else [DIA, SE_PER_BLOCK, SE_SHARED]
-    for workload, mode in product(_workloads(tiny=options.tiny), modes):
+    for workload, mode in product(workloads(tiny=options.tiny), modes):
         torch._dynamo.reset()
         measures: list[Measure] = [timed] if options.tiny else [timed, memory, kernels]
         yield from _rows(workload, Setting(device, mode, bf16=True, channels_last=True), measures, arms)
@@ -139,7 +141,7 @@ def _evidence(device: torch.device, options: argparse.Namespace) -> Iterator[Row
     if options.tiny:
         plan = Plan(depth=20, batch=16, seeds=2, seconds=1000, most_epochs=2, mapped=16)
     else:
-        plan = Plan(depth=164, batch=512, seeds=options.seeds, seconds=options.seconds - START, most_epochs=60)
+        plan = Plan(depth=164, batch=128, seeds=options.seeds, seconds=options.seconds - START, most_epochs=60)
     yield from evidence_rows(data, plan)
 
 
