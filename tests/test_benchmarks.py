@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import cost, evidence, gpu, pack_cifar, report, threshold
+from benchmarks import captured, cost, evidence, gpu, pack_cifar, precompile, report, threshold
 from benchmarks.arms import DIA, PLAIN, SE_PER_BLOCK, SE_SHARED, WORKLOADS, Family, Workload, cifar_resnet
 from benchmarks.kernels import count_kernels
 from benchmarks.measures import rows
@@ -159,6 +159,30 @@ def test_a_drift_of_the_machine_does_not_change_a_ratio() -> None:
     timing = interleaved(plain, twice, lambda run: next(speed) * (2 if run is twice else 1), rounds=10)
     assert (timing.low, timing.ratio, timing.high) == pytest.approx((2, 2, 2))
     assert timing.rounds == 10
+
+
+def test_a_step_has_the_gradients_of_its_batch_alone() -> None:
+    network = nn.Linear(3, 2)
+    images, labels = torch.randn(2, 4, 3), torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]])
+    loss: Callable[[Tensor, Tensor], Tensor] = lambda x, y: F.cross_entropy(network(x), y)  # noqa: E731
+    backward = captured.backward(network, loss, images[0], labels[0])
+    for batch in zip(images, labels, strict=True):
+        value = loss(*batch)
+        expected = torch.autograd.grad(value, list(network.parameters()))
+        assert torch.equal(backward(*batch), value)
+        assert all(torch.equal(p.grad, g) for p, g in zip(network.parameters(), expected, strict=True))  # type: ignore[arg-type]
+
+
+def test_what_is_not_compiled_in_time_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "kernel.best_config").touch()
+    precompile.main(["--tiny", "--minutes", "0", "--processes", "2"])
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(
+        f"precompile: ResNet14, 32x32, compile, {arm}: not compiled in time" for arm in OWN
+    )
+    assert not list(tmp_path.iterdir())  # tilings that were chosen on a busy GPU are chosen again
 
 
 def test_packing_keeps_images_and_the_limit(tmp_path: Path) -> None:
