@@ -43,9 +43,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def _skipped_if_missing(report: Report, config: pytest.Config) -> Report:
     if report.failed and config.getoption("skip_without_extras"):
-        found = re.search(
-            r"No module named '(?!dia_lightning|tests)\w+|pip install \\?\"dia-lightning\[\w+", str(report.longrepr)
-        )
+        text = str(report.longrepr)
+        found = re.search(r"No module named '(?!dia_lightning|tests)\w+|pip install \\?\"dia-lightning\[\w+", text)
+        found = found or re.search(r"Neither `tensorboard` nor `tensorboardX` is available", text)
         if found:
             report.outcome, report.longrepr = "skipped", (__file__, 0, f"Skipped: {found[0]}")
     return report

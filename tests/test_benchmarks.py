@@ -30,6 +30,7 @@ OWN = {PLAIN, SE_PER_BLOCK, SE_SHARED, DIA}
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a rehearsal of both commands has written."""
     folder = tmp_path_factory.mktemp("measured")
+    pytest.importorskip("pytorchcv")  # its networks are among the arms
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OUT", str(folder))

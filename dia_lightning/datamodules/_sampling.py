@@ -141,7 +141,8 @@ class ClassificationSamples(Samples):
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{str(error).rstrip('.') or type(error).__name__}."
+    text = str(error).rstrip(".")
+    return f"{text}." if " " in text else f"{type(error).__name__} {text}".rstrip() + "."
 
 
 class PaddedSampler(DistributedSampler[Any]):

@@ -8,7 +8,7 @@ from tests.callbacks.tiny_classifier import TinyData, TinyTask, tiny_trainer
 
 def test_without_weights_and_biases_a_warning_names_the_way_to_it(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, PredictionTable())
-    with pytest.warns(UserWarning, match=r"PredictionTable needs Weights & Biases .* -c configs/logger/wandb\.yaml"):
+    with pytest.warns(UserWarning, match=r"PredictionTable needs Weights & Biases .* -c logger/wandb\.yaml"):
         trainer.test(TinyTask(), datamodule=TinyData())
     assert list(tmp_path.iterdir()) == []
 
