@@ -35,7 +35,8 @@ BELOW = {
     },
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing"),
-        *("_checkpoint_file", "_checkpoint_kind", "_choices", "_hyperparameters", "_redact", "_text"),
+        *("_checkpoint_file", "_checkpoint_kind", "_choices", "_config_files", "_hyperparameters", "_redact"),
+        *("_text",),
         *("_torchvision_guard", "_whole_files"),
     },
 }

@@ -9,10 +9,10 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dia_lightning._choices import nearest
+from dia_lightning._config_files import no_config
 from dia_lightning._redact import redact
 from dia_lightning.cli import _class_messages
 from dia_lightning.cli._commands import COMMANDS
-from dia_lightning.cli._config_files import no_config
 from dia_lightning.cli._errors import fail
 from dia_lightning.cli._help import clean
 from dia_lightning.cli._parser_text import place, readable

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_lightning import datamodules
-from dia_lightning.cli._config_files import find_config
+from dia_lightning._config_files import find_config
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli._own_classes import own_class, section_of
 from dia_lightning.datamodules import ClassificationDataModule, DetectionDataModule, DIADataModule

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from jsonargparse import Path, get_loader, set_loader  # type: ignore[attr-defined]
 
+from dia_lightning._config_files import find_config
 from dia_lightning._text import read_text
-from dia_lightning.cli._config_files import find_config
 
 MODE = "strict-yaml"
 _MOST_NODES = 1_000_000

@@ -20,13 +20,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.constants import default_pg_timeout
 
+from dia_lightning._config_files import is_packaged
 from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
 from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
 from dia_lightning.cli._claimed_version import claim_versions
 from dia_lightning.cli._class_messages import imported
-from dia_lightning.cli._config_files import is_packaged
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._help import describe_checkpoints

@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from dia_lightning._config_files import FOLDER, config_names, find_config, no_config
 from dia_lightning._text import read_text
-from dia_lightning.cli._config_files import FOLDER, config_names, find_config, no_config
 
 
 def run(args: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dia_lightning import _config_files
 from dia_lightning.__main__ import main
-from dia_lightning.cli import _config_files
-from dia_lightning.cli._config_files import config_names, find_config
+from dia_lightning._config_files import config_names, find_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAME = "classification/digits.yaml"
@@ -95,12 +95,11 @@ def test_every_config_that_another_names_is_there() -> None:
 
 def test_an_installed_package_has_its_configs_inside(tmp_path: Path) -> None:
     package = tmp_path / "site-packages" / "dia_lightning"
-    (package / "cli").mkdir(parents=True)
     (package / "configs" / "trainer").mkdir(parents=True)
     (package / "configs" / "trainer" / "inside.yaml").write_text("# One.\n")
     (package.parent / "configs" / "trainer").mkdir(parents=True)  # of some other package
-    for name in ("__init__.py", "cli/__init__.py", "cli/_config_files.py"):
+    for name in ("__init__.py", "_config_files.py"):
         (package / name).write_text("" if "_config" not in name else Path(_config_files.__file__).read_text())
-    code = "from dia_lightning.cli._config_files import config_names; print(*config_names())"
+    code = "from dia_lightning._config_files import config_names; print(*config_names())"
     done = subprocess.run([sys.executable, "-c", code], cwd=package.parent, capture_output=True, text=True)
     assert done.stdout.split() == ["trainer/inside.yaml"], done.stderr

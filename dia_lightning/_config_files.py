@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path, PurePath
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parent
 #: In an installation they are inside of the package, in a checkout, which an editable installation reads, beside it.
 FOLDER = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
 
