@@ -36,8 +36,7 @@ BELOW = {
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing"),
         *("_checkpoint_file", "_checkpoint_kind", "_choices", "_config_files", "_hyperparameters", "_redact"),
-        *("_text",),
-        *("_torchvision_guard", "_whole_files"),
+        *("_strict_yaml", "_text", "_torchvision_guard", "_whole_files"),
     },
 }
 # ... and which of the other packages it must do without.

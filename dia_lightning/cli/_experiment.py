@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from dia_lightning import _strict_yaml
 from dia_lightning._config_files import find_config, no_config
 from dia_lightning._text import read_text
-from dia_lightning.cli import _strict_yaml
 
 KEYS = ("name", "base", "options", "seeds", "control", "metrics", "arms")
 #: What the runner sets itself, and what to write instead.

@@ -118,7 +118,7 @@ def section_of(config: Path, name: str) -> Mapping[str, Any] | None:
     Raises:
         ValueError: if the file is no YAML.
     """
-    from dia_lightning.cli import _strict_yaml
+    from dia_lightning import _strict_yaml
 
     try:
         content = _strict_yaml.load(read_text(config), str(config))

@@ -24,7 +24,7 @@ from dia_lightning._config_files import is_packaged
 from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
-from dia_lightning.cli import _checkpoints, _ensemble, _strict_yaml
+from dia_lightning.cli import _checkpoints, _config_reader, _ensemble
 from dia_lightning.cli._claimed_version import claim_versions
 from dia_lightning.cli._class_messages import imported
 from dia_lightning.cli._config_of_run import with_config_of_run
@@ -88,7 +88,7 @@ class DIACLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of the program or of one command."""
-        mode = _strict_yaml.install()
+        mode = _config_reader.install()
         return super().init_parser(prog=PROGRAM, parser_mode=mode, allow_abbrev=False, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
+from dia_lightning import _strict_yaml
 from dia_lightning.attention import attach
-from dia_lightning.cli import _strict_yaml
 from dia_lightning.cli._checkpoints import check_is_of_run
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli.command import rehearse

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from dia_lightning._strict_yaml import load
 from dia_lightning.cli import _run_pool, reproduce
 from dia_lightning.cli._experiment import _as_text, read_experiment
 from dia_lightning.cli._run_results import last_values
-from dia_lightning.cli._strict_yaml import load
 from tests.cli.conftest import Run, call
 
 Fails = Callable[..., str]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dia_lightning.cli import _strict_yaml
+from dia_lightning import _strict_yaml
 from dia_lightning.cli.command import rehearse
 
 

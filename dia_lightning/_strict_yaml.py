@@ -1,17 +1,12 @@
-"""YAML as everywhere else in the command line, minus three silent faults: duplicate keys, not-a-number and ``None``."""
+"""YAML as the command line reads it, minus three silent faults: duplicate keys, not-a-number and ``None``."""
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from jsonargparse import Path, get_loader, set_loader  # type: ignore[attr-defined]
+from jsonargparse import get_loader
 
-from dia_lightning._config_files import find_config
-from dia_lightning._text import read_text
-
-MODE = "strict-yaml"
 _MOST_NODES = 1_000_000
 
 
@@ -47,29 +42,6 @@ def load(text: str, path: str = "") -> Any:
     value = get_loader("yaml")(text)
     _refuse_nan(value, f"{place}value")
     return value
-
-
-def install() -> str:
-    """Make the loader known to jsonargparse; return the name to give as ``parser_mode``."""
-    set_loader(MODE, load, exceptions=(yaml.YAMLError,))
-    Path.__init__ = _find  # type: ignore[method-assign,assignment]  # of files that options and other configs name
-    Path.read_text = _read_text  # type: ignore[method-assign,assignment]  # it reads files as the locale has them
-    return MODE
-
-
-_find_other = Path.__init__
-_read_other = Path.read_text
-
-
-def _find(self: Path, path: Any, mode: str = "fr", **options: Any) -> None:
-    found = str(find_config(path)) if isinstance(path, str) and "r" in mode else path
-    _find_other(self, found, mode, **options)
-    if found != path:
-        self._relative = path  # as it was given
-
-
-def _read_text(path: Path) -> str:
-    return read_text(os.fspath(path)) if os.path.isfile(path) else _read_other(path)
 
 
 def _nones(node: yaml.Node | None) -> Iterator[tuple[int, int]]:
