@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.arms import PLAIN, SE_PER_BLOCK, SE_SHARED
 from benchmarks.evidence import PROTOCOLS
 from benchmarks.records import Row
-from dia_lightning.cli._comparison import Estimate, estimate
+from dia_lightning.reproduce.comparison import Estimate, estimate
 
 File = dict[str, Any]
 

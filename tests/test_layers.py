@@ -33,8 +33,9 @@ BELOW = {
         *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_choices", "_coco_tools"),
         *("_evaluating", "_extras", "_float32", "_hub", "_hyperparameters", "_redact", "_whole_files"),
     },
+    "reproduce": {"tasks", "_config_files", "_redact", "_strict_yaml", "_text", "_whole_files"},
     "cli": {
-        *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing"),
+        *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing", "reproduce"),
         *("_checkpoint_file", "_checkpoint_kind", "_choices", "_config_files", "_hyperparameters", "_redact"),
         *("_strict_yaml", "_text", "_torchvision_guard", "_whole_files"),
     },

@@ -10,9 +10,9 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from dia_lightning.__main__ import main
 from dia_lightning.attention import attach
-from dia_lightning.cli._experiment import read_experiment
 from dia_lightning.cli.command import rehearse
 from dia_lightning.models import get_model
+from dia_lightning.reproduce.experiment import read_experiment
 from tests.cli.conftest import call
 
 ROOT = Path(__file__).parents[1]

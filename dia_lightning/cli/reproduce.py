@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,13 +10,12 @@ from typing import IO
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning._redact import redact_arguments
-from dia_lightning.cli._comparison import compare
-from dia_lightning.cli._comparison_files import markdown_table, write_comparison
 from dia_lightning.cli._errors import PROGRAM, UserError
-from dia_lightning.cli._experiment import Experiment, Run, read_experiment
-from dia_lightning.cli._run_pool import LOG, locked, run_all
-from dia_lightning.cli._run_results import Result, read_results
+from dia_lightning.reproduce.comparison import compare
+from dia_lightning.reproduce.experiment import Experiment, Run, in_shell, read_experiment
+from dia_lightning.reproduce.pool import LOG, locked, run_all
+from dia_lightning.reproduce.results import Result, read_results
+from dia_lightning.reproduce.table import markdown_table, write_comparison
 
 
 def run(args: Sequence[str]) -> None:
@@ -90,7 +88,7 @@ def _check_commands(runs: Sequence[Run], folder: Path) -> None:
 def _print_commands(experiment: Experiment, results: Mapping[Run, Result]) -> None:
     for run in experiment.runs:
         state = results[run].outcome if run in results else "not run yet"
-        print(f"# {run.arm}, seed {run.seed}: {state}\n{shlex.join([PROGRAM, *redact_arguments(run.command)])}")
+        print(f"# {run.arm}, seed {run.seed}: {state}\n{in_shell(run.command)}")
 
 
 def _run_all(runs: Sequence[Run], experiment: Experiment, folder: Path, lock: IO[str], jobs: int) -> int:

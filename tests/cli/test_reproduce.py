@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dia_lightning._strict_yaml import load
-from dia_lightning.cli import _run_pool, reproduce
-from dia_lightning.cli._experiment import _as_text, read_experiment
-from dia_lightning.cli._run_results import last_values
+from dia_lightning.cli import reproduce
+from dia_lightning.reproduce import pool
+from dia_lightning.reproduce.experiment import read_experiment
+from dia_lightning.reproduce.results import last_values
 from tests.cli.conftest import Run, call
 
 Fails = Callable[..., str]
@@ -75,7 +75,7 @@ def result(arm: str, seed: int, runs: str = "runs/reproduce") -> dict[str, Any]:
 @pytest.fixture
 def stand_in(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (workplace / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(_run_pool, "COMMAND", (sys.executable, "stand_in.py"))
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "stand_in.py"))
     monkeypatch.setattr(reproduce, "_check_commands", lambda runs, folder: None)  # they are not those that run here
     write_spec()
     behave()
@@ -86,7 +86,7 @@ def call_with_stand_in() -> None:
     """Do in a new process what the fixture does in this one."""
     # a shell that starts the suite in the background has it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _run_pool.COMMAND = (sys.executable, "stand_in.py")  # type: ignore[assignment]
+    pool.COMMAND = (sys.executable, "stand_in.py")  # type: ignore[assignment]
     reproduce._check_commands = lambda runs, folder: None
     call("reproduce", "spec.yaml")
 
@@ -159,26 +159,6 @@ def test_options_of_all_arms_give_way_to_those_of_an_arm(stand_in: Path) -> None
     write_spec(options={"model.lr": 0.1, "data.limit": 3}, arms={"plain": {"model.lr": 0.2}, "other": None})
     arms = read_experiment("spec.yaml").arms
     assert arms == {"plain": ("--model.lr=0.2", "--data.limit=3"), "other": ("--model.lr=0.1", "--data.limit=3")}
-
-
-@pytest.mark.parametrize(
-    "value", [None, True, 1, -1, 1e-4, 1e30, "se", "null", "1e3", "a: b", "{x", "110|0011", "1100", [1, 2], {"r": [4]}]
-)
-def test_values_arrive_as_they_are_in_the_specification(value: Any) -> None:
-    assert repr(load(_as_text(value))) == repr(value)
-
-
-def test_jobs_share_threads_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert _run_pool._environments(3) == [{"OMP_NUM_THREADS": "2"}] * 3
-    assert _run_pool._environments(20)[0] == {"OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in _run_pool._environments(3)] == ["0", "1", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in _run_pool._environments(3)] == ["5", "7", "5"]
 
 
 # ---- runs that do not finish
@@ -272,7 +252,7 @@ def test_after_a_kill_only_the_unfinished_run_starts_again(
 
 def free_again() -> bool:
     try:
-        with _run_pool.locked(Path("runs/reproduce/compared")):
+        with pool.locked(Path("runs/reproduce/compared")):
             return True
     except ValueError:
         return False

@@ -11,8 +11,8 @@ import yaml
 
 from dia_lightning.__main__ import main
 from dia_lightning._redact import redact, redact_arguments, redact_text
-from dia_lightning.cli._comparison_files import write_comparison
-from dia_lightning.cli._experiment import read_experiment
+from dia_lightning.reproduce.experiment import read_experiment
+from dia_lightning.reproduce.table import write_comparison
 from tests.cli.conftest import Run
 
 CANARY = "canary-51ng5"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from dia_lightning import _strict_yaml
 from dia_lightning._config_files import find_config, no_config
+from dia_lightning._redact import redact_arguments
 from dia_lightning._text import read_text
 
 KEYS = ("name", "base", "options", "seeds", "control", "metrics", "arms")
@@ -94,6 +96,11 @@ class Experiment:
     def runs(self) -> list[Run]:
         """Every seed of every arm; all arms have a first seed before any has a second."""
         return [Run(arm, seed, self.configs, options) for seed in self.seeds for arm, options in self.arms.items()]
+
+
+def in_shell(command: Sequence[str]) -> str:
+    """Return a command of ``dia-lightning`` as it is typed in a shell, without secrets."""
+    return shlex.join(["dia-lightning", *redact_arguments(command)])
 
 
 def read_experiment(path: str) -> Experiment:

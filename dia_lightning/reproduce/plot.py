@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dia_lightning.cli._comparison import Row
-from dia_lightning.cli._experiment import Metric
+from dia_lightning.reproduce.comparison import Row
+from dia_lightning.reproduce.experiment import Metric
 
 SEEDS = "#4c78a8"
 SPREAD = 0.3  # of a row's height, over which the points of the seeds are spread

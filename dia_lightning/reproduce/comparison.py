@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dia_lightning.cli._experiment import Experiment, Metric, Run
-from dia_lightning.cli._run_results import Result
+from dia_lightning.reproduce.experiment import Experiment, Metric, Run
+from dia_lightning.reproduce.results import Result
 
 CONFIDENCE = 0.95
 

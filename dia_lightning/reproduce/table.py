@@ -1,17 +1,14 @@
 """The table of a comparison: Markdown to read, CSV to compute with, a picture."""
 
 import csv
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from dia_lightning._redact import redact_arguments
 from dia_lightning._whole_files import written_whole
-from dia_lightning.cli._comparison import Estimate, Row, compare
-from dia_lightning.cli._comparison_plot import draw_comparison
-from dia_lightning.cli._errors import PROGRAM
-from dia_lightning.cli._experiment import Experiment, Metric, Run
-from dia_lightning.cli._run_results import Result
+from dia_lightning.reproduce.comparison import Estimate, Row, compare
+from dia_lightning.reproduce.experiment import Experiment, Metric, Run, in_shell
+from dia_lightning.reproduce.plot import draw_comparison
+from dia_lightning.reproduce.results import Result
 
 HEADER = ("arm", "n", "mean ± deviation", "95 % interval", "compared with", "difference", "95 % interval")
 COLUMNS = (
@@ -68,7 +65,7 @@ def _markdown(experiment: Experiment, rows: Mapping[Metric, list[Row]], results:
     for metric, of_metric in rows.items():
         parts += [f"## {metric.title}\n", markdown_table(metric, of_metric)]
     seeds = " ".join(map(str, experiment.seeds))
-    commands = [_in_shell(run) for run in experiment.runs if run.seed == experiment.seeds[0]]
+    commands = [_with_any_seed(run) for run in experiment.runs if run.seed == experiment.seeds[0]]
     loop = "\n".join([f"for seed in {seeds}; do", *(f"  {command}" for command in commands), "done"])
     parts += [
         NOTE,
@@ -80,9 +77,9 @@ def _markdown(experiment: Experiment, rows: Mapping[Metric, list[Row]], results:
     return "\n".join(parts)
 
 
-def _in_shell(run: Run) -> str:
+def _with_any_seed(run: Run) -> str:
     *command, _ = run.command
-    return f"{shlex.join([PROGRAM, *redact_arguments(command)])} --seed_everything=$seed"
+    return f"{in_shell(command)} --seed_everything=$seed"
 
 
 def _circumstances(results: Mapping[Run, Result]) -> str:

@@ -15,9 +15,8 @@ from types import FrameType
 from typing import IO
 
 from dia_lightning._redact import redact_arguments
-from dia_lightning.cli._errors import PROGRAM, UserError
-from dia_lightning.cli._experiment import Experiment, Run
-from dia_lightning.cli._run_results import Result, last_values, write_result
+from dia_lightning.reproduce.experiment import Experiment, Run
+from dia_lightning.reproduce.results import Result, last_values, write_result
 
 try:
     import fcntl
@@ -64,7 +63,7 @@ def run_all(
         report: called with every run that has ended and its result.
 
     Raises:
-        UserError: if a run has ended well and has not logged what is to be compared, as all others would.
+        ValueError: if a run has ended well and has not logged what is to be compared, as all others would.
     """
     waiting, free = deque(runs), _environments(jobs)
     running: list[_Child] = []
@@ -81,7 +80,7 @@ def run_all(
                     free.append(dict(child.environment))
                     report(child.run, result)
                     if child.process.returncode == 0 and result.outcome == "failed":
-                        raise UserError(result.message)
+                        raise ValueError(result.message)
                 time.sleep(0.05)
         finally:
             _end(running)
@@ -151,7 +150,7 @@ def _result_of(child: _Child, experiment: Experiment) -> Result:
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix(f"{PROGRAM}: error: ") if lines else "nothing"
+    return lines[-1].removeprefix("dia-lightning: error: ") if lines else "nothing"
 
 
 def _end(children: Sequence[_Child]) -> None:

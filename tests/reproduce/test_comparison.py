@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dia_lightning.cli._comparison import Estimate, compare, estimate
-from dia_lightning.cli._comparison_files import markdown_table, write_comparison
-from dia_lightning.cli._comparison_plot import draw_comparison
-from dia_lightning.cli._experiment import Experiment, Metric, Run
-from dia_lightning.cli._run_results import Result
+from dia_lightning.reproduce.comparison import Estimate, compare, estimate
+from dia_lightning.reproduce.experiment import Experiment, Metric, Run
+from dia_lightning.reproduce.plot import draw_comparison
+from dia_lightning.reproduce.results import Result
+from dia_lightning.reproduce.table import markdown_table, write_comparison
 
 ACCURACY = Metric("test/acc", scale=100, unit="%", digits=2)
 CONTROL = [0.701, 0.694, 0.712, 0.688]

@@ -12,7 +12,7 @@ from typing import Literal
 from dia_lightning import __version__
 from dia_lightning._redact import redact_arguments
 from dia_lightning._whole_files import written_whole
-from dia_lightning.cli._experiment import Experiment, Run
+from dia_lightning.reproduce.experiment import Experiment, Run
 
 FILE = "result.json"
 

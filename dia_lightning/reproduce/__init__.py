@@ -1,0 +1,1 @@
+"""Comparisons that can be repeated: arms trained over seeds, each run a process, and the table of their results."""
