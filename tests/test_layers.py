@@ -19,7 +19,7 @@ BELOW = {
         *("attention", "_checkpoint_file", "_choices", "_evaluating", "_extras", "_float32", "_hub"),
         *("_torchvision_guard", "_whole_files"),
     },
-    "analysis": {"attention", "models", "drawing", "_choices", "_evaluating", "_extras"},
+    "analysis": {"attention", "models", "drawing", "_choices", "_evaluating", "_extras", "_whole_files"},
     "datamodules": {
         *("_apportion", "_checkpoint_file", "_choices", "_coco_tools", "_extras", "_hyperparameters"),
         *("_text", "_torchvision_guard", "_whole_files"),

@@ -15,7 +15,7 @@ from dia_lightning.cli._run_source import config_of
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder
-    from dia_lightning.cli._analysis import Analysis
+    from dia_lightning.analysis.findings import Analysis
     from dia_lightning.datamodules import DIADataModule
     from dia_lightning.tasks import DIATask
 
@@ -50,18 +50,19 @@ def run(args: Sequence[str]) -> None:
     _check(options)
     device = _checkpoint_argument.device_of(options)
     checkpoint = None if options.checkpoint is None else _checkpoint_argument.checkpoint_of(options)
-    from dia_lightning.cli import _analysis, _analysis_loggers
+    from dia_lightning.analysis import report
+    from dia_lightning.cli import _send_analysis
 
-    _analysis_loggers.check_installed(options.log)
+    _send_analysis.check_installed(options.log)
     task, data, config = _from_config(options) if checkpoint is None else _from_checkpoint(checkpoint, options)
     _check_attention(task, checkpoint or config)
     analysis = _analyze(task.to(device), data, options)
     place = Path(options.runs) / config.name if checkpoint is None else checkpoint
     folder = _checkpoint_argument.new_folder(options, place, "analysis")
-    pictures = _analysis.figures(analysis)
-    _analysis.write(analysis, pictures, folder, checkpoint=checkpoint, config=config)
-    print(f"{_analysis.summary(analysis)}\nreport.md, result.json and pictures: {folder}")
-    _analysis_loggers.send(analysis, pictures, folder, options.log, _analysis.origin(checkpoint, config))
+    pictures = report.figures(analysis)
+    report.write(analysis, pictures, folder, checkpoint=checkpoint, config=config)
+    print(f"{report.summary(analysis)}\nreport.md, result.json and pictures: {folder}")
+    _send_analysis.send(analysis, pictures, folder, options.log, report.origin(checkpoint, config))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,8 +140,8 @@ def _check_attention(task: "DIATask", source: Path) -> None:
 
 def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace) -> "Analysis":
     from dia_lightning import analysis
+    from dia_lightning.analysis.findings import Analysis
     from dia_lightning.attention import is_attached
-    from dia_lightning.cli._analysis import Analysis
 
     network = task.network_body()
     # in the shares of the classes: the first images in the order of the data would be those of a few classes

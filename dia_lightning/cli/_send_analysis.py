@@ -7,9 +7,10 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 
+from dia_lightning.analysis.findings import Analysis
+from dia_lightning.analysis.report import report
+from dia_lightning.analysis.tables import scalars, tables
 from dia_lightning.callbacks.pictures import send_picture
-from dia_lightning.cli._analysis import Analysis
-from dia_lightning.cli._analysis_tables import report, scalars, tables
 from dia_lightning.cli._errors import UserError
 from dia_lightning.loggers import WandbLogger
 

@@ -1,20 +1,12 @@
-"""The tables and the report of an analysis, and the numbers that sum it up."""
+"""The tables of an analysis, and the numbers that sum it up."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from dia_lightning.analysis import mean_correlation, mean_interval
-
-if TYPE_CHECKING:
-    from dia_lightning.cli._analysis import Analysis
-
-UNKNOWN_PROTOCOL = (
-    'Which protocol the "up to 0.85" of the paper (arXiv 2210.16101, abstract) rests on is not known, so these numbers '
-    "cannot be compared with it. The first two protocols count differences between channels that are the same in "
-    "every image; the third, centred, is free of them."
-)
+from dia_lightning.analysis.correlation import mean_correlation, mean_interval
+from dia_lightning.analysis.findings import Analysis
 
 Cell: TypeAlias = str | int | float | None
 
@@ -34,12 +26,12 @@ class Table:
     rows: list[list[Cell]]
 
 
-def tables(analysis: "Analysis") -> list[Table]:
+def tables(analysis: Analysis) -> list[Table]:
     """Return the tables: correlations per stage, values per layer, gradients and changes per block."""
     return [_correlations(analysis), _layers(analysis), _blocks(analysis)]
 
 
-def scalars(analysis: "Analysis") -> dict[str, float]:
+def scalars(analysis: Analysis) -> dict[str, float]:
     """Return the main numbers by name, without those that are not defined."""
     found: dict[str, float] = {}
     for protocol, stages in analysis.correlations.items():
@@ -51,81 +43,12 @@ def scalars(analysis: "Analysis") -> dict[str, float]:
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
-def report(analysis: "Analysis", origin: str, pictures: list[str]) -> str:
-    """Return the report as Markdown.
-
-    Args:
-        analysis: the results.
-        origin: where the network is from.
-        pictures: names of their files.
-    """
-    subject = ", ".join(f"{name} {value}" for name, value in analysis.subject.items())
-    correlations, layers, blocks = (_markdown(table) for table in tables(analysis))
-    parts = [
-        "# What the attention does",
-        f"{origin}: {subject}.",
-        *analysis.notes,
-        "## Correlation between layers",
-        "Mean Pearson correlation over all pairs of different layers of a stage, with a 95 % interval (low to high) by "
-        "bootstrap over images; left out is the share of correlations that are not defined.",
-        correlations,
-        UNKNOWN_PROTOCOL,
-        advice(analysis),
-        "## Values of the maps",
-        "Deviation is over images (mean over channels); 1 % of the values are below and 1 % above the columns 1 % and "
-        "99 %; closed and open are the shares of values below 1 % and above 99 % of the bound. Explained is the share "
-        "of the variance that a random forest predicts from the maps of the layers before; at 0 or below, nothing.",
-        layers,
-        "## Blocks",
-        "Gradient is the mean of |dLoss / d output|, with the loss summed over the images of a batch; change is "
-        "‖output - input‖ / ‖input‖, mean over images.",
-        blocks,
-        "## Pictures",
-        "\n\n".join(f"![{name}]({name})" for name in pictures),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def advice(analysis: "Analysis") -> str:
-    """Return what the analysis recommends, in a sentence."""
-    found = analysis.recommendation
-    if found is None:
-        return (
-            "Which layers could share a unit is told for networks with a unit of its own in every block (--model.share "
-            "block, no plug): that layers agree which share one already says nothing about it."
-        )
-    if found.plug is None and any(len(group) > 1 for groups in found.groups for group in groups):
-        return (
-            f"Consecutive layers have maps that correlate by {found.threshold:g} or more per image, but they fill no "
-            "whole block, which is what --model.plug chooses."
-        )
-    if found.plug is None:
-        return (
-            f"No two consecutive layers of a stage have maps that correlate by {found.threshold:g} or more per image."
-        )
-    if analysis.subject.get("attention") == "None":
-        groups = "; ".join(
-            f"stage {stage}: layers {', '.join(map(str, group))}"
-            for stage, groups in enumerate(found.groups)
-            for group in groups
-            if len(group) > 1
-        )
-        return (
-            f"Of the network's own attention, consecutive layers whose maps correlate by {found.threshold:g} or more "
-            f"per image could share a module ({groups}): --model.existing share. Train both to see."
-        )
-    return (
-        f"Consecutive layers whose maps correlate by {found.threshold:g} or more per image could share a unit; for the "
-        f'largest group of each stage: --model.share stage --model.plug "{found.plug}". Train both to see.'
-    )
-
-
 def number(value: float | None) -> str:
     """Return a number with three digits after the point, or a dash where there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _correlations(analysis: "Analysis") -> Table:
+def _correlations(analysis: Analysis) -> Table:
     rows: list[list[Cell]] = []
     for protocol, stages in analysis.correlations.items():
         for stage in stages:
@@ -137,7 +60,7 @@ def _correlations(analysis: "Analysis") -> Table:
     return Table("correlations", ["protocol", "stage", "layers", "mean", "low", "high", "left out"], _defined(rows))
 
 
-def _layers(analysis: "Analysis") -> Table:
+def _layers(analysis: Analysis) -> Table:
     rows: list[list[Cell]] = [
         [
             str(stage.stage),
@@ -159,7 +82,7 @@ def _layers(analysis: "Analysis") -> Table:
     return Table("layers", columns, _defined(rows))
 
 
-def _blocks(analysis: "Analysis") -> Table:
+def _blocks(analysis: Analysis) -> Table:
     flows = {"gradient": analysis.gradients}
     if analysis.without_shortcuts is not None:
         flows["gradient without shortcuts"] = analysis.without_shortcuts
@@ -186,7 +109,8 @@ _FORMATS: dict[str, Callable[[float], str]] = {
 }
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """Return a table in Markdown, with numbers rounded as people read them."""
     rows = [[_text(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows]
     lines = [table.columns, ["---"] * len(table.columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
