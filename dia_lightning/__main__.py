@@ -9,8 +9,8 @@ from importlib import import_module
 from dia_lightning import __version__
 from dia_lightning._choices import nearest
 from dia_lightning._extras import needed_by, require
-from dia_lightning.cli._commands import COMMANDS, CORE_COMMANDS, LIGHT_COMMANDS
 from dia_lightning.cli._errors import fail, is_for_the_user, message_of
+from dia_lightning.cli.commands import COMMANDS, CORE_COMMANDS, LIGHT_COMMANDS
 
 SIGPIPE = 13  # which Windows does not have
 
@@ -87,7 +87,7 @@ def _run(arguments: list[str]) -> None:
             if arguments[0] not in CORE_COMMANDS:
                 require("jsonargparse", by=f"dia-lightning {arguments[0]}")  # first: its extra brings all others
             if arguments[0] in LIGHT_COMMANDS:
-                import_module(f"dia_lightning.cli.{LIGHT_COMMANDS[arguments[0]]}").run(arguments[1:])
+                import_module(f"dia_lightning.cli.commands.{arguments[0]}").run(arguments[1:])
             else:
                 import_module("dia_lightning.cli.command").run(arguments)
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dia_lightning.cli import _checkpoints
-from dia_lightning.cli._checkpoint_argument import task_of
+from dia_lightning.cli.commands._checkpoint_argument import task_of
 from dia_lightning.tasks import ClassificationTask, EnsembleTask
 
 

@@ -12,11 +12,11 @@ from dia_lightning._choices import nearest
 from dia_lightning._config_files import no_config
 from dia_lightning._redact import redact
 from dia_lightning.cli import _class_messages
-from dia_lightning.cli._commands import COMMANDS
 from dia_lightning.cli._errors import fail
 from dia_lightning.cli._help import clean
 from dia_lightning.cli._parser_text import place, readable
 from dia_lightning.cli._parser_text import value as _given
+from dia_lightning.cli.commands import COMMANDS
 
 
 class DIAArgumentParser(LightningArgumentParser):

@@ -236,7 +236,7 @@ def test_loggers_get_pictures_tables_and_numbers(run: Run, workplace: Path, monk
 def test_a_logger_that_is_not_installed_is_said_before_the_work(
     workplace: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("dia_lightning.cli._send_analysis.find_spec", lambda kind: None)
+    monkeypatch.setattr("dia_lightning.cli.commands._send_analysis.find_spec", lambda kind: None)
     message = fails("analyze", "-c", "tiny.yaml", "--log", name)
     assert f"--log {name} needs the package {name}, which is not installed. Install it (pip install {name})" in message
     assert not Path("runs").exists()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dia_lightning.cli._file_metadata import metadata_of
-from dia_lightning.cli._folding import _accuracy
+from dia_lightning.cli.commands._exported_metadata import metadata_of
+from dia_lightning.cli.commands._fold_constant_maps import _accuracy
 from dia_lightning.tasks import ClassificationTask, load_task
 from tests.cli.conftest import Run
 from tests.cli.test_detection import trained_on_cells

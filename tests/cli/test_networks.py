@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from dia_lightning.attention import _registry, attention_builder, list_attention
-from dia_lightning.cli.networks import FORMULAS, parameters_of
+from dia_lightning.cli.commands.models import FORMULAS, parameters_of
 from dia_lightning.models import get_model
 from tests.cli.conftest import Run
 
@@ -45,7 +45,7 @@ def test_a_pattern_lists_names_without_building_networks(
     def build(*_: object) -> None:
         raise AssertionError("a network was built")
 
-    monkeypatch.setattr("dia_lightning.cli.networks.get_model", build)
+    monkeypatch.setattr("dia_lightning.cli.commands.models.get_model", build)
     run("models", "torchvision/resnet*")
     names = capsys.readouterr().out.split()
     assert "torchvision/resnet50" in names

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dia_lightning.cli import reproduce
+from dia_lightning.cli.commands import reproduce
 from dia_lightning.reproduce import pool
 from dia_lightning.reproduce.experiment import read_experiment
 from dia_lightning.reproduce.results import last_values

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dia_lightning.attention import attach, find_sites
-from dia_lightning.cli.networks import parameters_of
+from dia_lightning.cli.commands.models import parameters_of
 from dia_lightning.models import get_model
 from dia_lightning.tasks import DetectionTask, DiffusionTask
 from tests.cli.conftest import Run

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from dia_lightning.attention import check
-from dia_lightning.cli import _network_argument
+from dia_lightning.cli.commands import _network_argument
 
 
 def run(args: Sequence[str]) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning.cli import _checkpoint_argument
 from dia_lightning.cli._run_source import config_of
+from dia_lightning.cli.commands import _checkpoint_argument
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder
@@ -51,7 +51,7 @@ def run(args: Sequence[str]) -> None:
     device = _checkpoint_argument.device_of(options)
     checkpoint = None if options.checkpoint is None else _checkpoint_argument.checkpoint_of(options)
     from dia_lightning.analysis import report
-    from dia_lightning.cli import _send_analysis
+    from dia_lightning.cli.commands import _send_analysis
 
     _send_analysis.check_installed(options.log)
     task, data, config = _from_config(options) if checkpoint is None else _from_checkpoint(checkpoint, options)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dia_lightning.cli import _checkpoints, _network_argument
+from dia_lightning.cli import _checkpoints
 from dia_lightning.cli._errors import PROGRAM, UserError
-from dia_lightning.cli._file_metadata import metadata_of
 from dia_lightning.cli._run_source import config_of
+from dia_lightning.cli.commands import _network_argument
+from dia_lightning.cli.commands._exported_metadata import metadata_of
 from dia_lightning.models import Exported, ExportedDetector, export_detector, export_network
 
 if TYPE_CHECKING:  # imports Lightning
@@ -38,7 +39,7 @@ def run(args: Sequence[str]) -> None:
     _refuse_unused(options, task, is_diffusion=is_diffusion, is_detector=is_detector)
     batches = _batches(task, options) if task and (is_detector or options.fold_constant_maps is not None) else []
     if task and options.fold_constant_maps is not None:
-        from dia_lightning.cli._folding import folded
+        from dia_lightning.cli.commands._fold_constant_maps import folded
 
         folded(task, batches, options)
     export = (_pipeline if is_diffusion else _detector if is_detector else _file)(task, options, batches)

@@ -16,8 +16,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning._choices import nearest
 from dia_lightning._whole_files import written_whole
-from dia_lightning.cli import _checkpoint_argument
 from dia_lightning.cli._errors import UserError
+from dia_lightning.cli.commands import _checkpoint_argument
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.tasks import DiffusionTask
