@@ -110,7 +110,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _from_checkpoint(path: Path, options: argparse.Namespace) -> "tuple[DIATask, DIADataModule, Path]":
-    from dia_lightning.cli._run_data import data_module_of
+    from dia_lightning.cli.commands._task_and_data import data_module_of
 
     task = _checkpoint_argument.task_of(path)
     config = Path(*options.config) if options.config else config_of(path)
@@ -118,7 +118,7 @@ def _from_checkpoint(path: Path, options: argparse.Namespace) -> "tuple[DIATask,
 
 
 def _from_config(options: argparse.Namespace) -> "tuple[DIATask, DIADataModule, Path]":
-    from dia_lightning.cli._built_run import built_run
+    from dia_lightning.cli.commands._task_and_data import built_run
 
     return *built_run(options.config, options.root), Path(options.config[0])
 

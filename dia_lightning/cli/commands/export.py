@@ -124,7 +124,7 @@ def _is(task: "DIATask | None", name: str) -> bool:
 
 def _batches(task: "DIATask", options: argparse.Namespace) -> list[Any]:
     """Return batches of the data of a run; none if it is a detector whose data are not here, and that is all."""
-    from dia_lightning.cli._run_data import data_module_of
+    from dia_lightning.cli.commands._task_and_data import data_module_of
 
     is_asked = options.fold_constant_maps is not None or options.config is not None or options.root is not None
     count = options.images if options.fold_constant_maps is not None else COMPARED_IMAGES

@@ -96,7 +96,7 @@ def _subject(options: argparse.Namespace) -> tuple[nn.Module, Any, str]:
 
 
 def _built(options: argparse.Namespace) -> "DIATask":
-    from dia_lightning.cli._built_run import built_run
+    from dia_lightning.cli.commands._task_and_data import built_run
 
     return built_run(options.config, options.root)[0]
 

@@ -1,17 +1,39 @@
-"""The data of a finished run, from the config that it wrote."""
+"""A task and its data: both as a config describes them, or the data of a finished run."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dia_lightning import datamodules
 from dia_lightning._config_files import find_config
+from dia_lightning.cli import command
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli._own_classes import own_class, section_of
 from dia_lightning.datamodules import ClassificationDataModule, DetectionDataModule, DIADataModule
 from dia_lightning.tasks import DetectionTask, DIATask
 from dia_lightning.tasks.base import brief
+
+#: What a config says about the training has no part in it.
+_WITHOUT_TRAINING = ("--trainer.logger", "false", "--trainer.callbacks", "null", "--ckpt_path", "null")
+
+
+def built_run(configs: Sequence[str], root: str | None) -> tuple[DIATask, DIADataModule]:
+    """Return the task of configs, in evaluation mode, and its data, which are fetched if they are not there.
+
+    Args:
+        configs: files that ``fit`` takes, merged from left to right; the classes that they name are imported.
+        root: folder of the data, in place of that in the config.
+
+    Raises:
+        UserError: if something cannot be built.
+        SystemExit: if the config is wrong, with a line on stderr.
+    """
+    given = [f"--config={config}" for config in configs] + ([] if root is None else ["--data.root", root])
+    built = command.rehearse(["fit", *given, *_WITHOUT_TRAINING], trainer=False)
+    built.datamodule.prepare_data()
+    task: DIATask = built.model.eval()
+    return task, built.datamodule
 
 
 def data_module_of(
