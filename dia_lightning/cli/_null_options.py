@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from dia_lightning.cli._class_messages import imported
 from dia_lightning.cli._errors import UserError
+from dia_lightning.cli.parsing.class_messages import imported
 
 
 def refuse_null(option: str, class_path: str, given: Mapping[str, Any]) -> None:

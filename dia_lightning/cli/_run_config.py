@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import WandbLogger
 from dia_lightning._redact import redact
 from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks import run_folder
-from dia_lightning.cli import _config_reader
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli._resume import KeepRunTogether
 from dia_lightning.cli._run_source import START
+from dia_lightning.cli.parsing import config_reader
 
 WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next one may go on
 
@@ -36,7 +36,7 @@ class SaveRunConfig(SaveConfigCallback):
             self._write(folder, trainer, sum(source.step for source in sources if source is not None))
 
     def _write(self, folder: Path, trainer: Trainer, step: int) -> None:
-        _config_reader.install()  # a process that was started with a copy of the parser does not know its mode
+        config_reader.install()  # a process that was started with a copy of the parser does not know its mode
         try:
             text = self.parser.dump(self.config, skip_none=False)
         except TypeError as error:  # what the command line gave was checked before

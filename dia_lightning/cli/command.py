@@ -24,25 +24,26 @@ from dia_lightning._config_files import is_packaged
 from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
-from dia_lightning.cli import _checkpoints, _config_reader, _ensemble
+from dia_lightning.cli import _checkpoints, _ensemble
 from dia_lightning.cli._claimed_version import claim_versions
-from dia_lightning.cli._class_messages import imported
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
-from dia_lightning.cli._help import describe_checkpoints
 from dia_lightning.cli._later_test import CheckLaterTest
 from dia_lightning.cli._list_options import notes_on_lists
-from dia_lightning.cli._messages import DIAArgumentParser
 from dia_lightning.cli._null_options import refuse_null
-from dia_lightning.cli._own_classes import import_attention
-from dia_lightning.cli._parsed_config import as_list, init_args_of, is_rate_monitor, run_roots
 from dia_lightning.cli._resume import KeepRunTogether, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.cli._run_source import head, source_of
 from dia_lightning.cli._slurm import is_of_other_job, job_of, saved_before_requeue, taken_by_lightning
 from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
-from dia_lightning.cli._trainer_limits import check_limits
-from dia_lightning.cli._type_order import try_lists_of_loggers_first, try_whole_numbers_first
+from dia_lightning.cli.parsing import config_reader
+from dia_lightning.cli.parsing.class_messages import imported
+from dia_lightning.cli.parsing.help import describe_checkpoints
+from dia_lightning.cli.parsing.messages import DIAArgumentParser
+from dia_lightning.cli.parsing.own_classes import import_attention
+from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, run_roots
+from dia_lightning.cli.parsing.parser import try_lists_of_loggers_first, try_whole_numbers_first
+from dia_lightning.cli.parsing.refused_values import check_limits
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask
@@ -88,7 +89,7 @@ class DIACLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of the program or of one command."""
-        mode = _config_reader.install()
+        mode = config_reader.install()
         return super().init_parser(prog=PROGRAM, parser_mode=mode, allow_abbrev=False, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import _loaders_dumpers
 
 from dia_lightning._redact import redact
-from dia_lightning.cli import _config_reader
 from dia_lightning.cli._run_config import SaveRunConfig
+from dia_lightning.cli.parsing import config_reader
 from tests.cli.conftest import Run
 
 WANDB = """\
@@ -63,7 +63,7 @@ def test_a_process_that_was_started_with_a_copy_of_the_parser_writes_the_config(
 
     def setup_elsewhere(self: SaveRunConfig, *args: Any, **options: Any) -> None:
         for table in (_loaders_dumpers.loaders, _loaders_dumpers.loader_exceptions):
-            table.pop(_config_reader.MODE)  # what jsonargparse keeps per process
+            table.pop(config_reader.MODE)  # what jsonargparse keeps per process
         setup(self, *args, **options)
 
     monkeypatch.setattr(SaveRunConfig, "setup", setup_elsewhere)

@@ -10,9 +10,9 @@ import torch
 
 from dia_lightning.cli import _checkpoints
 from dia_lightning.cli._errors import PROGRAM, UserError
-from dia_lightning.cli._own_classes import load_task_of_run
 from dia_lightning.cli._run_places import run_folder_of
 from dia_lightning.cli._run_source import config_of
+from dia_lightning.cli.parsing.own_classes import load_task_of_run
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dia_lightning.attention import attach
-from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.cli.commands import _checkpoint_argument
+from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.models import get_model, list_models
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without

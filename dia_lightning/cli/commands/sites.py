@@ -12,8 +12,8 @@ from torch import nn
 
 from dia_lightning.attention import Branch, Stages, attach, detach, find_sites, is_attached
 from dia_lightning.attention.inspection import attached_stages
-from dia_lightning.cli._own_classes import import_attention
 from dia_lightning.cli.commands import _network_argument
+from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.models import build_on_meta, get_model
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without

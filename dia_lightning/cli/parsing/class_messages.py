@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from dia_lightning._choices import nearest
-from dia_lightning.cli._parser_text import body, place, value
+from dia_lightning.cli.parsing.nested_message import body, place, value
 
 #: What to do about a class of the user's own that is none of these.
 _ADVICE = {

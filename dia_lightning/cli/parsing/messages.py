@@ -11,12 +11,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dia_lightning._choices import nearest
 from dia_lightning._config_files import no_config
 from dia_lightning._redact import redact
-from dia_lightning.cli import _class_messages
 from dia_lightning.cli._errors import fail
-from dia_lightning.cli._help import clean
-from dia_lightning.cli._parser_text import place, readable
-from dia_lightning.cli._parser_text import value as _given
 from dia_lightning.cli.commands import COMMANDS
+from dia_lightning.cli.parsing import class_messages
+from dia_lightning.cli.parsing.help import clean
+from dia_lightning.cli.parsing.nested_message import place, readable
+from dia_lightning.cli.parsing.nested_message import value as _given
 
 
 class DIAArgumentParser(LightningArgumentParser):
@@ -80,7 +80,7 @@ def _missing(match: re.Match[str], message: str, parser: LightningArgumentParser
     names = [name.strip() for name in match[1].split(",")]
     where = place(message)
     if where == "Config":  # of the command: their names begin with that of the command
-        return _class_messages.missing(", ".join("--" + name.partition(".")[2] for name in names))
+        return class_messages.missing(", ".join("--" + name.partition(".")[2] for name in names))
     cls = _given(message).rpartition(".")[2]
     return f"{', '.join(f'{where}.{name}' for name in names)} missing: {cls} cannot be built without."
 
@@ -99,8 +99,8 @@ def _of_class(describe: Callable[[re.Match[str], str], str]) -> "_Describe":
 
 _Describe = Callable[[re.Match[str], str, LightningArgumentParser], str]
 _CASES: tuple[tuple[str, _Describe], ...] = (
-    (r"Option '([^']+)' is not accepted", _of_class(_class_messages.unknown_init_arg)),
-    (r"Multiple subclasses with name (\w+)\. .*?: ([\w., ]+)\.", _of_class(_class_messages.ambiguous_class)),
+    (r"Option '([^']+)' is not accepted", _of_class(class_messages.unknown_init_arg)),
+    (r"Multiple subclasses with name (\w+)\. .*?: ([\w., ]+)\.", _of_class(class_messages.ambiguous_class)),
     (r"does not accept option '([^']+)'", _unknown_option),
     (r"unrecognized arguments: (\S+)", _unknown_argument),
     (
@@ -108,14 +108,14 @@ _CASES: tuple[tuple[str, _Describe], ...] = (
         _wrong_value,
     ),
     (r"((?:- Expected a <class '(?:float|int|bool|str)'>\s+)+)- Expected a dot import path string", _wrong_union_value),
-    (r"(?:to be|to) a subclass of (?:<class ')?(\w+)", _of_class(_class_messages.not_a_subclass)),
-    (r"Expected an instantiatable class, but .*is abstract", _of_class(_class_messages.abstract_class)),
-    (r"module '([^']+)' has no attribute '([^']+)'", _of_class(_class_messages.no_such_attribute)),
-    (r"Expected a dot import path string: \S+|Not a valid subclass of", _of_class(_class_messages.unknown_class)),
-    (r"No module named", _of_class(_class_messages.unknown_class)),
+    (r"(?:to be|to) a subclass of (?:<class ')?(\w+)", _of_class(class_messages.not_a_subclass)),
+    (r"Expected an instantiatable class, but .*is abstract", _of_class(class_messages.abstract_class)),
+    (r"module '([^']+)' has no attribute '([^']+)'", _of_class(class_messages.no_such_attribute)),
+    (r"Expected a dot import path string: \S+|Not a valid subclass of", _of_class(class_messages.unknown_class)),
+    (r"No module named", _of_class(class_messages.unknown_class)),
     (
         r"Expected a path but (\S+) either not .+\n(?:.+\n)+?\s+Errors:\s+- (?!Expected)(.+)",
-        _of_class(_class_messages.cannot_import),
+        _of_class(class_messages.cannot_import),
     ),
     (r"the following arguments are required: (.+?)(?:\. Got value: .+)?$", _missing),
     (r"File does not exist: '([^']+)'", _missing_file),

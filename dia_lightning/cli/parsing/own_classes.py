@@ -16,8 +16,8 @@ from dia_lightning._choices import nearest
 from dia_lightning._text import read_text
 from dia_lightning.attention import list_attention, register_attention
 from dia_lightning.cli import _checkpoints
-from dia_lightning.cli._class_messages import init_args
 from dia_lightning.cli._errors import UserError
+from dia_lightning.cli.parsing.class_messages import init_args
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask
