@@ -29,8 +29,6 @@ from dia_lightning.cli._claimed_version import claim_versions
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._later_test import CheckLaterTest
-from dia_lightning.cli._list_options import notes_on_lists
-from dia_lightning.cli._null_options import refuse_null
 from dia_lightning.cli._resume import KeepRunTogether, take_up
 from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
 from dia_lightning.cli._run_source import head, source_of
@@ -39,11 +37,10 @@ from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
 from dia_lightning.cli.parsing import config_reader
 from dia_lightning.cli.parsing.class_messages import imported
 from dia_lightning.cli.parsing.help import describe_checkpoints
-from dia_lightning.cli.parsing.messages import DIAArgumentParser
 from dia_lightning.cli.parsing.own_classes import import_attention
-from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, run_roots
-from dia_lightning.cli.parsing.parser import try_lists_of_loggers_first, try_whole_numbers_first
-from dia_lightning.cli.parsing.refused_values import check_limits
+from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, notes_on_lists, run_roots
+from dia_lightning.cli.parsing.parser import DIAArgumentParser, try_lists_of_loggers_first, try_whole_numbers_first
+from dia_lightning.cli.parsing.refused_values import check_limits, refuse_null
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask

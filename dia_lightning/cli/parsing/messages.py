@@ -2,36 +2,17 @@
 
 import os
 import re
-from argparse import HelpFormatter
 from collections.abc import Callable
-from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dia_lightning._choices import nearest
 from dia_lightning._config_files import no_config
 from dia_lightning._redact import redact
-from dia_lightning.cli._errors import fail
 from dia_lightning.cli.commands import COMMANDS
 from dia_lightning.cli.parsing import class_messages
-from dia_lightning.cli.parsing.help import clean
 from dia_lightning.cli.parsing.nested_message import place, readable
 from dia_lightning.cli.parsing.nested_message import value as _given
-
-
-class DIAArgumentParser(LightningArgumentParser):
-    """Lightning's parser with errors of one line instead of the whole usage, and no abbreviated options."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and exit with code 2."""
-        if not self.exit_on_error:  # an inner parser: the outer one adds where it was and comes back here
-            super().error(message, ex)
-        fail(explain(message, self).removeprefix("Problems parsing config: "))
-
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Return the help without markup of docstrings."""
-        clean(self)
-        return super().format_help(formatter)
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:

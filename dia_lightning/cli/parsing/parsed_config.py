@@ -1,11 +1,15 @@
-"""What the parsed config of a command says about its parts."""
+"""What the parsed config of a command says about its parts, and which of them an option went to."""
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from dia_lightning.loggers.wandb import default_project
+
+_LISTS = ("trainer.callbacks", "trainer.logger")
 
 
 def init_args_of(component: Namespace | None) -> dict[str, Any]:
@@ -39,3 +43,24 @@ def as_list(value: Any) -> list[Any]:
     """Return the callbacks or loggers of a trainer, of which there may be one, several or none."""
     values = value if isinstance(value, list) else [value]
     return [item for item in values if not isinstance(item, (bool, type(None)))]
+
+
+def notes_on_lists(args: Sequence[str], config: Any) -> Iterator[str]:
+    """Yield which item each option of the command line went to, where there are several.
+
+    Args:
+        args: arguments as in a shell.
+        config: what the parser made of them.
+    """
+    for place, arg in enumerate(args):
+        match = re.match(r"--(trainer\.\w+)\.([\w.]+)", arg)
+        if match is None or match[1] not in _LISTS:
+            continue
+        items = config.get(match[1])
+        added = sum(later.startswith(f"--{match[1]}+") for later in args[place:])  # by then it was not there
+        if isinstance(items, list) and added < len(items) > 1:
+            name = str(items[-1 - added].class_path).rpartition(".")[2]
+            yield (
+                f"{match[0]} went to {name}, the last in the list. For options of another, add it before them: "
+                f"--{match[1]}+=NAME --{match[1]}.{match[2]} VALUE"
+            )

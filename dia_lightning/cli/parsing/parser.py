@@ -1,10 +1,30 @@
-"""In which order the parser tries the types of an option."""
+"""Lightning's parser, with errors of one line, plain help, and another order of the types that it tries."""
 
+from argparse import HelpFormatter
 from functools import reduce
 from operator import or_
-from typing import get_args, get_origin
+from typing import NoReturn, get_args, get_origin
 
 from lightning.pytorch.cli import LightningArgumentParser
+
+from dia_lightning.cli._errors import fail
+from dia_lightning.cli.parsing.help import clean
+from dia_lightning.cli.parsing.messages import explain
+
+
+class DIAArgumentParser(LightningArgumentParser):
+    """Lightning's parser with errors of one line instead of the whole usage, and no abbreviated options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with code 2."""
+        if not self.exit_on_error:  # an inner parser: the outer one adds where it was and comes back here
+            super().error(message, ex)
+        fail(explain(message, self).removeprefix("Problems parsing config: "))
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """Return the help without markup of docstrings."""
+        clean(self)
+        return super().format_help(formatter)
 
 
 def try_whole_numbers_first(parser: LightningArgumentParser) -> None:
