@@ -24,15 +24,10 @@ from dia_lightning._config_files import is_packaged
 from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
-from dia_lightning.cli import _checkpoints, _ensemble
-from dia_lightning.cli._claimed_version import claim_versions
+from dia_lightning.cli import _ensemble
 from dia_lightning.cli._config_of_run import with_config_of_run
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
 from dia_lightning.cli._later_test import CheckLaterTest
-from dia_lightning.cli._resume import KeepRunTogether, take_up
-from dia_lightning.cli._run_config import SaveRunConfig, wandb_id
-from dia_lightning.cli._run_source import head, source_of
-from dia_lightning.cli._slurm import is_of_other_job, job_of, saved_before_requeue, taken_by_lightning
 from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
 from dia_lightning.cli.parsing import config_reader
 from dia_lightning.cli.parsing.class_messages import imported
@@ -41,6 +36,12 @@ from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, notes_on_lists, run_roots
 from dia_lightning.cli.parsing.parser import DIAArgumentParser, try_lists_of_loggers_first, try_whole_numbers_first
 from dia_lightning.cli.parsing.refused_values import check_limits, refuse_null
+from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.resume import KeepRunTogether, take_up
+from dia_lightning.cli.runs.run_of_checkpoint import head, source_of
+from dia_lightning.cli.runs.saved_config import SaveRunConfig, wandb_id
+from dia_lightning.cli.runs.slurm import is_of_other_job, job_of, saved_before_requeue, taken_by_lightning
+from dia_lightning.cli.runs.version_folders import claim_versions
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask
@@ -154,18 +155,18 @@ class DIACLI(LightningCLI):
             if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
                 _say("no --ckpt_path: using the network as it is built; for the trained one add --ckpt_path best")
             return
-        config.ckpt_path = _checkpoints.resolve(str(config.ckpt_path), run_roots(config.trainer))
+        config.ckpt_path = checkpoints.resolve(str(config.ckpt_path), run_roots(config.trainer))
         _say(f"checkpoint {config.ckpt_path}")
         # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
         sharded = Path(config.ckpt_path).is_dir()
-        checkpoint = head(Path(config.ckpt_path)) if sharded else _checkpoints.read(config.ckpt_path)
+        checkpoint = head(Path(config.ckpt_path)) if sharded else checkpoints.read(config.ckpt_path)
         if not sharded:
-            _checkpoints.check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
+            checkpoints.check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
             check_is_related(checkpoint["dia_task"], imported(config.model.class_path), config.ckpt_path)
         if self.config.subcommand == "fit":
             self._together.source = source_of(config.ckpt_path, checkpoint)
         if not sharded:
-            self._trained_classes = _checkpoints.class_names(checkpoint)
+            self._trained_classes = checkpoints.class_names(checkpoint)
             self._take_hyper_parameters(config, checkpoint)
 
     def _find_requeued(self, config: Namespace) -> None:
@@ -197,14 +198,14 @@ class DIACLI(LightningCLI):
         for number, path in enumerate(config.ensemble):
             _say(f"member{number} is {path}")
         first = config.ensemble[0]
-        checkpoint = _checkpoints.read(first)
-        self._trained_classes = _checkpoints.class_names(checkpoint)
+        checkpoint = checkpoints.read(first)
+        self._trained_classes = checkpoints.class_names(checkpoint)
         found = self._found_in(checkpoint, config.model.class_path, first)
         init_args = config.model.init_args
         self._from_checkpoint = TakenArguments(first, {name: found[name] for name in found if name in init_args})
 
     def _found_in(self, checkpoint: dict[str, Any], class_path: str, path: str) -> dict[str, Any]:
-        found, strange = _checkpoints.hyper_parameters(checkpoint, class_path, path)
+        found, strange = checkpoints.hyper_parameters(checkpoint, class_path, path)
         if strange:
             _say(
                 f"not taken from the checkpoint, because it is no plain data: {', '.join(strange)}. Options that need "
@@ -215,16 +216,16 @@ class DIACLI(LightningCLI):
     def _take_hyper_parameters(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
         found = self._found_in(checkpoint, config.model.class_path, config.ckpt_path)
         if found:
-            _checkpoints.check_attention_is_named(self._given, checkpoint, config.ckpt_path)
+            checkpoints.check_attention_is_named(self._given, checkpoint, config.ckpt_path)
         shown = redact(self._given)  # as the checkpoint has it
-        _checkpoints.check_fits(shown, found, config.ckpt_path)
+        checkpoints.check_fits(shown, found, config.ckpt_path)
         init_args = config.model.init_args
         taken = {
             name: value
             for name, value in found.items()
             if name in init_args and name not in self._given and init_args[name] != value
         }
-        compared = _checkpoints.without_files(shown, found)
+        compared = checkpoints.without_files(shown, found)
         changed = {name: value for name, value in found.items() if name in compared and compared[name] != value}
         self._from_checkpoint = TakenArguments(config.ckpt_path, taken)
         if taken:
@@ -342,11 +343,11 @@ class DIACLI(LightningCLI):
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
-            raise UserError(_checkpoints.misfit(str(error), self.config[subcommand].ckpt_path)) from error
+            raise UserError(checkpoints.misfit(str(error), self.config[subcommand].ckpt_path)) from error
         except Exception as error:
-            if is_for_the_user(error) or not _checkpoints.is_while_restoring(error):
+            if is_for_the_user(error) or not checkpoints.is_while_restoring(error):
                 raise
-            raise UserError(_checkpoints.not_restored(error, self.config[subcommand].ckpt_path)) from error
+            raise UserError(checkpoints.not_restored(error, self.config[subcommand].ckpt_path)) from error
         except SystemExit as stop:
             if not self.trainer.interrupted:
                 raise

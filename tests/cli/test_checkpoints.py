@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from dia_lightning.cli._checkpoints import check_fits, misfit, resolve
-from dia_lightning.cli._run_places import run_folder_of
+from dia_lightning.cli.runs.checkpoints import check_fits, misfit, resolve
+from dia_lightning.cli.runs.places import run_folder_of
 from tests.cli.conftest import Run
 
 Fails = Callable[..., str]

@@ -14,8 +14,8 @@ from threading import Barrier
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from dia_lightning.cli._claimed_version import claim_versions
 from dia_lightning.cli._errors import is_for_the_user, message_of
+from dia_lightning.cli.runs.version_folders import claim_versions
 
 
 @pytest.mark.parametrize(("command", "code"), [(["--version"], 0), (["fitt"], 2), ([], 2)])

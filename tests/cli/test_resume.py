@@ -12,8 +12,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from dia_lightning.cli._run_lock import RunLock
-from dia_lightning.cli._run_source import config_of, source_of
+from dia_lightning.cli.runs.lock import RunLock
+from dia_lightning.cli.runs.run_of_checkpoint import config_of, source_of
 from tests.cli.conftest import Run, call
 
 FIT = ["fit", "-c", "tiny.yaml"]

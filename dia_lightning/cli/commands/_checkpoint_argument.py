@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dia_lightning.cli import _checkpoints
 from dia_lightning.cli._errors import PROGRAM, UserError
-from dia_lightning.cli._run_places import run_folder_of
-from dia_lightning.cli._run_source import config_of
 from dia_lightning.cli.parsing.own_classes import load_task_of_run
+from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.places import run_folder_of
+from dia_lightning.cli.runs.run_of_checkpoint import config_of
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask
@@ -63,7 +63,7 @@ def resolved(checkpoint: str, runs: str) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    path = _checkpoints.resolve(checkpoint, [Path(runs)])
+    path = checkpoints.resolve(checkpoint, [Path(runs)])
     sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
     return Path(path)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dia_lightning.cli._run_source import config_of
 from dia_lightning.cli.commands import _checkpoint_argument
+from dia_lightning.cli.runs.run_of_checkpoint import config_of
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder

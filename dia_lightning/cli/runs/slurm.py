@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from dia_lightning._checkpoint_file import damage_of
-from dia_lightning.cli._run_source import RECORD, head
+from dia_lightning.cli.runs.run_of_checkpoint import RECORD, head
 
 
 def job_of(args: Sequence[str]) -> str | None:

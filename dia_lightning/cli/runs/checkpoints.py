@@ -12,7 +12,7 @@ from dia_lightning._checkpoint_file import damage_of, load, newest_older
 from dia_lightning._checkpoint_kind import WrongCheckpointError, check_is_of_task
 from dia_lightning._hyperparameters import from_file
 from dia_lightning.cli._errors import PROGRAM
-from dia_lightning.cli._run_source import config_of, head
+from dia_lightning.cli.runs.run_of_checkpoint import config_of, head
 from dia_lightning.models.libraries import is_elsewhere, without_weights
 
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.

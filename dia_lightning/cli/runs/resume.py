@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dia_lightning.callbacks import run_folder
-from dia_lightning.cli._run_lock import RunLock
-from dia_lightning.cli._run_source import RECORD, RunSource, is_same
+from dia_lightning.cli.runs.lock import RunLock
+from dia_lightning.cli.runs.run_of_checkpoint import RECORD, RunSource, is_same
 from dia_lightning.loggers.continued import drop_rows, go_on, go_on_with_a_copy
 from dia_lightning.loggers.wandb import WandbLogger
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dia_lightning.cli._run_places import CHECKPOINTS, CONFIG, checkpoints_of, run_folder_of
+from dia_lightning.cli.runs.places import CHECKPOINTS, CONFIG, checkpoints_of, run_folder_of
 
 RECORD = "dia_run"  # key of what every checkpoint knows about its run
 START = "# The training went on with this config from step "  # first line of a config of a run that goes on
