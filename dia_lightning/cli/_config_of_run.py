@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
 from dia_lightning.cli.runs.run_of_checkpoint import config_of
 
 _COMMANDS = ("validate", "test", "predict")
@@ -27,7 +27,7 @@ def with_config_of_run(args: Sequence[str]) -> tuple[list[str], Path | None]:
     is_complete = given.config is not None or (given.model is not None and given.data is not None)
     if not args or args[0] not in _COMMANDS or given.ckpt_path is None or is_complete:
         return list(args), None
-    checkpoint = checkpoints.resolve(given.ckpt_path, [Path("runs")], announce=False)
+    checkpoint = find_checkpoint(given.ckpt_path, [Path("runs")], announce=False)
     config = config_of(Path(checkpoint))
     if not config.is_file():
         return list(args), None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dia_lightning.cli.commands._checkpoint_argument import task_of
-from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
 from dia_lightning.tasks import ClassificationTask, EnsembleTask
 
 
@@ -20,7 +20,7 @@ def member_paths(given: str | Sequence[str], roots: Iterable[Path]) -> list[str]
     """
     names = given.split(",") if isinstance(given, str) else given
     places = list(roots)
-    paths = [checkpoints.resolve(str(name).strip(), places) for name in names]
+    paths = [find_checkpoint(str(name).strip(), places) for name in names]
     files = [Path(path).resolve() for path in paths]
     twice = [path for path, file in zip(paths, files, strict=True) if files.count(file) > 1]
     if twice or len(paths) < 2:

@@ -36,7 +36,21 @@ from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, notes_on_lists, run_roots
 from dia_lightning.cli.parsing.parser import DIAArgumentParser, try_lists_of_loggers_first, try_whole_numbers_first
 from dia_lightning.cli.parsing.refused_values import check_limits, refuse_null
-from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.checkpoint_misfit import (
+    check_attention_is_named,
+    check_fits,
+    is_while_restoring,
+    misfit,
+    not_restored,
+)
+from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
+from dia_lightning.cli.runs.read_checkpoint import (
+    check_is_of_run,
+    class_names,
+    hyper_parameters,
+    read_checkpoint,
+    without_files,
+)
 from dia_lightning.cli.runs.resume import KeepRunTogether, take_up
 from dia_lightning.cli.runs.run_of_checkpoint import head, source_of
 from dia_lightning.cli.runs.saved_config import SaveRunConfig, wandb_id
@@ -155,18 +169,18 @@ class DIACLI(LightningCLI):
             if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
                 _say("no --ckpt_path: using the network as it is built; for the trained one add --ckpt_path best")
             return
-        config.ckpt_path = checkpoints.resolve(str(config.ckpt_path), run_roots(config.trainer))
+        config.ckpt_path = find_checkpoint(str(config.ckpt_path), run_roots(config.trainer))
         _say(f"checkpoint {config.ckpt_path}")
         # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
         sharded = Path(config.ckpt_path).is_dir()
-        checkpoint = head(Path(config.ckpt_path)) if sharded else checkpoints.read(config.ckpt_path)
+        checkpoint = head(Path(config.ckpt_path)) if sharded else read_checkpoint(config.ckpt_path)
         if not sharded:
-            checkpoints.check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
+            check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
             check_is_related(checkpoint["dia_task"], imported(config.model.class_path), config.ckpt_path)
         if self.config.subcommand == "fit":
             self._together.source = source_of(config.ckpt_path, checkpoint)
         if not sharded:
-            self._trained_classes = checkpoints.class_names(checkpoint)
+            self._trained_classes = class_names(checkpoint)
             self._take_hyper_parameters(config, checkpoint)
 
     def _find_requeued(self, config: Namespace) -> None:
@@ -198,14 +212,14 @@ class DIACLI(LightningCLI):
         for number, path in enumerate(config.ensemble):
             _say(f"member{number} is {path}")
         first = config.ensemble[0]
-        checkpoint = checkpoints.read(first)
-        self._trained_classes = checkpoints.class_names(checkpoint)
+        checkpoint = read_checkpoint(first)
+        self._trained_classes = class_names(checkpoint)
         found = self._found_in(checkpoint, config.model.class_path, first)
         init_args = config.model.init_args
         self._from_checkpoint = TakenArguments(first, {name: found[name] for name in found if name in init_args})
 
     def _found_in(self, checkpoint: dict[str, Any], class_path: str, path: str) -> dict[str, Any]:
-        found, strange = checkpoints.hyper_parameters(checkpoint, class_path, path)
+        found, strange = hyper_parameters(checkpoint, class_path, path)
         if strange:
             _say(
                 f"not taken from the checkpoint, because it is no plain data: {', '.join(strange)}. Options that need "
@@ -216,16 +230,16 @@ class DIACLI(LightningCLI):
     def _take_hyper_parameters(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
         found = self._found_in(checkpoint, config.model.class_path, config.ckpt_path)
         if found:
-            checkpoints.check_attention_is_named(self._given, checkpoint, config.ckpt_path)
+            check_attention_is_named(self._given, checkpoint, config.ckpt_path)
         shown = redact(self._given)  # as the checkpoint has it
-        checkpoints.check_fits(shown, found, config.ckpt_path)
+        check_fits(shown, found, config.ckpt_path)
         init_args = config.model.init_args
         taken = {
             name: value
             for name, value in found.items()
             if name in init_args and name not in self._given and init_args[name] != value
         }
-        compared = checkpoints.without_files(shown, found)
+        compared = without_files(shown, found)
         changed = {name: value for name, value in found.items() if name in compared and compared[name] != value}
         self._from_checkpoint = TakenArguments(config.ckpt_path, taken)
         if taken:
@@ -343,11 +357,11 @@ class DIACLI(LightningCLI):
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
-            raise UserError(checkpoints.misfit(str(error), self.config[subcommand].ckpt_path)) from error
+            raise UserError(misfit(str(error), self.config[subcommand].ckpt_path)) from error
         except Exception as error:
-            if is_for_the_user(error) or not checkpoints.is_while_restoring(error):
+            if is_for_the_user(error) or not is_while_restoring(error):
                 raise
-            raise UserError(checkpoints.not_restored(error, self.config[subcommand].ckpt_path)) from error
+            raise UserError(not_restored(error, self.config[subcommand].ckpt_path)) from error
         except SystemExit as stop:
             if not self.trainer.interrupted:
                 raise

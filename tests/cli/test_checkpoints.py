@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from dia_lightning.cli.runs.checkpoints import check_fits, misfit, resolve
+from dia_lightning.cli.runs.checkpoint_misfit import check_fits, misfit
+from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
 from dia_lightning.cli.runs.places import run_folder_of
 from tests.cli.conftest import Run
 
@@ -275,7 +276,7 @@ def test_a_run_that_was_never_validated_has_no_best_checkpoint(tmp_path: Path) -
     record = {"ModelCheckpoint": {"monitor": "val/map", "best_model_path": ""}}
     torch.save({"callbacks": record}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="has no best checkpoint, perhaps because it was never validated"):
-        resolve("best", [tmp_path])
+        find_checkpoint("best", [tmp_path])
 
 
 def test_the_folder_of_a_run_is_found_from_any_of_its_checkpoints(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dia_lightning import _strict_yaml
 from dia_lightning.attention import attach
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli.command import rehearse
-from dia_lightning.cli.runs.checkpoints import check_is_of_run
+from dia_lightning.cli.runs.read_checkpoint import check_is_of_run
 from dia_lightning.datamodules import DigitsDataModule
 from dia_lightning.models import from_pretrained, get_model, save_pretrained
 from dia_lightning.tasks import ClassificationTask, DIATask, load_task

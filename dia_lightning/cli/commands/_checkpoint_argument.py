@@ -10,7 +10,7 @@ import torch
 
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli.parsing.own_classes import load_task_of_run
-from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
 from dia_lightning.cli.runs.places import run_folder_of
 from dia_lightning.cli.runs.run_of_checkpoint import config_of
 
@@ -63,7 +63,7 @@ def resolved(checkpoint: str, runs: str) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    path = checkpoints.resolve(checkpoint, [Path(runs)])
+    path = find_checkpoint(checkpoint, [Path(runs)])
     sys.stderr.write(f"{PROGRAM}: checkpoint {path}\n")
     return Path(path)
 

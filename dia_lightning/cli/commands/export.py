@@ -13,7 +13,7 @@ from torch import Tensor
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli.commands import _network_argument
 from dia_lightning.cli.commands._exported_metadata import metadata_of
-from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
 from dia_lightning.cli.runs.run_of_checkpoint import config_of
 from dia_lightning.models import Exported, ExportedDetector, export_detector, export_network
 
@@ -128,7 +128,7 @@ def _batches(task: "DIATask", options: argparse.Namespace) -> list[Any]:
 
     is_asked = options.fold_constant_maps is not None or options.config is not None or options.root is not None
     count = options.images if options.fold_constant_maps is not None else COMPARED_IMAGES
-    checkpoint = Path(checkpoints.resolve(options.network, [Path(options.runs)], announce=False))
+    checkpoint = Path(find_checkpoint(options.network, [Path(options.runs)], announce=False))
     config = Path(options.config or config_of(checkpoint))
     try:
         data = data_module_of(config, task, options.root, download=None if is_asked else False)

@@ -17,7 +17,7 @@ from dia_lightning._text import read_text
 from dia_lightning.attention import list_attention, register_attention
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli.parsing.class_messages import init_args
-from dia_lightning.cli.runs import checkpoints
+from dia_lightning.cli.runs.read_checkpoint import read_checkpoint
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask
@@ -78,7 +78,7 @@ def load_task_of_run(checkpoint: Path, config: Path) -> "DIATask":
     import_attention(options.get("attention"), str(config))
     if _CLASS_PATH.fullmatch(class_path) is None or class_path.startswith("dia_lightning."):
         return load_task(checkpoint)
-    content = checkpoints.read(str(checkpoint))
+    content = read_checkpoint(str(checkpoint))
     if content.get("dia_task") != class_path.rpartition(".")[2]:
         return load_task(checkpoint)  # the config is that of another run
     return _rebuilt(own_class(class_path, str(config)), options, content, config)
