@@ -13,7 +13,7 @@ import yaml
 
 from dia_lightning.cli.runs.checkpoint_misfit import check_fits, misfit
 from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
-from dia_lightning.cli.runs.places import run_folder_of
+from dia_lightning.cli.runs.run_of_checkpoint import run_folder_of
 from tests.cli.conftest import Run
 
 Fails = Callable[..., str]

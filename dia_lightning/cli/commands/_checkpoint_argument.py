@@ -11,8 +11,7 @@ import torch
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli.parsing.own_classes import load_task_of_run
 from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
-from dia_lightning.cli.runs.places import run_folder_of
-from dia_lightning.cli.runs.run_of_checkpoint import config_of
+from dia_lightning.cli.runs.run_of_checkpoint import config_of, run_folder_of
 
 if TYPE_CHECKING:  # imports Lightning
     from dia_lightning.tasks import DIATask

@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from dia_lightning.cli.runs.places import CONFIG
-from dia_lightning.cli.runs.run_of_checkpoint import is_same
+from dia_lightning.cli.runs.run_of_checkpoint import CONFIG, is_same
 
 try:
     import fcntl

@@ -1,4 +1,4 @@
-"""Where the run of a checkpoint is, and whether it can go on there."""
+"""Which run a checkpoint is of, where the files of that run are, and whether it can go on there."""
 
 import os
 import re
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dia_lightning.cli.runs.places import CHECKPOINTS, CONFIG, checkpoints_of, run_folder_of
-
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
 RECORD = "dia_run"  # key of what every checkpoint knows about its run
 START = "# The training went on with this config from step "  # first line of a config of a run that goes on
 
@@ -73,6 +73,19 @@ def source_of(path: str, checkpoint: Mapping[str, Any]) -> RunSource:
         states |= _newer_states(file, step)
     stayed = folder is not None and "folder" in record and is_same(record["folder"], folder)
     return RunSource(file, step, folder, later, record.get("versions", {}) if stayed else {}, states)
+
+
+def checkpoints_of(checkpoint: Path) -> Path:
+    """Return the folder of the run's checkpoints; that of the file where it was copied elsewhere."""
+    # a metric's name in that of a file, "epoch=1-val/acc=0.9.ckpt", makes a folder
+    above = (place for place in checkpoint.parents if place.name == CHECKPOINTS and (place.parent / CONFIG).is_file())
+    return next(above, checkpoint.parent)
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that wrote a checkpoint."""
+    place = checkpoints_of(checkpoint)
+    return place.parent if place.name == CHECKPOINTS else place
 
 
 def head(path: Path) -> dict[str, Any]:
