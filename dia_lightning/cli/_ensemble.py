@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dia_lightning.cli.commands._checkpoint_argument import task_of
 from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
+from dia_lightning.cli.runs.task_of_run import task_of_run
 from dia_lightning.tasks import ClassificationTask, EnsembleTask
 
 
@@ -38,7 +38,7 @@ def ensemble_of(paths: Sequence[str]) -> EnsembleTask:
     """
     members = []
     for path in paths:
-        member = task_of(Path(path))
+        member = task_of_run(Path(path))
         if not isinstance(member, ClassificationTask):
             raise ValueError(f"--ensemble is for classification, but {path} holds a {type(member).__name__}.")
         members.append(member)

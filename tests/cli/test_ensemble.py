@@ -45,6 +45,6 @@ def test_what_makes_no_ensemble_is_refused(run_folder: Path, fails: Fails, monke
     ):
         with pytest.raises(ValueError, match=message):
             member_paths(given, [])
-    monkeypatch.setattr(_ensemble, "task_of", lambda path: DIATask())
+    monkeypatch.setattr(_ensemble, "task_of_run", lambda path: DIATask())
     with pytest.raises(ValueError, match=r"--ensemble is for classification, but a\.ckpt holds a DIATask"):
         ensemble_of(["a.ckpt", "b.ckpt"])

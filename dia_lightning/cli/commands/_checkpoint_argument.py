@@ -4,17 +4,12 @@ import argparse
 import sys
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dia_lightning.cli._errors import PROGRAM, UserError
-from dia_lightning.cli.parsing.own_classes import load_task_of_run
 from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
-from dia_lightning.cli.runs.run_of_checkpoint import config_of, run_folder_of
-
-if TYPE_CHECKING:  # imports Lightning
-    from dia_lightning.tasks import DIATask
+from dia_lightning.cli.runs.run_of_checkpoint import run_folder_of
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, out: str, without: str | None = None) -> None:
@@ -79,16 +74,6 @@ def device_of(options: argparse.Namespace) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     device: str = options.device
     return device
-
-
-def task_of(checkpoint: Path) -> "DIATask":
-    """Return the task of a checkpoint; its class and attention may be the user's own, if the config of its run says so.
-
-    Raises:
-        ValueError: if it cannot be loaded.
-        UserError: if a class cannot be imported.
-    """
-    return load_task_of_run(checkpoint, config_of(checkpoint))
 
 
 def new_folder(options: argparse.Namespace, checkpoint: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dia_lightning.attention import attach
 from dia_lightning.cli.commands import _checkpoint_argument
 from dia_lightning.cli.parsing.own_classes import import_attention
+from dia_lightning.cli.runs.task_of_run import task_of_run
 from dia_lightning.models import get_model, list_models
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
@@ -37,7 +38,7 @@ def task_of(options: argparse.Namespace) -> "DIATask | None":
     is_file = name.startswith((".", "/")) or Path(name).exists()
     if name not in ("last", "best") and Path(name).suffix != ".ckpt" and (not is_file or name in list_models(name)):
         return None
-    return _checkpoint_argument.task_of(_checkpoint_argument.resolved(name, options.runs))
+    return task_of_run(_checkpoint_argument.resolved(name, options.runs))
 
 
 def network_and_images(

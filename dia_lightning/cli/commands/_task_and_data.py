@@ -9,7 +9,8 @@ from dia_lightning import datamodules
 from dia_lightning._config_files import find_config
 from dia_lightning.cli import command
 from dia_lightning.cli._errors import UserError
-from dia_lightning.cli.parsing.own_classes import own_class, section_of
+from dia_lightning.cli.parsing.own_classes import own_class
+from dia_lightning.cli.runs.task_of_run import section_of
 from dia_lightning.datamodules import ClassificationDataModule, DetectionDataModule, DIADataModule
 from dia_lightning.tasks import DetectionTask, DIATask
 from dia_lightning.tasks.base import brief

@@ -12,6 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dia_lightning.cli.commands import _checkpoint_argument
 from dia_lightning.cli.runs.run_of_checkpoint import config_of
+from dia_lightning.cli.runs.task_of_run import task_of_run
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.analysis import GradientFlow, MapRecorder
@@ -112,7 +113,7 @@ def _check(options: argparse.Namespace) -> None:
 def _from_checkpoint(path: Path, options: argparse.Namespace) -> "tuple[DIATask, DIADataModule, Path]":
     from dia_lightning.cli.commands._task_and_data import data_module_of
 
-    task = _checkpoint_argument.task_of(path)
+    task = task_of_run(path)
     config = Path(*options.config) if options.config else config_of(path)
     return task, data_module_of(config, task, options.root), config
 

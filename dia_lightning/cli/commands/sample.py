@@ -18,6 +18,7 @@ from dia_lightning._choices import nearest
 from dia_lightning._whole_files import written_whole
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli.commands import _checkpoint_argument
+from dia_lightning.cli.runs.task_of_run import task_of_run
 
 if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.tasks import DiffusionTask
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 def _load(path: Path, device: str) -> "DiffusionTask":
     from dia_lightning.tasks import DiffusionTask
 
-    task = _checkpoint_argument.task_of(path)
+    task = task_of_run(path)
     if not isinstance(task, DiffusionTask):
         raise ValueError(
             f"Images are made by a DiffusionTask, but {path} holds a {type(task).__name__}. Give another checkpoint, "

@@ -1,12 +1,12 @@
 """What a command reads from a checkpoint: plain values, from which nothing is imported."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from dia_lightning._checkpoint_file import load
 from dia_lightning._checkpoint_kind import WrongCheckpointError, check_is_of_task
 from dia_lightning._hyperparameters import from_file
+from dia_lightning.cli.parsing.own_classes import CLASS_PATH
 from dia_lightning.models.libraries import is_elsewhere, without_weights
 
 # num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
@@ -116,7 +116,7 @@ def _has_class_path(value: Any) -> bool:
     command that reads that config would import such a text.
     """
     if isinstance(value, str):
-        return re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) is not None
+        return CLASS_PATH.fullmatch(value) is not None
     if isinstance(value, (list, tuple)):
         return any(map(_has_class_path, value))
     return isinstance(value, dict) and any(map(_has_class_path, value.values()))
