@@ -9,8 +9,8 @@ from importlib import import_module
 from dia_lightning import __version__
 from dia_lightning._choices import nearest
 from dia_lightning._extras import needed_by, require
+from dia_lightning.cli import COMMANDS, CORE_COMMANDS, LIGHT_COMMANDS
 from dia_lightning.cli._errors import fail, is_for_the_user, message_of
-from dia_lightning.cli.commands import COMMANDS, CORE_COMMANDS, LIGHT_COMMANDS
 
 SIGPIPE = 13  # which Windows does not have
 

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dia_lightning._choices import nearest
 from dia_lightning._config_files import no_config
 from dia_lightning._redact import redact
-from dia_lightning.cli.commands import COMMANDS
+from dia_lightning.cli import COMMANDS
 from dia_lightning.cli.parsing import class_messages
 from dia_lightning.cli.parsing.nested_message import place, readable
 from dia_lightning.cli.parsing.nested_message import value as _given
