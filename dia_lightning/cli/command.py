@@ -1,65 +1,50 @@
 """The commands fit, validate, test and predict: LightningCLI, with explicit rules about checkpoints and errors."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.constants import default_pg_timeout
 
 from dia_lightning._config_files import is_packaged
-from dia_lightning._redact import redact, redact_text
 from dia_lightning._whole_files import remove_parts
 from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
-from dia_lightning.cli import _ensemble
-from dia_lightning.cli._config_of_run import with_config_of_run
+from dia_lightning.cli._around_fit import (
+    CheckLaterTest,
+    begin_anew,
+    checkpoint_to_test,
+    go_on_in_run,
+    say_how_to_resume,
+    say_if_nothing_was_trained,
+)
+from dia_lightning.cli._ensemble import ensemble_of
 from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
-from dia_lightning.cli._later_test import CheckLaterTest
-from dia_lightning.cli._task_maker import TakenArguments, TaskMaker
+from dia_lightning.cli._notes import say
+from dia_lightning.cli._starting_point import StartingPoint, find_requeued, starting_point, with_config_of_run
+from dia_lightning.cli._taken_arguments import TaskMaker
 from dia_lightning.cli.parsing import config_reader
-from dia_lightning.cli.parsing.class_messages import imported
 from dia_lightning.cli.parsing.help import describe_checkpoints
 from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, notes_on_lists, run_roots
 from dia_lightning.cli.parsing.parser import DIAArgumentParser, try_lists_of_loggers_first, try_whole_numbers_first
 from dia_lightning.cli.parsing.refused_values import check_limits, refuse_null
-from dia_lightning.cli.runs.checkpoint_misfit import (
-    check_attention_is_named,
-    check_fits,
-    is_while_restoring,
-    misfit,
-    not_restored,
-)
-from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
-from dia_lightning.cli.runs.read_checkpoint import (
-    check_is_of_run,
-    class_names,
-    hyper_parameters,
-    read_checkpoint,
-    without_files,
-)
-from dia_lightning.cli.runs.resume import KeepRunTogether, take_up
-from dia_lightning.cli.runs.run_of_checkpoint import head, source_of
-from dia_lightning.cli.runs.saved_config import SaveRunConfig, wandb_id
-from dia_lightning.cli.runs.slurm import is_of_other_job, job_of, saved_before_requeue, taken_by_lightning
+from dia_lightning.cli.runs.checkpoint_misfit import is_while_restoring, misfit, not_restored
+from dia_lightning.cli.runs.resume import KeepRunTogether
+from dia_lightning.cli.runs.saved_config import SaveRunConfig
+from dia_lightning.cli.runs.slurm import job_of
 from dia_lightning.cli.runs.version_folders import claim_versions
 from dia_lightning.datamodules import DIADataModule
-from dia_lightning.loggers.wandb import WandbLogger
 from dia_lightning.tasks import DIATask
-from dia_lightning.tasks.checkpoints import check_is_related
 
 PEER_TIMEOUT = timedelta(minutes=10)  # longer than for a loader's worker, whose error says more
 _PACKING = ("Does not validate against", "Call to compute_fn of link")
@@ -76,13 +61,12 @@ class DIACLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        self._trained_classes: list[str] | None = None
-        self._from_checkpoint: TakenArguments | None = None
+        self._start = StartingPoint()
         self._command = args[0] if args else ""
         job = job_of(args)
         args, config = with_config_of_run(args)
         if config is not None:
-            _say(f"config {config}")
+            say(f"config {config}")
         self._together = KeepRunTogether()
         self._together.job = job
         self._begins_anew = False
@@ -132,7 +116,7 @@ class DIACLI(LightningCLI):
 
     def _count_classes(self, data: DIADataModule) -> int:
         """Return the number of classes; where the data are not at hand, that of the checkpoint."""
-        data.trained_classes = self._trained_classes
+        data.trained_classes = self._start.class_names
         return data.num_classes
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -140,7 +124,7 @@ class DIACLI(LightningCLI):
         self.config = parser.parse_args(args)
         for path in filter(None, self.config[self.config.subcommand].get("config") or ()):
             if is_packaged(path.absolute) and not Path(path.relative).exists():
-                _say(f"config {path.absolute}")
+                say(f"config {path.absolute}")
         check_limits(self.config[self.config.subcommand])
         given = parser.parse_args(args, defaults=False)
         self._given = init_args_of(given[given.subcommand].get("model"))
@@ -154,104 +138,14 @@ class DIACLI(LightningCLI):
         # of what was given only: a path that a checkpoint has imports nothing
         import_attention(self._given.get("attention"), "--model.attention")
         for note in notes_on_lists(args, self.config[self.config.subcommand]):
-            _say(note)
+            say(note)
 
     def _parse_ckpt_path(self) -> None:
         """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
-        config = self.config[self.config.subcommand]
-        self._find_requeued(config)
-        if (config.get("ensemble") or config.get("ckpt_path")) and config.model.init_args.get("init_from") is not None:
-            config.model.init_args.init_from = None  # checkpoints have all weights, and the file may be gone
-        if config.get("ensemble") is not None:
-            self._find_members(config)
-            return
-        if config.get("ckpt_path") is None:
-            if self.config.subcommand != "fit" and config.model.init_args.get("init_from") is None:
-                _say("no --ckpt_path: using the network as it is built; for the trained one add --ckpt_path best")
-            return
-        config.ckpt_path = find_checkpoint(str(config.ckpt_path), run_roots(config.trainer))
-        _say(f"checkpoint {config.ckpt_path}")
-        # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
-        sharded = Path(config.ckpt_path).is_dir()
-        checkpoint = head(Path(config.ckpt_path)) if sharded else read_checkpoint(config.ckpt_path)
-        if not sharded:
-            check_is_of_run(checkpoint, config.ckpt_path, self.config.subcommand)
-            check_is_related(checkpoint["dia_task"], imported(config.model.class_path), config.ckpt_path)
-        if self.config.subcommand == "fit":
-            self._together.source = source_of(config.ckpt_path, checkpoint)
-        if not sharded:
-            self._trained_classes = class_names(checkpoint)
-            self._take_hyper_parameters(config, checkpoint)
-
-    def _find_requeued(self, config: Namespace) -> None:
-        """Go on as with ``--ckpt_path`` in a job that was queued again, and where Lightning would without a word."""
-        if config.get("ckpt_path") is not None or config.get("ensemble") is not None:
-            return
-        found = taken_by_lightning(Path(config.trainer.default_root_dir or "."))
-        if self.config.subcommand != "fit":
-            if found:
-                raise UserError(
-                    f"Lightning would load {found[0]}, which a training in a job of SLURM has left. Say what you want: "
-                    "--ckpt_path best, last or a file; or move it elsewhere to use the network as it is built."
-                )
-            return
-        own = (path for path in found if not is_of_other_job(path, self._together.job))
-        requeued = saved_before_requeue(self._together.job, run_roots(config.trainer)) or next(own, None)
-        self._begins_anew = bool(found) and requeued is None
-        if requeued is not None:
-            _say(f"the job was queued again: going on from {requeued}; to begin anew move it elsewhere")
-            config.ckpt_path = str(requeued)
-
-    def _find_members(self, config: Namespace) -> None:
-        """Find the checkpoints of an ensemble, and build the network of the first in place of what the config says."""
-        if self.config.subcommand == "fit":
-            raise UserError("--ensemble is for validate, test and predict. Train its members one by one.")
-        if config.get("ckpt_path") is not None:
-            raise UserError("--ensemble and --ckpt_path exclude each other. Give all members to --ensemble.")
-        config.ensemble = _ensemble.member_paths(config.ensemble, run_roots(config.trainer))
-        for number, path in enumerate(config.ensemble):
-            _say(f"member{number} is {path}")
-        first = config.ensemble[0]
-        checkpoint = read_checkpoint(first)
-        self._trained_classes = class_names(checkpoint)
-        found = self._found_in(checkpoint, config.model.class_path, first)
-        init_args = config.model.init_args
-        self._from_checkpoint = TakenArguments(first, {name: found[name] for name in found if name in init_args})
-
-    def _found_in(self, checkpoint: dict[str, Any], class_path: str, path: str) -> dict[str, Any]:
-        found, strange = hyper_parameters(checkpoint, class_path, path)
-        if strange:
-            _say(
-                f"not taken from the checkpoint, because it is no plain data: {', '.join(strange)}. Options that need "
-                "classes come from the command or the config"
-            )
-        return found
-
-    def _take_hyper_parameters(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
-        found = self._found_in(checkpoint, config.model.class_path, config.ckpt_path)
-        if found:
-            check_attention_is_named(self._given, checkpoint, config.ckpt_path)
-        shown = redact(self._given)  # as the checkpoint has it
-        check_fits(shown, found, config.ckpt_path)
-        init_args = config.model.init_args
-        taken = {
-            name: value
-            for name, value in found.items()
-            if name in init_args and name not in self._given and init_args[name] != value
-        }
-        compared = without_files(shown, found)
-        changed = {name: value for name, value in found.items() if name in compared and compared[name] != value}
-        self._from_checkpoint = TakenArguments(config.ckpt_path, taken)
-        if taken:
-            _say(f"from the checkpoint: {_listing(taken)}")
-        if changed:
-            given = {name: shown[name] for name in changed}
-            _say(f"given and kept: {_listing(given)}; the checkpoint has {_listing(changed)}")
-        if changed and self.config.subcommand == "fit":
-            _say(
-                "resuming restores the optimizer and the schedule as they were; "
-                "to start anew from the weights alone, use --model.init_from instead of --ckpt_path"
-            )
+        command = self.config.subcommand
+        self._begins_anew = find_requeued(command, self.config[command], self._together.job)
+        self._start = starting_point(command, self.config[command], self._given)
+        self._together.source = self._start.source
 
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on other options."""
@@ -268,8 +162,8 @@ class DIACLI(LightningCLI):
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
-        if self._from_checkpoint is not None:
-            maker = TaskMaker(self, self._from_checkpoint)
+        if self._start.taken is not None:
+            maker = TaskMaker(self, self._start.taken)
             self.parser.add_instantiator(maker, DIATask, subclasses=True)
 
     def instantiate_classes(self) -> None:
@@ -278,7 +172,7 @@ class DIACLI(LightningCLI):
             super().instantiate_classes()
             members = self.config[self.config.subcommand].get("ensemble")
             if members is not None:
-                self.model = _ensemble.ensemble_of(members)
+                self.model = ensemble_of(members)
         except (ValueError, MisconfigurationException) as error:
             cause: BaseException = error
             # jsonargparse packs what a class of ours raised into messages about types and links
@@ -313,45 +207,22 @@ class DIACLI(LightningCLI):
         if self.config.fit.test_after_fit:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks.insert(0, CheckLaterTest())
-        if self._begins_anew:  # Lightning looks for files of any job, unless it believes that the path was set
-            self.trainer._checkpoint_connector._user_managed = True
-            warnings.filterwarnings("ignore", message="`trainer.ckpt_path = None` was called")
-        source = self._together.source
-        if source is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if self.trainer.is_global_zero and source.folder is not None and not self._together.lock.take(source.folder):
-            source = self._together.source = replace(source, busy=True)
-        run_id = wandb_id(source.folder) if source.folder is not None and source.obstacle is None else None
-        for logger in self.trainer.loggers:
-            if run_id is not None and isinstance(logger, WandbLogger) and logger.version is None:
-                logger.resume(run_id)
-                _say(f"resuming the Weights & Biases run {run_id}; to start a new one, give the logger a new id")
-        _say(take_up(self.trainer, source))
-        # of Lightning; where it is so, it is meant
-        warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+        if self._begins_anew:
+            begin_anew(self.trainer)
+        go_on_in_run(self.trainer, self._together)
 
     def after_fit(self) -> None:
         """Test the best checkpoint if asked to."""
         ckpt_path = self.config.fit.ckpt_path
-        if self.trainer.fast_dev_run and ckpt_path is not None:  # type: ignore[attr-defined]
-            _say(f"fast_dev_run looks at the first epoch alone: how training goes on from {ckpt_path} was not tried")
-        elif ckpt_path is not None and not self._together.has_trained:
-            _say(
-                f"nothing was left to train: {ckpt_path} is at the end of the training "
-                f"(--trainer.max_epochs {self.trainer.max_epochs}, --trainer.max_steps {self.trainer.max_steps}). "
-                "To train longer, raise them."
-            )
-        if not self.config.fit.test_after_fit:
-            return
-        best = [callback.best_model_path for callback in self._checkpoint_callbacks() if callback.monitor is not None]
-        path = next(filter(None, best), None if self._together.has_trained else ckpt_path)
-        _say(f"testing {path or 'the last weights (there is no best checkpoint)'}")
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+        say_if_nothing_was_trained(self.trainer, self._together, ckpt_path)
+        if self.config.fit.test_after_fit:
+            best = checkpoint_to_test(self.trainer, self._together, ckpt_path)
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.trainer.is_global_zero:
             for part in remove_parts(run_roots(self.config[subcommand].trainer)):
-                _say(f"removed {part}, which a killed run had left")
+                say(f"removed {part}, which a killed run had left")
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
@@ -366,23 +237,11 @@ class DIACLI(LightningCLI):
             if not self.trainer.interrupted:
                 raise
             if subcommand == "fit":
-                self._say_how_to_resume()
+                say_how_to_resume(self.trainer)
             # Lightning ends with 1 after Ctrl-C
             raise SystemExit(stop.code if isinstance(stop, SIGTERMException) else 128 + SIGINT) from stop
         finally:
             self._together.lock.release()
-
-    def _say_how_to_resume(self) -> None:
-        saved = [callback.last_model_path or callback.best_model_path for callback in self._checkpoint_callbacks()]
-        files = [path for path in saved if path and Path(path).exists()]
-        if files:
-            newest = max(files, key=lambda path: Path(path).stat().st_mtime_ns)
-            _say(f"stopped; repeat the command with --ckpt_path {newest} to go on from there")
-        else:
-            _say("stopped before the first checkpoint: there is nothing to resume from")
-
-    def _checkpoint_callbacks(self) -> list[ModelCheckpoint]:
-        return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 class _Rehearsal(DIACLI):
@@ -446,14 +305,5 @@ def _image_shape(data: DIADataModule) -> list[int] | None:
     return None if shape is None else list(shape)
 
 
-@rank_zero_only
-def _say(message: str) -> None:
-    print(f"{PROGRAM}: {redact_text(message)}", file=sys.stderr)
-
-
 def _is_no_advert(record: logging.LogRecord) -> bool:
     return "Tip: For seamless cloud" not in record.getMessage()
-
-
-def _listing(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
