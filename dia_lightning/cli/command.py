@@ -8,7 +8,6 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,7 +27,8 @@ from dia_lightning.cli._around_fit import (
     say_if_nothing_was_trained,
 )
 from dia_lightning.cli._ensemble import ensemble_of
-from dia_lightning.cli._errors import PROGRAM, UserError, is_for_the_user, is_ours
+from dia_lightning.cli._errors import PROGRAM, UserError
+from dia_lightning.cli._foreign_errors import while_building, while_running
 from dia_lightning.cli._notes import say
 from dia_lightning.cli._starting_point import StartingPoint, find_requeued, starting_point, with_config_of_run
 from dia_lightning.cli._taken_arguments import TaskMaker
@@ -38,7 +38,6 @@ from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, notes_on_lists, run_roots
 from dia_lightning.cli.parsing.parser import DIAArgumentParser, try_lists_of_loggers_first, try_whole_numbers_first
 from dia_lightning.cli.parsing.refused_values import check_limits, refuse_null
-from dia_lightning.cli.runs.checkpoint_misfit import is_while_restoring, misfit, not_restored
 from dia_lightning.cli.runs.resume import KeepRunTogether
 from dia_lightning.cli.runs.saved_config import SaveRunConfig
 from dia_lightning.cli.runs.slurm import job_of
@@ -47,7 +46,6 @@ from dia_lightning.datamodules import DIADataModule
 from dia_lightning.tasks import DIATask
 
 PEER_TIMEOUT = timedelta(minutes=10)  # longer than for a loader's worker, whose error says more
-_PACKING = ("Does not validate against", "Call to compute_fn of link")
 
 
 class DIACLI(LightningCLI):
@@ -168,24 +166,11 @@ class DIACLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what these refuse is the user's to mend."""
-        try:
+        with while_building():
             super().instantiate_classes()
             members = self.config[self.config.subcommand].get("ensemble")
             if members is not None:
                 self.model = ensemble_of(members)
-        except (ValueError, MisconfigurationException) as error:
-            cause: BaseException = error
-            # jsonargparse packs what a class of ours raised into messages about types and links
-            while str(cause).startswith(_PACKING) and cause.__cause__ is not None:
-                cause = cause.__cause__
-            wrong_argument = isinstance(cause, TypeError) and is_ours(cause)  # of a network
-            if isinstance(cause, ValueError) or wrong_argument or is_for_the_user(cause):
-                raise UserError(str(cause)) from cause
-            raise cause from None
-        except TypeError as error:
-            if "`devices`" not in str(error):  # which Lightning compares with the accelerator, each in a way of its own
-                raise
-            raise UserError(f"{error} Use auto, or how many.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with safe checkpoints unless the options or its strategy have a way of their own.
@@ -224,15 +209,8 @@ class DIACLI(LightningCLI):
             for part in remove_parts(run_roots(self.config[subcommand].trainer)):
                 say(f"removed {part}, which a killed run had left")
         try:
-            super()._run_subcommand(subcommand)
-        except RuntimeError as error:
-            if not str(error).startswith("Error(s) in loading state_dict"):
-                raise
-            raise UserError(misfit(str(error), self.config[subcommand].ckpt_path)) from error
-        except Exception as error:
-            if is_for_the_user(error) or not is_while_restoring(error):
-                raise
-            raise UserError(not_restored(error, self.config[subcommand].ckpt_path)) from error
+            with while_running(self.config[subcommand].get("ckpt_path")):
+                super()._run_subcommand(subcommand)
         except SystemExit as stop:
             if not self.trainer.interrupted:
                 raise
