@@ -24,10 +24,10 @@ BELOW = {
         *("_apportion", "_checkpoint_file", "_choices", "_coco_tools", "_extras", "_hyperparameters"),
         *("_text", "_torchvision_guard", "_whole_files"),
     },
-    "loggers": {"_extras", "_redact", "_text", "_whole_files"},
+    "loggers": {"_extras", "_free_path", "_redact", "_text", "_whole_files"},
     "callbacks": {
         *("analysis", "tasks", "datamodules", "models", "attention", "drawing"),
-        *("_apportion", "_checkpoint_file", "_coco_tools", "_extras", "_whole_files"),
+        *("_apportion", "_checkpoint_file", "_coco_tools", "_extras", "_free_path", "_whole_files"),
     },
     "tasks": {
         *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_choices", "_coco_tools"),
@@ -36,8 +36,8 @@ BELOW = {
     "reproduce": {"tasks", "_config_files", "_redact", "_strict_yaml", "_text", "_whole_files"},
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing", "reproduce"),
-        *("_checkpoint_file", "_checkpoint_kind", "_choices", "_config_files", "_hyperparameters", "_redact"),
-        *("_strict_yaml", "_text", "_torchvision_guard", "_whole_files"),
+        *("_checkpoint_file", "_checkpoint_kind", "_choices", "_config_files", "_free_path", "_hyperparameters"),
+        *("_redact", "_strict_yaml", "_text", "_torchvision_guard", "_whole_files"),
     },
 }
 # ... and which of the other packages it must do without.

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dia_lightning._free_path import free_path
 from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks._run_folder import run_folder
 
@@ -128,12 +129,7 @@ class ResultWriter(Callback, ABC):
 
     def _free_path(self, folder: Path) -> Path:
         """Return the first name that neither a finished nor an interrupted run has taken."""
-        stem, number = Path(self.filename).stem, 0
-        target = folder / self.filename
-        while any(place.exists() for place in self._places(target)):
-            number += 1
-            target = folder / f"{stem}-v{number}{self._suffix}"
-        return target
+        return free_path(folder / self.filename, lambda target: any(place.exists() for place in self._places(target)))
 
     def _part(self, target: Path, rank: int) -> Path:
         return target.with_name(f"{target.stem}.part{rank}{self._part_suffix}")

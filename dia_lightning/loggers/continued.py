@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from dia_lightning._free_path import free_path
 from dia_lightning._text import read_text
 from dia_lightning._whole_files import written_whole
 
@@ -21,10 +22,8 @@ class _AppendingWriter(ExperimentWriter):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
         self.metrics_keys = _read(Path(self.metrics_file_path))[0]
-        first = Path(log_dir, self.NAME_HPARAMS_FILE)
-        if first.exists():  # each start keeps its own
-            number = 1 + len(list(first.parent.glob(f"{first.stem}-v*{first.suffix}")))
-            self.NAME_HPARAMS_FILE = f"{first.stem}-v{number}{first.suffix}"
+        # each start keeps its own
+        self.NAME_HPARAMS_FILE = free_path(Path(log_dir, self.NAME_HPARAMS_FILE)).name
 
     def _check_log_dir_exists(self) -> None:
         """Leave what is there."""

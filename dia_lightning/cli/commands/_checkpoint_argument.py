@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from itertools import count
 from pathlib import Path
 
 import torch
 
+from dia_lightning._free_path import free_path
 from dia_lightning.cli._errors import PROGRAM, UserError
 from dia_lightning.cli.runs.find_checkpoint import find_checkpoint
 from dia_lightning.cli.runs.run_of_checkpoint import run_folder_of
@@ -90,11 +90,7 @@ def new_folder(options: argparse.Namespace, checkpoint: Path, name: str) -> Path
     if options.out is not None:
         return _made(Path(options.out))
     place = run_folder_of(checkpoint) / name
-    for number in count():
-        folder = place.with_name(f"{place.name}-v{number}") if number else place
-        if not folder.exists():
-            break
-    return _made(folder)
+    return _made(free_path(place))
 
 
 def _made(folder: Path) -> Path:

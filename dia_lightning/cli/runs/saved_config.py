@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
+from dia_lightning._free_path import free_path
 from dia_lightning._redact import redact
 from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks import run_folder
@@ -51,7 +52,7 @@ class SaveRunConfig(SaveConfigCallback):
         config = redact(yaml.safe_load(text))
         folder.mkdir(parents=True, exist_ok=True)
         body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        with written_whole(_unused(folder / self.config_filename)) as part:
+        with written_whole(free_path(folder / self.config_filename)) as part:
             part.write_text("\n".join([*header, body]), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -66,12 +67,3 @@ def wandb_id(folder: Path) -> str | None:
     """
     file = folder / WANDB_ID
     return (file.read_text(encoding="utf-8").strip() or None) if file.is_file() else None
-
-
-def _unused(path: Path) -> Path:
-    """Return the path itself, or the first of ``config-v1.yaml``, ``config-v2.yaml``, ... as Lightning does."""
-    candidate, version = path, 0
-    while candidate.exists():
-        version += 1
-        candidate = path.with_name(f"{path.stem}-v{version}{path.suffix}")
-    return candidate
