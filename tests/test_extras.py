@@ -43,7 +43,8 @@ def test_every_other_part_says_which_extra_to_install() -> None:
 import importlib
 from dia_lightning.__main__ import main
 from dia_lightning.models import get_model
-for part in ("analysis", "callbacks", "datamodules", "loggers", "tasks", "tasks.classification", "models.pipelines"):
+parts = ("analysis", "callbacks", "datamodules", "loggers", "tasks", "tasks.classification", "models.pipelines")
+for part in (*parts, "reproduce"):
     try:
         importlib.import_module(f"dia_lightning.{part}")
     except ImportError as error:
@@ -65,6 +66,7 @@ for command in ("fit", "predict", "sites", "check", "export", "sample", "analyze
         'dia_lightning.analysis needs matplotlib: pip install "dia-lightning[lightning]".',
         *(f"dia_lightning.{part} {of_lightning}" for part in ("callbacks", "datamodules", "loggers", "tasks", "tasks")),
         'Diffusion needs diffusers: pip install "dia-lightning[diffusion]".',
+        'dia_lightning.reproduce needs jsonargparse: pip install "dia-lightning[cli]".',
         'timm/resnet18 needs timm: pip install "dia-lightning[timm]".',
     ]
     commands = [line for line in done.stderr.splitlines() if line]

@@ -33,13 +33,15 @@ BELOW = {
         *("models", "attention", "_checkpoint_file", "_checkpoint_kind", "_choices", "_coco_tools"),
         *("_evaluating", "_extras", "_float32", "_hub", "_hyperparameters", "_redact", "_whole_files"),
     },
-    "reproduce": {"tasks", "_config_files", "_redact", "_strict_yaml", "_text", "_whole_files"},
+    "reproduce": {"tasks", "_config_files", "_extras", "_redact", "_strict_yaml", "_text", "_whole_files"},
     "cli": {
         *("analysis", "tasks", "callbacks", "loggers", "datamodules", "models", "attention", "drawing", "reproduce"),
         *("_checkpoint_file", "_checkpoint_kind", "_choices", "_config_files", "_free_path", "_hyperparameters"),
         *("_redact", "_strict_yaml", "_text", "_torchvision_guard", "_whole_files"),
     },
 }
+# ... and within the command line, what its parts may import of it.
+OF_CLI = {"parsing": {"COMMANDS", "_errors"}, "runs": {"parsing", "_errors"}}
 # ... and which of the other packages it must do without.
 UPPER = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "matplotlib", "jsonargparse", "timm", "diffusers"}
 WITHOUT = {
@@ -86,6 +88,13 @@ def test_imports_point_downwards(path: Path) -> None:
         assert own <= {"_extras"}
     else:  # what is imported with the package itself must stay light
         assert own <= {"_version", "__version__"}
+
+
+@pytest.mark.parametrize("part", OF_CLI)
+def test_imports_within_the_command_line_point_downwards(part: str) -> None:
+    for path in (PACKAGE / "cli" / part).glob("*.py"):
+        of_cli = {name.split(".")[2] for name in imported_names(path) if name.startswith("dia_lightning.cli.")}
+        assert of_cli - {part} <= OF_CLI[part], path.name
 
 
 @pytest.mark.parametrize("path", FILES)
