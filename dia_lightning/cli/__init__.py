@@ -1,7 +1,8 @@
 """The command line: LightningCLI's commands with this package's rules, and light commands beside it.
 
 :mod:`~dia_lightning.cli.command` has the former, ``commands/`` a file for each of the latter. What both do with options
-is in ``parsing/``, what they do with checkpoints and the folders of runs in ``runs/``.
+is in ``parsing/``, what they do with checkpoints and the folders of runs in ``runs/``. The light commands import
+Lightning as late as they can.
 """
 
 #: Those of Lightning's command line.
