@@ -1,8 +1,6 @@
 """Go on with a training where it stopped: in the folder of its run, with its best checkpoint and its metrics."""
 
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dia_lightning.callbacks import run_folder
 from dia_lightning.cli.runs.lock import RunLock
+from dia_lightning.cli.runs.moved_checkpoints import moved_state
 from dia_lightning.cli.runs.run_of_checkpoint import RECORD, RunSource, is_same
 from dia_lightning.loggers.continued import drop_rows, go_on, go_on_with_a_copy
 from dia_lightning.loggers.wandb import WandbLogger
@@ -49,7 +48,7 @@ class KeepRunTogether(Callback):
         for callback in trainer.checkpoint_callbacks:
             state = self.source.states.get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state is not None and state.get("dirpath") is not None:
-                moved = _moved(state, callback, self.source.place) if trainer.is_global_zero else None
+                moved = moved_state(state, callback, self.source.place) if trainer.is_global_zero else None
                 if self.source.later is not None and is_same(callback.dirpath or "", self.source.place):
                     rank_zero_warn(
                         f"{self.source.place} has a later checkpoint, {self.source.later.name}, and may lose it: this "
@@ -178,66 +177,3 @@ def _version_of(folder: Path) -> int | str:
 def _save_logs(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         logger.save()
-
-
-def _moved(state: dict[str, Any], callback: ModelCheckpoint, here: Path) -> dict[str, Any]:
-    """Return the state of a ModelCheckpoint whose files are where they are now, without those that are gone.
-
-    Args:
-        state: as it was saved.
-        callback: whose state it becomes; its ``dirpath`` is known.
-        here: the folder in which the files of that time are now; files of best checkpoints are copied from there.
-    """
-    target, then = str(callback.dirpath), str(state["dirpath"])
-    paths = {path: _brought(path, then, here, target) for path in state["best_k_models"]}
-    models = {paths[path]: score for path, score in state["best_k_models"].items() if paths[path]}
-    moved = {**state, "dirpath": callback.dirpath, "best_k_models": models}
-    for name in ("last_model_path", "best_model_path", "kth_best_model_path"):
-        path = str(state.get(name) or "")
-        stays = path and is_same(here, target) and (here / _relative(path, then)).exists()
-        moved[name] = paths.get(path) or (os.path.join(target, _relative(path, then)) if stays else "")
-    if callback.monitor is not None and state["best_model_path"] and not moved["best_model_path"]:
-        rank_zero_warn(
-            f"The best checkpoint so far, {state['best_model_path']}, is gone: the best one will be that of the epochs "
-            "to come. Put it back before you resume, if you have it."
-        )
-    return moved | (_ranking(models, callback) if models else {"best_model_score": None})
-
-
-def _ranking(models: dict[str, Any], callback: ModelCheckpoint) -> dict[str, Any]:
-    """Rank files as Lightning does; some may be gone, and another number of them may be asked for."""
-    best, worst = (min, max) if callback.mode == "min" else (max, min)
-    kept = dict(models)
-    while 0 < callback.save_top_k < len(kept):
-        del kept[worst(kept, key=lambda path: float(kept[path]))]
-    first = best(kept, key=lambda path: float(kept[path]))
-    ranking: dict[str, Any] = {"best_k_models": kept, "best_model_path": first, "best_model_score": kept[first]}
-    if len(kept) == callback.save_top_k:
-        last = worst(kept, key=lambda path: float(kept[path]))
-        ranking |= {"kth_best_model_path": last, "kth_value": kept[last]}
-    return ranking
-
-
-def _brought(path: str, then: str, here: Path, target: str) -> str:
-    """Return where in the target folder a file is, to which it is copied if need be; "" if it is gone."""
-    name = _relative(path, then)
-    found = next((place for place in (here / name, Path(path)) if place.exists()), None)
-    if found is None or found.suffix != ModelCheckpoint.FILE_EXTENSION:
-        return ""
-    place = Path(target, name)
-    if is_same(found, place):
-        return os.path.join(target, name)
-    if place.exists():  # of another run
-        return str(found.absolute())
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if found.is_dir():
-        shutil.copytree(found, place)
-    else:
-        shutil.copy2(found, place)  # with its time: it is not the newest
-    return os.path.join(target, name)
-
-
-def _relative(path: str, folder: str) -> str:
-    """Return the name of a file in the folder of checkpoints; a metric in it may have made a folder of its own."""
-    name = os.path.relpath(path, folder)
-    return os.path.basename(path) if name.startswith(os.pardir) else name
