@@ -157,9 +157,6 @@ class DIACLI(LightningCLI):
         if config.trainer.logger is False:  # Lightning refuses to monitor rates that go nowhere
             callbacks = as_list(config.trainer.callbacks)
             config.trainer.callbacks = [item for item in callbacks if not is_rate_monitor(item)] or None
-
-    def _add_instantiators(self) -> None:
-        super()._add_instantiators()
         if self._start.taken is not None:
             maker = TaskMaker(self, self._start.taken)
             self.parser.add_instantiator(maker, DIATask, subclasses=True)
