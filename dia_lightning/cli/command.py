@@ -33,7 +33,6 @@ from dia_lightning.cli._notes import say
 from dia_lightning.cli._starting_point import StartingPoint, find_requeued, starting_point, with_config_of_run
 from dia_lightning.cli._taken_arguments import TaskMaker
 from dia_lightning.cli.parsing import config_reader
-from dia_lightning.cli.parsing.help import describe_checkpoints
 from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, notes_on_lists, run_roots
 from dia_lightning.cli.parsing.parser import DIAArgumentParser, try_lists_of_loggers_first, try_whole_numbers_first
@@ -86,13 +85,10 @@ class DIACLI(LightningCLI):
         mode = config_reader.install()
         return super().init_parser(prog=PROGRAM, parser_mode=mode, allow_abbrev=False, **kwargs)
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        # to collect the options of a command takes time: leave those out that nobody asks for
-        if self._command in self.subcommands() and self._command != subcommand:
-            return self.init_parser(**kwargs)
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        describe_checkpoints(parser, subcommand)
-        return parser
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's own is static
+        """Return the command that is asked for alone: to collect the options of one takes time."""
+        known = super().subcommands()
+        return {self._command: known[self._command]} if self._command in known else known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every command takes beside Lightning's own options."""
@@ -137,17 +133,18 @@ class DIACLI(LightningCLI):
         import_attention(self._given.get("attention"), "--model.attention")
         for note in notes_on_lists(args, self.config[self.config.subcommand]):
             say(note)
-
-    def _parse_ckpt_path(self) -> None:
-        """Replace Lightning's way, which lets the checkpoint overrule the command line and imports its class paths."""
         command = self.config.subcommand
-        self._begins_anew = find_requeued(command, self.config[command], self._together.job)
-        self._start = starting_point(command, self.config[command], self._given)
+        config = self.config[command]
+        self._begins_anew = find_requeued(command, config, self._together.job)
+        self._start = starting_point(command, config, self._given)
         self._together.source = self._start.source
+        # out of sight of Lightning, which lets the checkpoint overrule the command line and imports its class paths
+        self._ckpt_path, config.ckpt_path = config.ckpt_path, None
 
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on other options."""
         config = self.config[self.config.subcommand]
+        config.ckpt_path = self._ckpt_path
         if config.get("weights_only") is False and "weights_only" in config:
             raise UserError("--weights_only false would run code from the checkpoint. Leave it out.")
         if config.get("weights_only", False) is None:

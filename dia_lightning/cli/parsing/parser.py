@@ -8,7 +8,7 @@ from typing import NoReturn, get_args, get_origin
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dia_lightning.cli._errors import fail
-from dia_lightning.cli.parsing.help import clean
+from dia_lightning.cli.parsing.help import clean, describe_checkpoints
 from dia_lightning.cli.parsing.messages import explain
 
 
@@ -23,6 +23,7 @@ class DIAArgumentParser(LightningArgumentParser):
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Return the help without markup of docstrings."""
+        describe_checkpoints(self, self.prog.rpartition(" ")[2])
         clean(self)
         return super().format_help(formatter)
 
