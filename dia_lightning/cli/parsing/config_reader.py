@@ -24,11 +24,11 @@ def install() -> str:
     return MODE
 
 
-def _find(self: Path, path: Any, mode: str = "fr", **options: Any) -> None:
+def _find(file: Path, path: Any, mode: str = "fr", **options: Any) -> None:
     found = str(find_config(path)) if isinstance(path, str) and "r" in mode else path
-    _find_other(self, found, mode, **options)
+    _find_other(file, found, mode, **options)
     if found != path:
-        self._relative = path  # as it was given
+        file._relative = path  # as it was given
 
 
 def _read_text(path: Path) -> str:
