@@ -239,7 +239,6 @@ CHECKS: dict[str, Callable[[], bool]] = {
     # argparse and jsonargparse
     "_actions": lambda: [action.dest for action in parser()._actions] == ["help", "size"],
     "_action_groups": lambda: all(hasattr(group, "title") for group in parser()._action_groups),
-    "_option_string_actions": lambda: {"--help", "--size"} <= set(parser()._option_string_actions),
     "_typehint": lambda: parser()._actions[-1]._typehint == int | float,
     "Path.__init__": lambda: takes(ConfigPath.__init__, "self", "path", "mode"),
     "Path.read_text": lambda: takes(ConfigPath.read_text, "self"),

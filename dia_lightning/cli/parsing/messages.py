@@ -109,8 +109,9 @@ _CASES: tuple[tuple[str, _Describe], ...] = (
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:
-    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    options: list[str] = []
     for action in parser._actions:
+        options += [option for option in action.option_strings if option.startswith("--")]
         commands = action.choices if isinstance(action.choices, dict) else {}
         options += [option for inner in commands.values() for option in _options(inner)]
     return options
