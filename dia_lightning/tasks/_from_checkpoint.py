@@ -9,6 +9,7 @@ from torch import Tensor
 from dia_lightning._checkpoint_kind import WrongCheckpointError, misfit
 from dia_lightning._hyperparameters import OBJECT, arguments_of, from_file
 from dia_lightning.models.libraries import is_elsewhere, without_weights
+from dia_lightning.tasks.options import TakesOptions
 
 Task = TypeVar("Task", bound=LightningModule)
 #: Needed to train on only: a task is built without, and asks for them then.
@@ -43,6 +44,11 @@ def build(
             f"{source} names {backbone} as backbone, which is read from elsewhere, and nothing is because a file says "
             f"so. If you trust it, pass it: backbone={backbone!r}."
         )
+    if issubclass(kind, TakesOptions) and kind.__signature__ is not None:  # which shows all that it takes
+        try:
+            kind.refuse_unknown((name for name in found if not name.startswith("_")), kind.option_names())
+        except ValueError as error:
+            raise WrongCheckpointError(f"The hyper-parameters of {source} do not fit: {error}") from None
     arguments = arguments_of(kind, found, given, source)
     try:
         task = kind(**arguments)

@@ -23,7 +23,6 @@ from dia_lightning.tasks._freezing import (
     train_parameters,
 )
 from dia_lightning.tasks._layers import head_of
-from dia_lightning.tasks._optimizers import Options, make_optimizer
 from dia_lightning.tasks._parameter_groups import GROUPING, Plan, fits, parameter_groups, plan_groups
 from dia_lightning.tasks._rates import GroupRates
 from dia_lightning.tasks._resume_check import RECORD, ResumedTraining, classes_in_use
@@ -37,6 +36,7 @@ from dia_lightning.tasks._schedule_options import (
     warn_of_other_end,
 )
 from dia_lightning.tasks._trainer import trainer_of
+from dia_lightning.tasks.options import Options
 from dia_lightning.tasks.precision import check_gradients_survive
 
 
@@ -128,7 +128,7 @@ class TrainableModule(LightningModule):
         if not fits(self._group_plan, self):
             self._group_plan = self._plan_groups()
         groups = parameter_groups(self, self._group_plan)
-        optimizer = make_optimizer(options, groups if "name" in groups[0] else groups[0]["params"])
+        optimizer = options.make_optimizer(groups if "name" in groups[0] else groups[0]["params"])
         if self.lr != options.lr:  # a finder was here before
             found = self.lr / float(optimizer.param_groups[0]["lr"])
             for group in optimizer.param_groups:

@@ -1,6 +1,7 @@
 """A diffusion task as a pipeline of diffusers."""
 
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dia_lightning._evaluating import evaluating
 from dia_lightning._hyperparameters import OBJECT
 from dia_lightning.models import Exported
 from dia_lightning.models.denoisers import predict, require_diffusers
-from dia_lightning.tasks._network import attach_arguments
+from dia_lightning.tasks.attention_options import AttentionOptions
 from dia_lightning.tasks.diffusion import DiffusionTask
 
 _STOCK_SNIPPET = (
@@ -105,7 +106,8 @@ def _rebuilt(task: DiffusionTask) -> Any:
         UNet2DModel: pipelines.DIAUNet2DModel,
         DiTTransformer2DModel: pipelines.DIADiTTransformer2DModel,
     }
-    network, attention = task.backbone, attach_arguments(task.hparams)
+    network, names = task.backbone, [field.name for field in fields(AttentionOptions)]
+    attention = {name: task.hparams[name] for name in names if name in task.hparams}
     if OBJECT in repr(attention):
         raise ValueError(
             f"The attention was given as an object ({attention}), which no config can hold. Register it "
@@ -123,10 +125,11 @@ def _rebuilt(task: DiffusionTask) -> Any:
             f"By its config the backbone makes images of the shape {list(shape)}, by the task "
             f"{list(task.shape)}. Build the backbone with in_channels and sample_size of the images."
         )
-    if attention["attention"] is None:
+    dia = AttentionOptions(**attention).arguments()
+    if dia["attention"] is None:
         rebuilt = kind.from_config(network.config)
     else:
-        rebuilt = attached[kind].from_config(network.config, dia=attention)
+        rebuilt = attached[kind].from_config(network.config, dia=dia)
     try:
         rebuilt.load_state_dict(network.state_dict())
     except RuntimeError as error:

@@ -8,12 +8,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from dia_lightning.tasks._optimizers import Options
 from dia_lightning.tasks._schedule import Curve, NamedSchedule, Unit, Warmup
 from dia_lightning.tasks._training_length import steps_in, training_length
+from dia_lightning.tasks.optimization_options import OptimizationOptions
 
 
-def make_schedule(options: Options, trainer: Trainer, optimizer: Optimizer) -> tuple[LRSchedulerTypeUnion, Unit]:
+def make_schedule(
+    options: OptimizationOptions, trainer: Trainer, optimizer: Optimizer
+) -> tuple[LRSchedulerTypeUnion, Unit]:
     """Return the schedule that the options name or make, and what it is stepped by.
 
     Raises:
@@ -28,7 +30,7 @@ def make_schedule(options: Options, trainer: Trainer, optimizer: Optimizer) -> t
     return schedule, options.schedule_interval
 
 
-def make_warmup(options: Options, optimizer: Optimizer) -> tuple[Warmup | None, Unit]:
+def make_warmup(options: OptimizationOptions, optimizer: Optimizer) -> tuple[Warmup | None, Unit]:
     """Return the warm-up that multiplies the schedule, if there is one, and what it is stepped by.
 
     Source: torchvision, references/detection/engine.py, for the warm-up in steps
@@ -40,7 +42,7 @@ def make_warmup(options: Options, optimizer: Optimizer) -> tuple[Warmup | None, 
     return None, "epoch"
 
 
-def planned_curve(options: Options, name: str, trainer: Trainer) -> Curve:
+def planned_curve(options: OptimizationOptions, name: str, trainer: Trainer) -> Curve:
     """Return the curve of a schedule by name, for a training as long as it is now.
 
     Raises:
@@ -67,7 +69,7 @@ def planned_curve(options: Options, name: str, trainer: Trainer) -> Curve:
     return Curve(name, unit, milestones, float(options.gamma), warmup, length)
 
 
-def lightning_config(options: Options, schedule: LRSchedulerTypeUnion, interval: Unit) -> dict[str, Any]:
+def lightning_config(options: OptimizationOptions, schedule: LRSchedulerTypeUnion, interval: Unit) -> dict[str, Any]:
     """Return how Lightning steps a schedule.
 
     Raises:
@@ -100,7 +102,7 @@ def lightning_config(options: Options, schedule: LRSchedulerTypeUnion, interval:
     }
 
 
-def warn_of_long_warmup(trainer: Trainer, options: Options) -> None:
+def warn_of_long_warmup(trainer: Trainer, options: OptimizationOptions) -> None:
     """Say so if training ends within the warm-up, so that the rate never gets to its full value."""
     epochs, steps = options.warmup_epochs, options.warmup_steps
     ends_by, length = training_length(trainer) if epochs or steps else ("epoch", None)

@@ -1,6 +1,5 @@
 """Tasks as folders, here and on the Hugging Face Hub."""
 
-import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,7 +112,7 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
     code = [*from_file(found, path)[1], *(name for name in found if name.startswith("_"))]
     if code:
         raise ValueError(f"{path!r} names code to run ({code[0]}). Configs of tasks hold names and numbers only.")
-    known = _parameters(kind)
+    known = kind.option_names() - {"init_from"}  # which would read another file
     strange = [name for name in found if name not in known]
     if strange:
         raise ValueError(f"{path!r}: {kind.__name__} takes no {strange[0]!r}. Update dia-lightning, or take it out.")
@@ -133,13 +132,6 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
                 f"again: {kind.__name__}.from_pretrained(..., {name}=...)."
             )
     return arguments
-
-
-def _parameters(kind: type[DIATask]) -> set[str]:
-    """Return what the constructors of a task take by name; ``init_from`` would read another file."""
-    kinds = [base for base in kind.__mro__ if issubclass(base, DIATask)]
-    names = {name for base in kinds for name in inspect.signature(base.__init__).parameters}
-    return names - {"self", "init_from", "optimization"}
 
 
 def _data(facts: dict[str, Any], path: str) -> dict[str, Any]:

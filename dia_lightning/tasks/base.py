@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from dia_lightning._checkpoint_file import read_checkpoint
 from dia_lightning._checkpoint_kind import check_is_of_task
@@ -21,19 +22,20 @@ from dia_lightning._redact import redact
 from dia_lightning.tasks import _process_states
 from dia_lightning.tasks._compilation import compile_in_place
 from dia_lightning.tasks._finite import FiniteModule
-from dia_lightning.tasks._freezing import Freeze
 from dia_lightning.tasks._from_checkpoint import build
-from dia_lightning.tasks._optimizers import Options
 from dia_lightning.tasks._resume_check import leave_out_finders
 from dia_lightning.tasks._resume_point import ResumePoint
 from dia_lightning.tasks._shareable import Shareable
 from dia_lightning.tasks._stop import StopOnSignal
 from dia_lightning.tasks._trainer import trainer_of
+from dia_lightning.tasks.attention_options import AttentionOptions
+from dia_lightning.tasks.optimization_options import OptimizationOptions
+from dia_lightning.tasks.options import TakesOptions, TaskOptions
 
 Task = TypeVar("Task", bound="DIATask")
 
 
-class DIATask(FiniteModule, Shareable):
+class DIATask(TakesOptions, FiniteModule, Shareable):
     """Base class of the tasks: optimizer and schedule, hyperparameters that reload, class names in the checkpoint.
 
     Precision: losses, their sums and probabilities are float32 or better in every precision of the trainer. With the
@@ -44,63 +46,17 @@ class DIATask(FiniteModule, Shareable):
     ``16-true`` has no loss scaling, so that it warns, and refuses optimizers whose ``eps`` is 0 in float16.
 
     Args:
-        optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores ``lr``,
-            ``momentum``, ``nesterov`` and ``weight_decay``, but for a rate that a learning-rate finder has found.
-        lr: full learning rate, positive, that schedule, warm-up and factors act on. A finder (``LearningRateFinder``,
-            ``Tuner.lr_find``) writes here. A resumed run keeps that of its checkpoint.
-        momentum: of SGD, in [0, 1).
-        nesterov: whether SGD uses Nesterov momentum.
-        weight_decay: applied to all parameters, those of the attention included.
-        norm_weight_decay: whether norms and biases have weight decay too.
-        attention_lr: factor of the rate of the attention, 0 or more; its parameters are a group of their own then.
-        layer_decay: factor in (0, 1] of the rate from each layer to the one before; the head has the full rate. A layer
-            is a block of the backbone, or what stands outside of blocks with the norms after it. The attention has
-            the full rate, times ``attention_lr``.
-        freeze: what is not trained: patterns of names of parameters or modules, such as ``["backbone.layer1"]``, or
-            ``"all-but-attention-and-head"``. Batch norms whose weights are frozen keep their statistics too. Nothing
-            unfreezes it again, and what is frozen by other means stays so.
-        schedule: ``"step"``, ``"cosine"``, ``"constant"``, or a callable ``optimizer -> LRScheduler``; stepped per
-            epoch. ``"cosine"`` ends with the training: if ``trainer.max_steps`` ends it, the cosine is stepped, and
-            ``warmup_epochs`` rise, per optimizer step. It does not know of ``trainer.max_time``.
-        schedule_interval: ``"epoch"``, or ``"step"``, an optimizer step, which milestones count then too.
-        schedule_frequency: a callable's schedule is stepped once in so many intervals.
-        schedule_monitor: metric that ``ReduceLROnPlateau`` watches, for example ``"val/loss"``.
-        milestones: epochs at which ``"step"`` multiplies the rate by ``gamma``.
-        gamma: factor in (0, 1].
-        warmup_epochs: epochs of linear rise before the schedule; that of a callable goes on meanwhile.
-        warmup_steps: optimizer steps of linear rise at the start, usual in detection and diffusion; the schedule goes
-            on meanwhile.
+        **options: those of :class:`AttentionOptions`, which :meth:`attach_attention` uses, and of
+            :class:`OptimizationOptions`.
 
     Raises:
         ValueError: if a number is out of its range or a name is unknown; when it runs, if the precision does not suit.
     """
 
-    def __init__(
-        self,
-        *,
-        optimizer: Literal["sgd", "adamw"] | OptimizerCallable = "sgd",
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 1e-4,
-        norm_weight_decay: bool = True,
-        attention_lr: float = 1.0,
-        layer_decay: float = 1.0,
-        freeze: Freeze = None,
-        schedule: Literal["step", "cosine", "constant"] | LRSchedulerCallable = "constant",
-        schedule_interval: Literal["epoch", "step"] = "epoch",
-        schedule_frequency: int = 1,
-        schedule_monitor: str | None = None,
-        milestones: Sequence[int] = (),
-        gamma: float = 0.1,
-        warmup_epochs: int = 0,
-        warmup_steps: int = 0,
-    ) -> None:
-        arguments = dict(locals())
-        super().__init__()
-        self.remember(arguments)
-        self._options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
-        self.lr = float(lr)
+    def __init__(self, **options: Unpack[TaskOptions]) -> None:
+        super().__init__(**options)
+        self.remember(self._options.values_of(OptimizationOptions))
+        self.lr = float(self._options.lr)
         self._data: dict[str, Any] = {}
         self._compiled: list[nn.Module] = []
         #: Optimizer steps behind the weights of a checkpoint that was loaded; ``None`` while it trains on.
@@ -119,11 +75,26 @@ class DIATask(FiniteModule, Shareable):
         Args:
             arguments: ``locals()`` at the start of the constructor.
         """
-        left_out = ("self", "__class__", "init_from", "optimization")
+        left_out = ("self", "__class__", "init_from", "options", "optimization")  # the last two are remembered already
         kept = {name: value for name, value in arguments.items() if name not in left_out}
         # The dictionary itself is given, because under LightningCLI the arguments would be read from the parser
         # instead.
         self.save_hyperparameters({name: primitive(value) for name, value in kept.items()}, logger=False)
+
+    def attach_attention(self, network: nn.Module, example: Any = None) -> None:
+        """Attach the attention that the options name to a network of the task, in place; none if they name none.
+
+        Args:
+            network: the backbone.
+            example: what its forward takes, for one that :func:`~dia_lightning.attention.attach` does not know.
+
+        Raises:
+            ValueError: if it cannot be attached.
+        """
+        self.remember(self._options.values_of(AttentionOptions))
+        self._options.attach_to(network, example)
+        # done; and a callable may be one that cannot be pickled
+        self._options = replace(self._options, attention=None, existing="keep")
 
     def compile_parts(self, parts: Sequence[nn.Module]) -> None:
         """Compile modules of the task, in place."""
@@ -153,6 +124,12 @@ class DIATask(FiniteModule, Shareable):
 
     def setup(self, stage: str) -> None:
         """Take class names and normalisation from the data module, to keep them in the checkpoint."""
+        if self._options.changes_network:
+            raise ValueError(
+                f"attention={self._options.attention!r} and existing={self._options.existing!r} have no effect, "
+                f"because {type(self).__name__} never attaches any. Call self.attach_attention(network) in its "
+                "constructor, or leave them out."
+            )
         super().setup(stage)
         compile_in_place(self._compiled)  # again in a spawned process, whose copy is not compiled
         datamodule = getattr(self.trainer, "datamodule", None)

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import Unpack
 
 from dia_lightning._float32 import at_least_float32
 from dia_lightning._hyperparameters import check_is_no_mark
@@ -22,9 +23,10 @@ from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._head import drop_before_head
 from dia_lightning.tasks._label_kinds import ImageTask, label_kind
 from dia_lightning.tasks._mean import Mean
-from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
+from dia_lightning.tasks._network import Backbone, images_like
 from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
+from dia_lightning.tasks.options import TaskOptions
 
 Stage: TypeAlias = Literal["val", "test"]
 
@@ -55,16 +57,6 @@ class ClassificationTask(DIATask):
         image_shape: (C, H, W) of the images, which tells where a backbone of your own takes attention. Data modules of
             this package provide it.
         backbone_args: further arguments of a named backbone, for example ``{"depth": 29}``.
-        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
-            ``channels -> nn.Module``, or ``None`` for the plain network.
-        attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
-        share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
-        branches: which branches of transformer blocks get attention.
-        sites: layers that end branches, in place of those that are found.
-        existing: what becomes of attention modules that the backbone has of its own.
-        identity: start with maps of exactly 1, for pretrained networks.
-        branch_norm: whether pre-activation branches get a norm before the attention module.
         dropout: probability, in [0, 1), that a value before the last linear layer is dropped in training, beside what
             the network drops by itself (``backbone_args``: ``drop_rate`` and ``drop_path_rate`` of timm's networks,
             ``dropout`` and ``stochastic_depth_prob`` of some of torchvision's, ``dropout`` of ``cifar_wrn``).
@@ -77,10 +69,7 @@ class ClassificationTask(DIATask):
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
         compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks by itself,
             which takes less time to compile, because equal blocks are compiled once.
-        **optimization: what is trained and how, as :class:`DIATask` takes it: ``optimizer``, ``lr``, ``momentum``,
-            ``nesterov``, ``weight_decay``, ``norm_weight_decay``, ``attention_lr``, ``layer_decay``, ``freeze``,
-            ``schedule``, ``schedule_interval``, ``schedule_frequency``, ``schedule_monitor``, ``milestones``,
-            ``gamma``, ``warmup_epochs``, ``warmup_steps``.
+        **options: those of :class:`AttentionOptions` and of :class:`OptimizationOptions`.
 
     Raises:
         ValueError: if a name is unknown, a number is out of its range, ``num_classes`` is missing, or
@@ -101,25 +90,16 @@ class ClassificationTask(DIATask):
         task: ImageTask = "multiclass",
         image_shape: list[int] | None = None,
         backbone_args: dict[str, Any] | None = None,
-        attention: Attention | None = None,
-        attention_args: dict[str, Any] | None = None,
-        share: Literal["stage", "block"] = "stage",
-        plug: str | list[int] | None = None,
-        branches: list[Literal["conv", "attention", "mlp"]] | None = None,
-        sites: str | list[str] | list[list[str]] | None = None,
-        existing: Literal["keep", "replace", "share"] = "keep",
-        identity: bool = False,
-        branch_norm: bool | None = None,
         dropout: float = 0.0,
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
         init_from: str | None = None,
         compile: Compile = False,
-        **optimization: Any,
+        **options: Unpack[TaskOptions],
     ) -> None:
         class_weights = without_arrays(class_weights)
         arguments = dict(locals())
-        super().__init__(**optimization)
+        super().__init__(**options)
         self.task = task
         self._kind = label_kind(task, num_classes)
         if not 0 <= label_smoothing < 1:
@@ -140,7 +120,7 @@ class ClassificationTask(DIATask):
         drop_before_head(self.backbone, self._kind.outputs, dropout)
         example = images_like(self.backbone, image_shape)
         parts = parts_to_compile(compile, self.backbone, self.backbone, example)
-        attach_if_any(self.backbone, arguments, example)
+        self.attach_attention(self.backbone, example)
         if init_from is not None:
             rank_zero_info(load_weights(self.backbone, init_from))
         self.freeze_parameters()

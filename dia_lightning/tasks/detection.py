@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
+from typing_extensions import Unpack
 
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models.detectors import Detector, get_detector
@@ -22,11 +23,12 @@ from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._detection_limits import crowding, detector_limits
 from dia_lightning.tasks._freezing import has_statistics
 from dia_lightning.tasks._mean import Mean
-from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
+from dia_lightning.tasks._network import Backbone, images_like
 from dia_lightning.tasks._targets import Target, check_targets
 from dia_lightning.tasks._weights import load_detector_weights
 from dia_lightning.tasks.base import DIATask
 from dia_lightning.tasks.mean_average_precision import MeanAveragePrecision
+from dia_lightning.tasks.options import OtherTaskOptions
 from dia_lightning.tasks.precision import check_keeps_boxes
 
 if TYPE_CHECKING:
@@ -67,17 +69,6 @@ class DetectionTask(DIATask):
         trainable_layers: how many layers of the backbone are trained, counted from the end, the stem being one;
             attention in frozen layers is trained. ``None`` trains all.
         frozen_norm: keep the statistics and weights of the backbone's batch norms as they are.
-        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
-            ``channels -> nn.Module``, or ``None`` for the plain network.
-        attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
-        share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks of the backbone get attention; this and the next five as
-            :func:`~dia_lightning.attention.attach` takes them.
-        branches: which branches of transformer blocks get attention.
-        sites: layers that end branches, in place of those that are found.
-        existing: what becomes of attention modules that the backbone has of its own.
-        identity: start with maps of exactly 1, for pretrained networks.
-        branch_norm: whether pre-activation branches get a norm before the attention module.
         validation_loss: log the losses of the validation data too (``val/loss``, ...), for which every image passes
             through the network a second time.
         max_detections: how many detections of a class, the best, count in an image's scores. COCO has 100; more, which
@@ -90,10 +81,7 @@ class DetectionTask(DIATask):
             block of the backbone by itself, which takes less time to compile, because equal blocks are compiled once.
             The heads are never compiled: the number of their boxes changes from batch to batch.
         lr: learning rate, positive; the default suits SGD with 4 images per step.
-        **optimization: what is trained and how, as :class:`DIATask` takes it: ``optimizer``, ``momentum``,
-            ``nesterov``, ``weight_decay``, ``norm_weight_decay``, ``attention_lr``, ``layer_decay``, ``freeze``,
-            ``schedule``, ``schedule_interval``, ``schedule_frequency``, ``schedule_monitor``, ``milestones``,
-            ``gamma``, ``warmup_epochs``, ``warmup_steps``.
+        **options: those of :class:`AttentionOptions` and of :class:`OptimizationOptions`.
 
     Raises:
         ValueError: if a name is unknown, a number is out of its range, ``num_classes`` is missing, or
@@ -118,24 +106,15 @@ class DetectionTask(DIATask):
         detector_args: dict[str, Any] | None = None,
         trainable_layers: int | None = None,
         frozen_norm: bool = False,
-        attention: Attention | None = None,
-        attention_args: dict[str, Any] | None = None,
-        share: Literal["stage", "block"] = "stage",
-        plug: str | list[int] | None = None,
-        branches: list[Literal["conv", "attention", "mlp"]] | None = None,
-        sites: str | list[str] | list[list[str]] | None = None,
-        existing: Literal["keep", "replace", "share"] = "keep",
-        identity: bool = False,
-        branch_norm: bool | None = None,
         validation_loss: bool = False,
         max_detections: int = 100,
         init_from: str | None = None,
         compile: Compile = False,
         lr: float = 0.005,
-        **optimization: Any,
+        **options: Unpack[OtherTaskOptions],
     ) -> None:
         arguments = dict(locals())
-        super().__init__(lr=lr, **optimization)
+        super().__init__(lr=lr, **options)
         if num_classes is None or num_classes < 1:
             raise ValueError(
                 f"num_classes must be 1 or more, without the background, got {num_classes}. Data modules of this "
@@ -144,16 +123,16 @@ class DetectionTask(DIATask):
         self.remember(arguments)
         self.num_classes = num_classes
         self.validation_loss = validation_loss
-        options = {
+        body_options = {
             "backbone_args": backbone_args or {},
             "trainable_layers": trainable_layers,
             "frozen_norm": frozen_norm,
         }
-        self.detector = _detector(detector, backbone, num_classes, options, detector_args or {})
+        self.detector = _detector(detector, backbone, num_classes, body_options, detector_args or {})
         body = self.backbone
         example = images_like(body, None)
         parts = parts_to_compile(compile, self.detector.backbone, body, example)  # type: ignore[arg-type]
-        attach_if_any(body, arguments, example)
+        self.attach_attention(body, example)
         if init_from is not None:
             rank_zero_info(load_detector_weights(self.detector, init_from))
         self.freeze_parameters()

@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
+from typing_extensions import Unpack
 
 from dia_lightning._evaluating import evaluating
 from dia_lightning._hyperparameters import check_is_no_mark
@@ -18,10 +19,11 @@ from dia_lightning.models.denoising import Denoising, check_least, class_labels,
 from dia_lightning.tasks._batch_checks import check_dtype, class_numbers, not_symmetric, pixel_range
 from dia_lightning.tasks._compilation import Compile, parts_to_compile
 from dia_lightning.tasks._mean import Mean
-from dia_lightning.tasks._network import Attention, Backbone, attach_if_any, images_like
+from dia_lightning.tasks._network import Backbone, images_like
 from dia_lightning.tasks._noise_schedule import BetaSchedule, LossWeighting, NoiseSchedule, Prediction, Sampler
 from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
+from dia_lightning.tasks.options import TaskOptions
 
 #: Seed of the noise of validation and test, which never changes.
 _EVALUATION_SEED = 0
@@ -56,24 +58,10 @@ class DiffusionTask(DIATask):
         label_dropout: share of the labels in [0, 1) that a conditional network is not told in training; guidance needs
             some.
         gradient_checkpointing: compute activations again in the backward pass, which saves memory and takes time.
-        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
-            ``channels -> nn.Module``, or ``None`` for the plain network.
-        attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
-        share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
-        branches: which branches get attention; of U-Nets the residual blocks unless ``["conv", "attention"]`` asks for
-            both.
-        sites: layers that end branches, in place of those that are found.
-        existing: what becomes of attention modules that the backbone has of its own.
-        identity: start with maps of exactly 1, for pretrained networks.
-        branch_norm: whether pre-activation branches get a norm before the attention module; those of diffusers do not.
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
         compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks by itself,
             which takes less time to compile, because equal blocks are compiled once.
-        **optimization: what is trained and how, as :class:`DIATask` takes it: ``optimizer``, ``lr``, ``momentum``,
-            ``nesterov``, ``weight_decay``, ``norm_weight_decay``, ``attention_lr``, ``layer_decay``, ``freeze``,
-            ``schedule``, ``schedule_interval``, ``schedule_frequency``, ``schedule_monitor``, ``milestones``,
-            ``gamma``, ``warmup_epochs``, ``warmup_steps``.
+        **options: those of :class:`AttentionOptions` and of :class:`OptimizationOptions`.
 
     Raises:
         ValueError: if a name is unknown, a number is out of its range, the network does not suit the images, or
@@ -106,21 +94,12 @@ class DiffusionTask(DIATask):
         snr_gamma: float = 5.0,
         label_dropout: float = 0.1,
         gradient_checkpointing: bool = False,
-        attention: Attention | None = None,
-        attention_args: dict[str, Any] | None = None,
-        share: Literal["stage", "block"] = "stage",
-        plug: str | list[int] | None = None,
-        branches: list[Literal["conv", "attention", "mlp"]] | None = None,
-        sites: str | list[str] | list[list[str]] | None = None,
-        existing: Literal["keep", "replace", "share"] = "keep",
-        identity: bool = False,
-        branch_norm: bool | None = None,
         init_from: str | None = None,
         compile: Compile = False,
-        **optimization: Any,
+        **options: Unpack[TaskOptions],
     ) -> None:
         arguments = dict(locals())
-        super().__init__(**optimization)
+        super().__init__(**options)
         if loss_weighting not in get_args(LossWeighting):
             raise ValueError(
                 f"loss_weighting must be one of {', '.join(get_args(LossWeighting))}, got {loss_weighting!r}."
@@ -142,7 +121,7 @@ class DiffusionTask(DIATask):
         self.backbone = _backbone(backbone, backbone_args or {}, self.shape, self.no_class)
         example = self._example()
         parts = parts_to_compile(compile, self.backbone, self.backbone, example)
-        attach_if_any(self.backbone, arguments, example)
+        self.attach_attention(self.backbone, example)
         if gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if init_from is not None:

@@ -114,11 +114,11 @@ def init_args(class_path: str) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named: list[str] = []
     for base in (base for base in cls.__mro__[:-1] if "__init__" in vars(base)):
-        parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
+        parameters = inspect.signature(base).parameters.values()
         named += [item.name for item in parameters if item.kind in kinds]
         if all(item.kind != inspect.Parameter.VAR_KEYWORD for item in parameters):
             break  # nothing reaches the bases by name
-    return [name for name in named if name != "self"]
+    return named
 
 
 def _class_of_options(message: str) -> str:

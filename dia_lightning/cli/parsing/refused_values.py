@@ -74,7 +74,7 @@ def refuse_null(option: str, class_path: str, given: Mapping[str, Any]) -> None:
     """
     bases = getattr(imported(class_path), "__mro__", ())
     for name in (name for name, value in given.items() if value is None):
-        known = (inspect.signature(base.__init__).parameters.get(name) for base in bases if "__init__" in vars(base))
+        known = (inspect.signature(base).parameters.get(name) for base in bases if "__init__" in vars(base))
         parameter = next((item for item in known if item is not None), None)
         if parameter is None or parameter.default in (None, parameter.empty):
             continue

@@ -1,9 +1,9 @@
-"""Options of the optimizer and its schedule, and optimizers by name."""
+"""How a task is trained: optimizer, schedule, and what is frozen."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
@@ -13,32 +13,67 @@ from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.tasks._freezing import Freeze, check_freeze
 from dia_lightning.tasks._parameter_groups import check_grouping
 
+OptimizerOption: TypeAlias = Literal["sgd", "adamw"] | OptimizerCallable
+ScheduleOption: TypeAlias = Literal["step", "cosine", "constant"] | LRSchedulerCallable
 
-@dataclass(frozen=True)
-class Options:
-    """What :class:`~dia_lightning.tasks.DIATask` takes, under the same names.
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions:
+    """How a task is trained.
+
+    Args:
+        optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores ``lr``,
+            ``momentum``, ``nesterov`` and ``weight_decay``, but for a rate that a learning-rate finder has found.
+        lr: full learning rate, positive, that schedule, warm-up and factors act on. A finder (``LearningRateFinder``,
+            ``Tuner.lr_find``) writes here. A resumed run keeps that of its checkpoint.
+        momentum: of SGD, in [0, 1).
+        nesterov: whether SGD uses Nesterov momentum.
+        weight_decay: applied to all parameters, those of the attention included.
+        norm_weight_decay: whether norms and biases have weight decay too.
+        attention_lr: factor of the rate of the attention, 0 or more; its parameters are a group of their own then.
+        layer_decay: factor in (0, 1] of the rate from each layer to the one before; the head has the full rate. A layer
+            is a block of the backbone, or what stands outside of blocks with the norms after it. The attention has
+            the full rate, times ``attention_lr``.
+        freeze: what is not trained: patterns of names of parameters or modules, such as ``["backbone.layer1"]``, or
+            ``"all-but-attention-and-head"``. Batch norms whose weights are frozen keep their statistics too. Nothing
+            unfreezes it again, and what is frozen by other means stays so.
+        schedule: ``"step"``, ``"cosine"``, ``"constant"``, or a callable ``optimizer -> LRScheduler``; stepped per
+            epoch. ``"cosine"`` ends with the training: if ``trainer.max_steps`` ends it, the cosine is stepped, and
+            ``warmup_epochs`` rise, per optimizer step. It does not know of ``trainer.max_time``.
+        schedule_interval: ``"epoch"``, or ``"step"``, an optimizer step, which milestones count then too.
+        schedule_frequency: a callable's schedule is stepped once in so many intervals.
+        schedule_monitor: metric that ``ReduceLROnPlateau`` watches, for example ``"val/loss"``.
+        milestones: epochs at which ``"step"`` multiplies the rate by ``gamma``.
+        gamma: factor in (0, 1].
+        warmup_epochs: epochs of linear rise before the schedule; that of a callable goes on meanwhile.
+        warmup_steps: optimizer steps of linear rise at the start, usual in detection and diffusion; the schedule goes
+            on meanwhile.
 
     Raises:
         ValueError: if a number is out of its range, a name is unknown, or options do not go together.
+
+    Example:
+        >>> OptimizationOptions(schedule="step", milestones=[30, 60], nesterov=True).lr
+        0.1
     """
 
-    optimizer: Literal["sgd", "adamw"] | OptimizerCallable
-    lr: float
-    momentum: float
-    nesterov: bool
-    weight_decay: float
-    norm_weight_decay: bool
-    attention_lr: float
-    layer_decay: float
-    freeze: Freeze
-    schedule: Literal["step", "cosine", "constant"] | LRSchedulerCallable
-    schedule_interval: Literal["epoch", "step"]
-    schedule_frequency: int
-    schedule_monitor: str | None
-    milestones: Sequence[int]
-    gamma: float
-    warmup_epochs: int
-    warmup_steps: int
+    optimizer: OptimizerOption = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    norm_weight_decay: bool = True
+    attention_lr: float = 1.0
+    layer_decay: float = 1.0
+    freeze: Freeze = None
+    schedule: ScheduleOption = "constant"
+    schedule_interval: Literal["epoch", "step"] = "epoch"
+    schedule_frequency: int = 1
+    schedule_monitor: str | None = None
+    milestones: Sequence[int] = ()
+    gamma: float = 0.1
+    warmup_epochs: int = 0
+    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         check_is_no_mark("optimizer", self.optimizer)
@@ -103,18 +138,12 @@ class Options:
             if isinstance(self.schedule, str) and value != default:
                 raise ValueError(f"{name} is for a callable, but schedule={self.schedule!r}, got {value!r}.")
 
-
-def make_optimizer(options: Options, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> Optimizer:
-    """Return the optimizer that the options name or make.
-
-    Args:
-        options: of the task.
-        parameters: what is trained, in groups or not.
-    """
-    if not isinstance(options.optimizer, str):
-        return options.optimizer(parameters)
-    lr, weight_decay = float(options.lr), float(options.weight_decay)  # numbers of numpy would spoil a checkpoint
-    if options.optimizer == "sgd":
-        momentum, nesterov = float(options.momentum), options.nesterov
-        return SGD(parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-    return AdamW(parameters, lr, weight_decay=weight_decay)
+    def make_optimizer(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> Optimizer:
+        """Return the optimizer that the options name or make, of parameters in groups or not."""
+        if not isinstance(self.optimizer, str):
+            return self.optimizer(parameters)
+        lr, weight_decay = float(self.lr), float(self.weight_decay)  # numbers of numpy would spoil a checkpoint
+        if self.optimizer == "sgd":
+            momentum, nesterov = float(self.momentum), self.nesterov
+            return SGD(parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        return AdamW(parameters, lr, weight_decay=weight_decay)

@@ -1,0 +1,86 @@
+"""Which attention a task attaches to its network, and where."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from dia_lightning._hyperparameters import check_is_no_mark
+from dia_lightning.attention import attach
+from dia_lightning.attention.inspection import needs_example, parameters_saved
+
+if TYPE_CHECKING:
+    Attention: TypeAlias = str | Callable[[int], nn.Module]
+else:
+    Attention = str  # what the command line knows
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Which attention a network gets, and where.
+
+    Args:
+        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
+            ``channels -> nn.Module``, or ``None`` for the plain network.
+        attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
+        share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
+        plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
+        branches: which branches get attention, by default all; of U-Nets the residual blocks unless
+            ``["conv", "attention"]`` asks for both.
+        sites: layers that end branches, in place of those that are found.
+        existing: what becomes of attention modules that the backbone has of its own.
+        identity: start with maps of exactly 1, for pretrained networks.
+        branch_norm: whether pre-activation branches get a norm before the attention module; those of diffusers do not.
+
+    Example:
+        >>> from dia_lightning.models import get_model
+        >>> network = get_model("cifar_resnet", depth=20)
+        >>> AttentionOptions(attention="dia-lstm", attention_args={"reduction": 8}).attach_to(network)
+        >>> network.layer1[0].dia.input_reduce.out_features
+        8
+    """
+
+    attention: Attention | None = None
+    attention_args: dict[str, Any] | None = None
+    share: Literal["stage", "block"] = "stage"
+    plug: str | list[int] | None = None
+    branches: list[Literal["conv", "attention", "mlp"]] | None = None
+    sites: str | list[str] | list[list[str]] | None = None
+    existing: Literal["keep", "replace", "share"] = "keep"
+    identity: bool = False
+    branch_norm: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_is_no_mark("attention", self.attention)
+
+    def attach_to(self, network: nn.Module, example: Any = None) -> None:
+        """Attach the attention to a network, in place, or say that options for it are unused.
+
+        Args:
+            network: the backbone.
+            example: what it takes, for one that :func:`~dia_lightning.attention.attach` does not know.
+
+        Raises:
+            ValueError: if it cannot be attached.
+        """
+        if self.changes_network:
+            attach(network, example=example if needs_example(network) else None, **self.arguments())
+            if self.existing == "share":
+                rank_zero_info(f"existing='share' saves {parameters_saved(network):,} parameters of attention modules.")
+        elif self.attention_args or self.identity or self.plug is not None or self.share == "block":
+            rank_zero_info(
+                "attention is None: the network is plain, and attention_args, share, plug and identity are unused."
+            )
+
+    @property
+    def changes_network(self) -> bool:
+        """Whether attention is attached, or what the network has of its own replaced or shared."""
+        return self.attention is not None or self.existing != "keep"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what :func:`~dia_lightning.attention.attach` is called with beside the network."""
+        own = {field.name: getattr(self, field.name) for field in fields(AttentionOptions)}
+        own.pop("attention_args")
+        return dict(**own, **(self.attention_args or {}))  # refuses a name that is in both
