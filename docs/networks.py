@@ -20,15 +20,15 @@ Builder = Callable[[], nn.Module]
 HEAD = """\
 # Networks
 
-Where `attach(network, ...)` puts attention by itself, found by running each network once. Sites are the layers that
-end a residual branch, stages the groups of blocks that share a unit: "3+4" are three sites in the first stage and four
-in the second. Left out are additions of other kinds, and branches that no layer ends: the number of blocks, and the
-reason. Linear branches, and sides that are as deep as each other, are position encodings and the arms of RepVGG blocks,
-which are merged for inference.
+Where `attach(network, ...)` puts attention by default, found by running each network once. Sites are the layers that
+end a residual branch; stages are the groups of blocks that share a unit: "3+4" means three sites in the first stage and
+four in the second. "left out" counts the blocks whose addition is of another kind or whose branch does not end in a
+layer, with the reason. Linear branches, and additions of two equally deep sides, are position encodings or the arms of
+RepVGG blocks, which are merged for inference.
 
-`dia-lightning sites NAME`, for names that `dia-lightning models` lists, and `print(find_sites(network))`, for any
-network, give this with the names of the layers, and `attach(..., sites=[...])` takes layers that are left out here.
-This page is written by `python -m docs.networks`.
+For the names of the layers use `dia-lightning sites NAME`, with names from `dia-lightning models`, or
+`print(find_sites(network))` for any network. `attach(..., sites=[...])` also accepts layers that are left out here.
+`python -m docs.networks` generates this page.
 
 """
 
@@ -71,7 +71,7 @@ DIFFUSERS: dict[str, dict[str, Any]] = {
         "layers_per_block": 2,
     },
 }
-#: Configuration and network.
+#: Network by configuration.
 TRANSFORMERS = {
     "ViTConfig": "ViTModel",
     "DeiTConfig": "DeiTModel",
@@ -100,11 +100,11 @@ def main() -> None:
 
 
 NOTES = {
-    "timm": f"One network of each family (a file of timm's code): {len(FAMILIES)} of {len(FAMILIES) + len(NO_BRANCH)} "
-    "take attention. It is the smallest in which blocks share a unit, where there are several.",
-    "torchvision": "One network of each family. Detectors: the sites are those of the backbone.",
-    "diffusers": "The default sizes of each class. `branches` adds the attention blocks of U-Nets.",
-    "transformers": "The default sizes of each class.",
+    "timm": f"One network per family (a file of timm's code): {len(FAMILIES)} of {len(FAMILIES) + len(NO_BRANCH)} "
+    "take attention. It is the family's smallest network in which blocks share a unit, if there is one.",
+    "torchvision": "One network per family. For detectors, the sites are those of the backbone.",
+    "diffusers": "Each class with its default sizes. `branches` adds the attention blocks of U-Nets.",
+    "transformers": "Each class with its default sizes.",
 }
 
 
@@ -162,7 +162,7 @@ def _row(name: str, build: Builder) -> tuple[bool, str]:
 
 def _left_out(stages: Stages) -> str:
     found = "; ".join(f"{len(blocks)}: {reason.partition(', as ')[0]}" for reason, blocks in stages.reasons())
-    found = re.sub(r"'([^']+)'", r"`\1`", found)  # stars in paths are no emphasis
+    found = re.sub(r"'([^']+)'", r"`\1`", found)  # so that stars in paths are not read as emphasis
     return found or ("" if stages else "no addition of a branch to a shortcut")
 
 
