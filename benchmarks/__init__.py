@@ -1,1 +1,1 @@
-"""What attention costs, measured: ``python -m benchmarks.cost``, ``python -m benchmarks.gpu``."""
+"""Measures what attention costs: ``python -m benchmarks.cost``, ``python -m benchmarks.gpu``."""

@@ -1,4 +1,4 @@
-"""What is compared: networks without attention and the same with it, of this package and of others."""
+"""What is compared: networks without and with attention, from this package and from others."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ PLAIN, SE_PER_BLOCK, SE_SHARED, DIA = "plain", "SE per block", "SE shared", "DIA
 
 @dataclass(frozen=True)
 class Family:
-    """A plain network, and the same with attention.
+    """A plain network, and the same network with attention.
 
     Args:
-        made_by: whose attention it is.
-        needs: packages without which it is left out.
-        arms: builders by name, the plain network first, which is what the others are compared with.
+        made_by: the library that the attention comes from.
+        needs: packages that must be installed, else it is left out.
+        arms: builders by name, starting with the plain network, which the others are compared with.
     """
 
     made_by: str
@@ -32,22 +32,22 @@ class Family:
 
     @property
     def left_out(self) -> str:
-        """Why nothing can be measured; empty if it can."""
+        """Why nothing can be measured; empty if it can be."""
         missing = [package for package in self.needs if find_spec(package) is None]
         return f"{' and '.join(missing)} not installed" if missing else ""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Networks of one architecture, and the images that they take.
+    """Networks of one architecture, and their images.
 
     Args:
-        title: what tables call it.
-        batch: images of a step.
+        title: its name in the tables.
+        batch: images per step.
         size: height and width of an image.
         classes: number of classes.
-        sites: how many maps a forward makes in the arms of this package, one per residual branch.
-        families: who has built it.
+        sites: number of maps that a forward computes in this package's arms, one per residual branch.
+        families: the networks of each library.
     """
 
     title: str
@@ -74,12 +74,12 @@ def own(build: Build, *needs: str, more: dict[str, Build] | None = None) -> Fami
 
 
 def pytorchcv(**names: str) -> Family:
-    """Return networks of pytorchcv, by its names for the plain one, SE and DIA."""
+    """Return pytorchcv's networks, given its names for the plain one, SE and DIA."""
     return Family("pytorchcv", ("pytorchcv",), _arms("pytorchcv.model_provider", "get_model", names))
 
 
 def timm(**names: str) -> Family:
-    """Return networks of timm, by its names for the plain one and SE."""
+    """Return timm's networks, given its names for the plain one and SE."""
     return Family("timm", ("timm",), _arms("timm", "create_model", names))
 
 
@@ -99,7 +99,7 @@ def cifar_resnet(**options: Any) -> Build:
 
 
 def vit_s() -> nn.Module:
-    """Build ViT-S/16 of timm, or torchvision's network of the same size."""
+    """Build timm's ViT-S/16, or torchvision's network of the same size."""
     if find_spec("timm") is not None:
         return get_model("timm/vit_small_patch16_224")
     from torchvision.models import VisionTransformer

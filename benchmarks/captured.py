@@ -1,4 +1,4 @@
-"""A loss and its gradients as a CUDA graph: as fast as the GPU, however slow the processor is to launch kernels."""
+"""A loss and its gradients as a CUDA graph: runs at the GPU's speed, however slowly the processor launches kernels."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-WARM_UP = 3  # cuDNN chooses its kernels, and autograd makes its buffers, before anything is captured
+WARM_UP = 3  # before the capture, cuDNN selects its kernels and autograd creates its buffers
 
 
 def backward(network: nn.Module, loss: Loss, images: Tensor, labels: Tensor) -> Loss:
-    """Return what gives the loss of a batch, and every parameter its gradient in place of the one before.
+    """Return a function that returns the loss of a batch and replaces the gradient of every parameter.
 
     Args:
-        network: in the mode in which it will be run; neither weights nor running statistics are changed here.
-        loss: of images and labels, without a look at their values from the host.
-        images: a batch; all others must have its shape. On a GPU, the function is captured with it.
-        labels: of the images.
+        network: in the mode in which it will run; its weights and running statistics do not change here.
+        loss: function of images and labels that does not read their values on the host.
+        images: a batch; all others must have its shape. On a GPU it is used for the capture.
+        labels: those of the images.
     """
     return _Captured(network, loss, images, labels) if images.is_cuda else _eager(network, loss)
 
@@ -41,7 +41,7 @@ class _Captured:
             for _ in range(WARM_UP):
                 run(self.images, self.labels)
         torch.cuda.current_stream().wait_stream(side)
-        network.zero_grad(set_to_none=True)  # so that gradients get their place in the memory of the graph
+        network.zero_grad(set_to_none=True)  # so that gradients are allocated in the graph's memory
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = run(self.images, self.labels)

@@ -14,7 +14,7 @@ from benchmarks.records import Results, Row, results_folder
 from benchmarks.running import Setting
 
 PARTS = ("time", "memory", "kernels", "graphs", "growth")
-#: What can be said about compiled networks; kept tensors and operations are seen only where Python runs.
+#: What can be measured on compiled networks; kept tensors and operations are only visible where Python runs.
 COMPILED = ("time", "growth")
 
 
@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description="Measures what attention costs.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts, by default all, of compiled ones time")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts, by default all; with --compile, time")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="networks, by default resnet164 and resnet50")
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each arm, 15 by default")
     parser.add_argument("--compile", action="store_true", help="compare compiled with compiled; resnet20 by default")
     parser.add_argument("--device", default="cpu", help="cpu, the default, or cuda")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
-    parser.add_argument("--channels_last", action="store_true", help="weights and images in that format")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal of seconds, whose numbers mean nothing")
+    parser.add_argument("--channels_last", action="store_true", help="weights and images in channels-last format")
+    parser.add_argument("--tiny", action="store_true", help="a dry run of seconds; its results mean nothing")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What attention gives: the same network trained with and without it, as long as a budget lasts."""
+"""What attention achieves: the same network trained with and without it, within a time budget."""
 
 import math
 import time
@@ -19,7 +19,7 @@ from dia_lightning.analysis import MapRecorder, Protocol, map_correlation, mean_
 
 PROTOCOLS: tuple[Protocol, ...] = ("per-image", "pooled", "centred")
 MEAN, DEVIATION = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100's channels
-#: Steps of each arm that are timed, three times; how often maps are recorded.
+#: Steps of each arm that are timed, three times; number of recordings of the maps.
 CALIBRATION, RECORDINGS = 5, 5
 
 
@@ -34,16 +34,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained.
+    """What to train.
 
     Args:
         depth: of the ResNet.
-        batch: images of a step.
-        seeds: trainings of each arm.
+        batch: images per step.
+        seeds: trainings per arm.
         seconds: for all of them together.
-        most_epochs: of a training, however much time there is.
+        most_epochs: limit per training, regardless of the time left.
         lr: the largest learning rate, after a fifth of the steps.
-        mapped: how many test images maps are recorded of.
+        mapped: number of test images whose maps are recorded.
     """
 
     depth: int
@@ -56,7 +56,7 @@ class Plan:
 
 
 def load(file: Path, device: torch.device) -> Data:
-    """Read what ``benchmarks.pack_cifar`` has written."""
+    """Read the file that ``benchmarks.pack_cifar`` wrote."""
     splits = {
         name: (torch.from_numpy(pixels).to(device), torch.from_numpy(labels).long().to(device))
         for name, (pixels, labels) in unpack(file).items()
@@ -65,7 +65,7 @@ def load(file: Path, device: torch.device) -> Data:
 
 
 def noise(device: torch.device) -> Data:
-    """Return random images for a rehearsal."""
+    """Return random images for a dry run."""
     draw = torch.Generator().manual_seed(0)
     splits = [
         (
@@ -78,9 +78,9 @@ def noise(device: torch.device) -> Data:
 
 
 def evidence_rows(data: Data, plan: Plan) -> Iterator[Row]:
-    """Yield accuracies, and correlations of the maps of SE, seed by seed and in each seed arm by arm.
+    """Yield accuracies and correlations of SE's maps, seed by seed, and arm by arm within a seed.
 
-    All trainings have equally many epochs, as many as the time is likely to allow.
+    All trainings have the same number of epochs, as many as the time is likely to allow.
     """
     arms = attached(cifar_resnet(depth=plan.depth))
     start = time.monotonic()
@@ -96,7 +96,7 @@ def evidence_rows(data: Data, plan: Plan) -> Iterator[Row]:
 
 
 def _costs(build: Build, data: Data, plan: Plan, *, maps: bool) -> tuple[float, float]:
-    """Return the seconds of an epoch, and those of the test and the maps of a training."""
+    """Return the seconds of an epoch, and those of testing and recording maps in a training."""
     training = _Training(build, data, plan, epochs=1, seed=0)
     chosen = torch.arange(plan.batch, device=data.train[0].device) % len(data.train[0])
     steps = _seconds(lambda: training.steps([chosen] * CALIBRATION), data)
@@ -105,7 +105,7 @@ def _costs(build: Build, data: Data, plan: Plan, *, maps: bool) -> tuple[float, 
 
 
 def _seconds(run: Callable[[], object], data: Data) -> float:
-    """Return what a run takes, the fastest of three: other programs, and the choice of kernels, make it only slower."""
+    """Return the seconds of a run, the fastest of three: other programs and kernel selection only make it slower."""
     times = []
     for _ in range(3):
         _wait(data)
@@ -175,7 +175,7 @@ class _Training:
             return F.cross_entropy(self.network(images), labels)
 
     def accuracy(self) -> float:
-        """Share of test images that are right."""
+        """Share of test images that are classified correctly."""
         self.network.eval()
         right = 0
         with torch.no_grad(), self.autocast():
@@ -184,7 +184,7 @@ class _Training:
         return right / len(self.data.test[1])
 
     def correlations(self) -> Row:
-        """Mean correlation between the maps of layers within a stage, by every protocol."""
+        """Mean correlation between the maps of layers within a stage, by each protocol."""
         self.network.eval()
         images = self.data.test[0][: self.plan.mapped]
         with torch.no_grad(), self.autocast(), MapRecorder(self.network, replicates=0) as recorder:
@@ -194,7 +194,7 @@ class _Training:
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Crop after padding by 4 black pixels, and flip every second image, each drawn anew ``[B, 3, H, W]``."""
+    """Pad by 4 black pixels and crop, and flip half of the images, all at random ``[B, 3, H, W]``."""
     number, channels, height, width = images.shape
     device = images.device
     down, right = torch.randint(9, (2, number, 1), device=device)
@@ -207,7 +207,7 @@ def augmented(images: Tensor) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Return bytes as numbers around 0, with deviation 1, channels last."""
+    """Return bytes as values with mean 0 and deviation 1, channels last."""
     mean, deviation = (torch.tensor(value, device=images.device)[:, None, None] for value in (MEAN, DEVIATION))
     numbers = (images / 255 - mean) / deviation
     return numbers.contiguous(memory_format=torch.channels_last)

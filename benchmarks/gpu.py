@@ -1,4 +1,4 @@
-"""Measures on a GPU, within minutes that are given: ``python -m benchmarks.gpu --help``."""
+"""Measures on a GPU within a given number of minutes: ``python -m benchmarks.gpu --help``."""
 
 import argparse
 import subprocess
@@ -17,21 +17,21 @@ from benchmarks.measures import Measure, common_values, kernels, memory, rows, t
 from benchmarks.records import Results, Row, note_stop, results_folder
 from benchmarks.running import Mode, Setting
 
-#: Share of the time that each part may take at most; the first ones leave what they do not use.
+#: Largest share of the time for each part; what a part does not use goes to the later ones.
 SHARES = {"eager": 0.15, "evidence": 0.55, "compiled": 0.3}
-#: Networks, the most wanted first and the slowest last, and images of a step.
+#: Networks, most important first and slowest last, and images per step.
 BATCHES = {"resnet50": 64, "vit_s": 64, "resnet164": 128}
-#: How networks are compiled.
+#: Modes of compilation.
 MODES: tuple[Mode, ...] = ("compile", "reduce-overhead")
-#: Seconds until a process has imported everything and reached the GPU, at most.
+#: Seconds that a process needs at most to import everything and reach the GPU.
 START = 15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run each part in a process of its own, which is stopped when its time is over."""
+    """Run each part in its own process, which is stopped when its time is up."""
     options = _parser().parse_args(argv)
     if not options.tiny and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU here. --tiny rehearses on the CPU.")
+        raise ValueError("torch finds no GPU. Use --tiny for a dry run on the CPU.")
     if options.minutes <= 0:
         raise ValueError(f"--minutes must be above 0, got {options.minutes}.")
     if options.seeds < 1:
@@ -49,28 +49,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _finished(part, seconds, options):
             failed.append(part)
     if failed:
-        raise SystemExit(f"These parts ended with an error: {', '.join(failed)}. What they had measured is kept.")
+        raise SystemExit(f"These parts failed: {', '.join(failed)}. Their results so far are kept.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measures on a GPU.")
-    parser.add_argument("--data", type=Path, help="CIFAR-100 as benchmarks.pack_cifar packs it; without, no evidence")
+    parser.add_argument("--data", type=Path, help="CIFAR-100, packed by benchmarks.pack_cifar; without it, no evidence")
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES), help="by default all")
     parser.add_argument("--minutes", type=float, default=7.5, help="for all parts together, 7.5 by default")
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each arm, 20 by default")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm, 3 by default")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU, whose numbers mean nothing")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per arm, 3 by default")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU; its results mean nothing")
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     return parser
 
 
 def _finished(part: str, seconds: float, options: argparse.Namespace) -> bool:
-    """Run a part for so many seconds at most, and tell whether it ended without an error."""
+    """Run a part for a limited time, and return whether it ended without an error."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--parts", part, "--seconds", str(int(seconds))]
     command += ["--minutes", str(options.minutes), "--runs", str(options.runs), "--seeds", str(options.seeds)]
     command += ["--data", str(options.data)] if options.data is not None else []
     command += ["--tiny"] if options.tiny else []
-    _path(part, tiny=options.tiny).unlink(missing_ok=True)  # so that an older file is not taken for this one
+    _path(part, tiny=options.tiny).unlink(missing_ok=True)  # so that an older file is not mistaken for this one
     try:
         return subprocess.run(command, timeout=seconds, check=False).returncode == 0
     except subprocess.TimeoutExpired:
@@ -121,7 +121,7 @@ def _compiled(device: torch.device, options: argparse.Namespace) -> Iterator[Row
 def _rows(
     workload: Workload, setting: Setting, measures: Sequence[Measure], only: Sequence[str] | None
 ) -> Iterator[Row]:
-    """Yield rows, and if there is an error, that, so that time on a GPU is not lost for the networks after it."""
+    """Yield rows, or the error, so that GPU time is not lost for the networks that follow."""
     try:
         yield from rows(workload, setting, measures, only)
     except Exception as error:
@@ -132,7 +132,7 @@ def _rows(
 
 
 def _evidence(device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
-    from benchmarks.evidence import Plan, evidence_rows, load, noise  # needs matplotlib, and the others do not
+    from benchmarks.evidence import Plan, evidence_rows, load, noise  # needs matplotlib; the other parts do not
 
     if options.data is None and not options.tiny:
         yield {"left_out": "no --data"}

@@ -8,7 +8,7 @@ from benchmarks.records import Row
 from benchmarks.running import Run, Setting
 from benchmarks.timing import clock, interleaved
 
-#: What is varied, one at a time; the others stay at their value in BASE.
+#: What is varied, one at a time; the others keep their value in BASE.
 AXES: dict[str, tuple[int, ...]] = {
     "depth": (20, 56, 110, 164),
     "width": (1, 2, 4),

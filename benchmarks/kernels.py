@@ -1,4 +1,4 @@
-"""How many kernels a function launches, and how many graphs it is compiled to."""
+"""How many kernels a function launches, and into how many graphs it compiles."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.arms import attached
 from dia_lightning.models.cifar_resnet import BasicBlock
 
-#: Operations that compute nothing, beside views.
+#: Operations, besides views, that compute nothing.
 _NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided"}
 
 
@@ -31,8 +31,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def count_kernels(run: Callable[[], object], device: torch.device) -> int:
     """Return how many kernels a run launches.
 
-    On a GPU those that the profiler has seen, copies left out. On a CPU operations of ATen that are no views and
-    compute something, each of which would be at least one kernel on a GPU.
+    On a GPU, those that the profiler sees, without copies. On a CPU, ATen operations that compute something and are not
+    views; each would be at least one kernel on a GPU.
     """
     if device.type != "cuda":
         with _Operations() as operations:
@@ -48,12 +48,12 @@ def count_kernels(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _is_no_kernel(event: Any) -> bool:
-    """Tell apart copies, and the names that compiled code gives to stretches of time."""
+    """Tell kernels from copies and from the labels that compiled code gives to time ranges."""
     return bool(event.is_user_annotation) or event.name.startswith(("Memcpy", "Memset"))
 
 
 def count_graphs(blocks: int) -> dict[str, int]:
-    """Return by arm how many graphs ``block.compile()`` of every one of equal blocks makes."""
+    """Return, by arm, how many graphs result from ``block.compile()`` on each of several equal blocks."""
     arms = attached(lambda: nn.Sequential(*[BasicBlock(8, 8) for _ in range(blocks)]).eval())
     return {arm: _graphs(build()) for arm, build in arms.items()}
 

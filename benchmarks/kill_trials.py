@@ -1,6 +1,6 @@
-"""Kill a training at random moments and let it go on, and compare its last checkpoint with that of a straight one.
+"""Kills a training at random moments, resumes it, and compares its last checkpoint with an uninterrupted one's.
 
-``python -m benchmarks.kill_trials --trials 5 --task diffusion``; it ends with 1 if a trial is not equal.
+``python -m benchmarks.kill_trials --trials 5 --task diffusion``; the exit code is 1 if a trial differs.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
-_SMALL = {  # trainings of ten to twenty seconds, most of which is the start of the program
+_SMALL = {  # trainings of ten to twenty seconds, mostly spent on starting the program
     "classification": "--data.image_size 8 --model.backbone_args.depth 11 --trainer.max_epochs 8 --data.batch_size 32 "
     "--data.limit 320 --data.val_split 60",
     "detection": "--data.image_size 64 --model.detector_args.min_size 64 --model.detector_args.max_size 64 "
@@ -27,7 +27,7 @@ _PATHS = {"best_model_path", "last_model_path", "kth_best_model_path", "best_k_m
 
 
 def command(task: str, workers: int) -> list[str]:
-    """Return a training that keeps a checkpoint of every third step."""
+    """Return a training that saves a checkpoint every third step."""
     options = (
         f"-c {_CONFIGS / task / 'digits.yaml'} {_SMALL[task]} --data.num_workers {workers} "
         "--trainer.enable_progress_bar false --trainer.accelerator cpu --test_after_fit false "
@@ -44,7 +44,7 @@ def last_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def is_equal(first: Any, second: Any) -> bool:
-    """Compare two checkpoints bit for bit, but for paths: a training killed before its first checkpoint begins anew."""
+    """Compare two checkpoints bit for bit, except paths: a training killed before its first checkpoint starts over."""
     if isinstance(first, dict) and isinstance(second, dict):
         names = first.keys() - _PATHS
         return names == second.keys() - _PATHS and all(is_equal(first[name], second[name]) for name in names)
@@ -63,7 +63,7 @@ def train_and_kill(args: list[str], folder: Path, seconds: float, moments: rando
         goes_on = ["--ckpt_path", "last"] if any(folder.rglob("last*.ckpt")) else []
         with (folder / "log").open("ab") as log:
             process = subprocess.Popen([*args, *goes_on], cwd=folder, stdout=log, stderr=log)
-            # three times at most; the start of the program, in which nothing is trained, takes part of the time
+            # at most three times; part of the time goes to starting the program, when nothing is trained yet
             limit = moments.uniform(0.4, 0.8) * seconds if kills < 3 else None
             try:
                 if process.wait(limit) != 0:
@@ -76,12 +76,12 @@ def train_and_kill(args: list[str], folder: Path, seconds: float, moments: rando
 
 
 def main() -> int:
-    """Run the trials; return how many are not equal to the straight training."""
+    """Run the trials; return how many differ from the uninterrupted training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--task", choices=sorted(_SMALL), default="classification")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--workers", type=int, default=0, help="loader workers")
+    parser.add_argument("--seed", type=int, default=0, help="for the random moments")
     options = parser.parse_args()
     moments, args, wrong = random.Random(options.seed), command(options.task, options.workers), 0
     with tempfile.TemporaryDirectory() as work:

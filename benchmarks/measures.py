@@ -12,20 +12,20 @@ from benchmarks.running import Phase, Run, Setting
 from benchmarks.timing import clock, interleaved
 
 PHASES: tuple[Phase, ...] = ("training", "inference")
-#: Rows of an arm, given the plain network and its own.
+#: Measures an arm, given the plain network and the arm's.
 Measure = Callable[[Run, Run], Iterator[Row]]
 
 
 def rows(
     workload: Workload, setting: Setting, measures: Sequence[Measure], only: Sequence[str] | None = None
 ) -> Iterator[Row]:
-    """Yield what is measured of every arm; of what cannot be, why.
+    """Yield the measurements of every arm, or why it cannot be measured.
 
     Args:
-        workload: its networks.
-        setting: how they are run.
-        measures: what is measured, of one arm after another.
-        only: names of arms beside plain, in the order in which they are measured; by default all.
+        workload: the networks.
+        setting: how to run them.
+        measures: what to measure, one arm after another.
+        only: names of the arms besides plain, in the order of measurement; by default all.
     """
     for family in workload.families:
         common = common_values(workload, setting, family)
@@ -43,7 +43,7 @@ def rows(
 
 
 def common_values(workload: Workload, setting: Setting, family: Family) -> Row:
-    """Return what all rows of a family have."""
+    """Return what all rows of a family share."""
     sizes: Row = {"workload": workload.title, "batch": workload.batch, "sites": workload.sites}
     return {**sizes, "setting": setting.label, "mode": setting.mode, "made_by": family.made_by}
 
@@ -65,11 +65,11 @@ def times(rounds: int) -> Measure:
 
 
 def memory(plain: Run, run: Run) -> Iterator[Row]:
-    """Measure what a training step keeps for its backward (not compiled) and, on a GPU, what it takes at most.
+    """Measure what a training step keeps for backward (not compiled) and, on a GPU, its peak.
 
-    CUDA graphs keep their memory in pools of their own, of which no peak can be read.
+    CUDA graphs keep their memory in separate pools, whose peak cannot be read.
     """
-    run.prepared("training")()  # a library may allocate a workspace at first
+    run.prepared("training")()  # a library may allocate a workspace on the first run
     if run.setting.mode == "eager":
         yield {"saved_bytes": saved_bytes(run.loss, chain(run.network.parameters(), run.network.buffers()))}
     if run.setting.device.type == "cuda" and run.setting.mode != "reduce-overhead":

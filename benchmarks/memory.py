@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
-    """Return the bytes that a forward keeps for its backward, each storage counted once.
+    """Return the bytes that a forward keeps for backward, each storage counted once.
 
-    Tensors that an ``autograd.Function`` hides from the hooks of autograd, as attributes of its context, are not seen.
+    Tensors that an ``autograd.Function`` keeps as attributes of its context are not seen by autograd's hooks.
 
     Args:
-        forward: gives the loss.
-        own: tensors that are there anyway, parameters and buffers, which do not count.
+        forward: returns the loss.
+        own: parameters and buffers, which are not counted.
     """
     there = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept: dict[int, int] = {}
@@ -25,13 +25,13 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()  # holds what is kept, so that no address comes twice
+        loss = forward()  # keeps the tensors alive, so that no address is reused
     del loss
     return sum(kept.values())
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Return how much GPU memory a step takes at most beyond what is there before it."""
+    """Return the peak of GPU memory in a step beyond what was allocated before."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -14,13 +14,13 @@ Splits: TypeAlias = dict[str, tuple[Bytes, NDArray[Any]]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write as many images as fit, with equally many of every class."""
+    """Write as many images as fit, equally many per class."""
     from torchvision.datasets import CIFAR100
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pack_cifar", description=__doc__)
     parser.add_argument("root", type=Path, help="folder that holds cifar-100-python/")
     parser.add_argument("file", type=Path, help="the .npz to write")
-    parser.add_argument("--mebibytes", type=float, default=56, help="size of the file at most, 56 by default")
+    parser.add_argument("--mebibytes", type=float, default=56, help="maximum size of the file, 56 by default")
     parser.add_argument("--test_share", type=float, default=0.2, help="share of test images, 0.2 by default")
     options = parser.parse_args(argv)
     splits = {}
@@ -33,23 +33,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pack(file: Path, splits: Splits, limit: int, test_share: float) -> dict[str, int]:
-    """Write a file of at most ``limit`` bytes, and return how many images of each split it has.
+    """Write a file of at most ``limit`` bytes, and return the number of images per split.
 
     Args:
         file: an ``.npz``.
-        splits: what is chosen from.
-        limit: of its size in bytes.
-        test_share: share of the test images, at most as many as there are.
+        splits: the images to choose from.
+        limit: maximum size in bytes.
+        test_share: share of test images; no more are taken than exist.
 
     Raises:
         ValueError: if the name does not end in ``.npz``, the share is not between 0 and 1, or not even one image per
             class fits.
     """
     if file.suffix != ".npz":
-        raise ValueError(f"The file must end in .npz, got {file}.")
+        raise ValueError(f"The file name must end in .npz, got {file}.")
     if not 0 < test_share < 1:
         raise ValueError(f"The share of test images must be between 0 and 1, got {test_share}.")
-    images = int(limit / (np.prod(splits["train"][0].shape[1:]) * 0.6))  # more than are to be expected to fit
+    images = int(limit / (np.prod(splits["train"][0].shape[1:]) * 0.6))  # more than will fit
     while True:
         wanted = {"test": int(images * test_share), "train": int(images * (1 - test_share))}
         arrays = {}
@@ -66,7 +66,7 @@ def pack(file: Path, splits: Splits, limit: int, test_share: float) -> dict[str,
 
 
 def unpack(file: Path) -> Splits:
-    """Return what a file has."""
+    """Return the contents of a file."""
     with np.load(file) as arrays:
         return {
             name: (from_differences(arrays[f"{name}_differences"]), arrays[f"{name}_labels"])
@@ -75,7 +75,7 @@ def unpack(file: Path) -> Splits:
 
 
 def differences(pixels: Bytes) -> Bytes:
-    """Return what differs from the pixel above and to the left, modulo 256, which compresses better by a fifth."""
+    """Return differences to the pixels above and to the left, modulo 256, which compress better by a fifth."""
     zero = np.uint8(0)
     return np.diff(np.diff(pixels, axis=-1, prepend=zero), axis=-2, prepend=zero)
 

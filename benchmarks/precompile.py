@@ -1,7 +1,7 @@
-"""Compiles the networks of ``benchmarks.gpu`` side by side: ``python -m benchmarks.precompile``.
+"""Compiles the networks of ``benchmarks.gpu`` in parallel: ``python -m benchmarks.precompile``.
 
-Inductor keeps on disk what it has compiled. Here every network, mode and arm is compiled by a process of its own, on
-all cores; ``benchmarks.gpu --parts compiled``, which is one process, finds it there and spends its time on measuring.
+Inductor caches on disk what it has compiled. Here a separate process compiles each network, mode and arm, on all cores;
+``benchmarks.gpu --parts compiled``, a single process, finds them there and spends its time on measuring.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.arms import DIA, PLAIN, SE_PER_BLOCK, SE_SHARED
 from benchmarks.gpu import MODES, workloads
 from benchmarks.running import Run, Setting
 
-#: The most wanted first.
+#: Most important first.
 ARMS = (DIA, PLAIN, SE_PER_BLOCK, SE_SHARED)
 
 
@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compile as much as the minutes allow."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precompile", description=__doc__)
     parser.add_argument("--minutes", type=float, default=4, help="4 by default")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="by default as many as cores")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="by default one per core")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not options.tiny and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU here. --tiny rehearses on the CPU.")
+        raise ValueError("torch finds no GPU. Use --tiny for a dry run on the CPU.")
     if options.only is not None:  # the process of one job
         _compile(*options.only, tiny=options.tiny)
         return
@@ -59,7 +59,7 @@ def _in_a_process(job: tuple[str, ...], end: float, *, tiny: bool) -> None:
 
 def _compile(title: str, mode: str, arm: str, *, tiny: bool) -> None:
     torch._inductor.config.compile_threads = 1  # the other processes have the other cores
-    torch.backends.cudnn.benchmark = True  # as it is measured
+    torch.backends.cudnn.benchmark = True  # as in the measurement
     [workload] = [workload for workload in workloads(tiny=tiny) if workload.title == title]
     [chosen] = [known for known in MODES if known == mode]
     setting = Setting(torch.device("cpu" if tiny else "cuda"), chosen, bf16=True, channels_last=True)
@@ -69,7 +69,7 @@ def _compile(title: str, mode: str, arm: str, *, tiny: bool) -> None:
 
 
 def _forget_choices() -> None:
-    """Remove the kernels' tilings, which were chosen while other processes used the GPU; they are chosen again."""
+    """Remove the kernels' tilings, which were tuned while other processes used the GPU, so that they are tuned again."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for choice in Path(cache_dir()).rglob("*.best_config"):

@@ -1,4 +1,4 @@
-"""What a measurement is kept as: rows in a JSON file, with the machine and the command."""
+"""How measurements are stored: as rows in a JSON file, with the machine and the command."""
 
 import json
 import os
@@ -20,17 +20,17 @@ Row = dict[str, Any]
 
 
 def results_folder(*, tiny: bool) -> Path:
-    """Return ``$OUT`` or ``benchmarks/results``; of rehearsals a folder in it, which no report reads."""
+    """Return ``$OUT`` or ``benchmarks/results``; for dry runs a folder in it, which no report reads."""
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     return folder / "tiny" if tiny else folder
 
 
 class Results:
-    """A file of rows, written again after every row, so that a kill loses nothing.
+    """A file of rows, rewritten after every row, so that a kill loses nothing.
 
     Args:
         path: of the file, which is replaced.
-        part: what is measured, by which the report finds it.
+        part: what is measured; the report finds it by this.
     """
 
     def __init__(self, path: Path, part: str) -> None:
@@ -40,7 +40,7 @@ class Results:
         self._write()
 
     def add(self, row: Row) -> None:
-        """Keep a row, and print it."""
+        """Store a row, and print it."""
         self.content["rows"].append(row)
         self._write()
         values = ", ".join(f"{key} {_short(value)}" for key, value in row.items())
@@ -51,7 +51,7 @@ class Results:
 
 
 def note_stop(path: Path, reason: str) -> None:
-    """Keep with a file, if there is one, why there are no more rows."""
+    """Record in a file, if it exists, why there are no more rows."""
     if path.is_file():
         _replace(path, {**json.loads(path.read_text()), "stopped": reason})
 

@@ -1,4 +1,4 @@
-"""Writes what was measured into the pages: ``python -m benchmarks.report``, from the root of the repository."""
+"""Writes the measurements into the pages: ``python -m benchmarks.report``, from the root of the repository."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from benchmarks.records import ROOT
 from benchmarks.tables import File
 
 PICTURE = Path("pictures") / "performance.png"
-#: By page and name of its place there: the parts that are written, and by what.
+#: By page and name of the place there: the parts to write, and the function that does.
 PLACES: dict[str, dict[str, Callable[[Sequence[File]], str]]] = {
     "performance.md": {
         "time": tables.costs,
@@ -26,7 +26,7 @@ PLACES: dict[str, dict[str, Callable[[Sequence[File]], str]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write both pages and the picture."""
+    """Write both pages and the figure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")

@@ -1,4 +1,4 @@
-"""A network on one batch of images: what is run, again and again."""
+"""A network and one batch of images, to be run repeatedly."""
 
 import contextlib
 from collections.abc import Callable
@@ -18,13 +18,13 @@ Phase = Literal["training", "inference"]
 
 @dataclass(frozen=True)
 class Setting:
-    """How networks are run.
+    """How to run networks.
 
     Args:
         device: where.
-        mode: as it is, by ``torch.compile``, or by ``torch.compile(mode="reduce-overhead")``.
-        bf16: whether under bfloat16 autocast.
-        channels_last: whether weights and images are in that memory format.
+        mode: eager, ``torch.compile``, or ``torch.compile(mode="reduce-overhead")``.
+        bf16: whether to use bfloat16 autocast.
+        channels_last: whether weights and images use that memory format.
     """
 
     device: torch.device
@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Where and how, but for the mode, in words."""
+        """Device and options, without the mode, in words."""
         parts = [self.device.type, "bf16" if self.bf16 else "float32", "channels_last" if self.channels_last else ""]
         return " ".join(filter(None, parts))
 
@@ -43,9 +43,9 @@ class Run:
     """A network and its batch.
 
     Args:
-        build: makes the network.
-        workload: which images.
-        setting: how it is run.
+        build: builds the network.
+        workload: the images.
+        setting: how to run it.
     """
 
     def __init__(self, build: Build, workload: Workload, setting: Setting) -> None:
@@ -58,15 +58,15 @@ class Run:
         self.labels = torch.randint(workload.classes, (workload.batch,)).to(setting.device)
         self._call: Callable[[Tensor], Tensor] = self.network
         if setting.mode != "eager":
-            # arms share the code of their classes, so that each is one more graph of the same function; beyond the
-            # limit they would run as they are, without a word
+            # arms share the code of their classes, so each adds a graph of the same function; beyond the limit they
+            # would silently run uncompiled
             torch._dynamo.config.recompile_limit = 128
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             options: dict[str, Any] = {} if setting.mode == "compile" else {"mode": setting.mode}
             self._call = torch.compile(self.network, **options)
 
     def prepared(self, phase: Phase) -> Callable[[], None]:
-        """Switch the network to the phase, and return what runs it once."""
+        """Switch the network to the phase, and return a function that runs it once."""
         self.network.train(phase == "training")
         return self.step if phase == "training" else self.infer
 
@@ -78,7 +78,7 @@ class Run:
             return F.cross_entropy(self._call(self.images), self.labels)
 
     def step(self) -> None:
-        """Run forward and backward, and drop the gradients; weights stay as they are."""
+        """Run forward and backward, and drop the gradients; the weights do not change."""
         self.loss().backward()  # type: ignore[no-untyped-call]
         self.network.zero_grad(set_to_none=True)
 

@@ -1,4 +1,4 @@
-"""Tables of what was measured, as Markdown."""
+"""Markdown tables of the measurements."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ File = dict[str, Any]
 
 
 def costs(files: Sequence[File]) -> str:
-    """Return a table for every network, mode and setting: an arm in each row, what was measured in columns."""
+    """Return a table for every network, mode and setting, with arms as rows and measurements as columns."""
     return "\n\n".join(_cost_tables(file) for file in files)
 
 
@@ -59,14 +59,14 @@ def _cost_cells(arm: Row, plain: Row) -> dict[str, str]:
 
 
 def graphs(files: Sequence[File]) -> str:
-    """Return how many graphs equal blocks are compiled to."""
+    """Return into how many graphs equal blocks compile."""
     return "\n\n".join(
         f"{_pivot(file['rows'], 'blocks', lambda row: str(row['graphs']))}\n\n{machine(file)}" for file in files
     )
 
 
 def growth(files: Sequence[File]) -> str:
-    """Return ratios along every axis, with the time beyond plain per site behind them."""
+    """Return ratios along every axis, each with the extra time per site."""
     tables = []
     for file in files:
         for axis in dict.fromkeys(row["axis"] for row in file["rows"]):
@@ -89,7 +89,7 @@ def _pivot(rows: list[Row], axis: str, cell: Callable[[Row], str]) -> str:
 
 
 def evidence(files: Sequence[File]) -> str:
-    """Return accuracies and correlations of maps, over the seeds that every arm has finished."""
+    """Return accuracies and correlations of maps, over the seeds that every arm finished."""
     return "\n\n".join(_evidence(file) for file in files)
 
 
@@ -138,14 +138,14 @@ def _of(value: Estimate | None, digits: int = 2) -> str:
 
 
 def machine(file: File) -> str:
-    """Return where and by which command a file was measured."""
+    """Return the machine and the command of a file."""
     about = ", ".join(f"{key} {value}" for key, value in file["machine"].items())
     stopped = f" {file['stopped'].capitalize()}." if "stopped" in file else ""
     return f"`{file['command']}`: {about}.{stopped}"
 
 
 def table(cells: Sequence[dict[str, str]]) -> str:
-    """Return a table of rows that may lack some columns."""
+    """Return a table; rows may lack some columns."""
     columns = list(dict.fromkeys(column for row in cells for column in row))
     lines = [_line(columns), "|---" * len(columns) + "|"]
     return "\n".join([*lines, *(_line(row.get(column, "") for column in columns) for row in cells)])

@@ -1,4 +1,4 @@
-"""Finds the size of features from which on the functions of recalibration pay: ``python -m benchmarks.threshold``."""
+"""Finds the feature size from which the recalibration functions pay off: ``python -m benchmarks.threshold``."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ from benchmarks.records import Results, Row, results_folder
 from benchmarks.running import Run, Setting
 from benchmarks.timing import clock, interleaved
 
-#: Images of a step: where launches decide, and where the GPU does.
+#: Images per step: where kernel launches are the bottleneck, and where the GPU is.
 BATCHES = {"resnet50": (64, 384), "resnet164": (128, 512, 2048)}
-#: Sizes from which on the functions are used: those of a CPU, and none.
+#: Sizes from which the functions are used: the CPU's, and never.
 FUNCTIONS, PLAIN_WAY = 2**18, 2**62
 
 
@@ -24,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Time both ways, in training."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.threshold", description=__doc__)
     parser.add_argument("--runs", type=int, default=6, help="timed runs of each, 6 by default")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU, whose numbers mean nothing")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU; its results mean nothing")
     options = parser.parse_args(argv)
     if not options.tiny and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU here. --tiny rehearses on the CPU.")
+        raise ValueError("torch finds no GPU. Use --tiny for a dry run on the CPU.")
     torch.backends.cudnn.benchmark = True
     device = torch.device("cpu" if options.tiny else "cuda")
     results = Results(results_folder(tiny=options.tiny) / "threshold.json", "threshold")

@@ -1,4 +1,4 @@
-"""Time, relative to that of the plain network."""
+"""Time relative to the plain network."""
 
 import gc
 import statistics
@@ -20,8 +20,8 @@ class Timing:
         ratio: to the plain network, the median; ``low`` and ``high`` are its quartiles.
         low: see ``ratio``.
         high: see ``ratio``.
-        extra: seconds beyond the plain network's, the median.
-        rounds: how many runs.
+        extra: median of the seconds beyond the plain network's.
+        rounds: number of runs.
     """
 
     seconds: float
@@ -35,13 +35,13 @@ class Timing:
 def interleaved(
     plain: Callable[[], None], run: Callable[[], None], seconds: Callable[[Callable[[], None]], float], rounds: int
 ) -> Timing:
-    """Time a run between two runs of the plain network, so that a machine whose speed drifts favours neither.
+    """Time a run between two runs of the plain network, so that drift in the machine's speed favours neither.
 
     Args:
-        plain: what it is compared with; the same as ``run`` shows how exact the machine is.
-        run: what is timed.
+        plain: the baseline; pass ``run`` itself to see how precise the machine is.
+        run: what to time.
         seconds: the clock, see :func:`clock`.
-        rounds: how many times.
+        rounds: how often.
 
     Raises:
         ValueError: if there are fewer than 2 rounds.
@@ -53,7 +53,7 @@ def interleaved(
         run()
     times, plains = [], []
     gc.collect()
-    gc.disable()  # its pauses would fall on one or the other
+    gc.disable()  # its pauses would hit one or the other
     try:
         before = seconds(plain)
         for _ in range(rounds):
@@ -70,7 +70,7 @@ def interleaved(
 
 
 def clock(device: torch.device) -> Callable[[Callable[[], None]], float]:
-    """Return what times a run: by CUDA's events on a GPU, else by the CPU time of this process."""
+    """Return a clock: CUDA events on a GPU, else the CPU time of this process."""
     return _on_gpu if device.type == "cuda" else _on_cpu
 
 

@@ -15,7 +15,7 @@ from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # pages are made of text: no device is needed, or may change them
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # pages are only text: they need no device, and none may change them
 
 from dia_lightning import __version__ as release  # noqa: E402  # the path comes first
 
@@ -36,13 +36,13 @@ html_copy_source = False
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the outputs that are kept are shown; tests/test_notebooks.py runs the notebooks
+nb_execution_mode = "off"  # shows the stored outputs; tests/test_notebooks.py runs the notebooks
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
-autosummary_generate = False  # one page per package, in place of one per name
+autosummary_generate = False  # one page per package instead of one per name
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 80
@@ -62,7 +62,7 @@ MOVED = {
 
 
 def _copy_notebooks(app: Sphinx, config: Config) -> None:
-    """Put the notebooks below the pages, where the site can take them from."""
+    """Copy the notebooks below the pages, where Sphinx can find them."""
     copies = ROOT / "docs" / "notebooks"
     copies.mkdir(exist_ok=True)
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
@@ -72,17 +72,17 @@ def _copy_notebooks(app: Sphinx, config: Config) -> None:
 
 
 def _take_from_root(app: Sphinx, name: str, source: list[str]) -> None:
-    """Read pages that stand in the root, and make links lead to pages of the site."""
+    """Read the pages from the root, and redirect links to pages of the site."""
     if name in IN_ROOT:
         app.env.note_dependency(str(ROOT / IN_ROOT[name]))
         source[0] = (ROOT / IN_ROOT[name]).read_text(encoding="utf-8")
     for on_github, here in MOVED.items():
         source[0] = source[0].replace(on_github, here)
-    source[0] = source[0].replace("\n\n```\n", "\n```\n")  # the empty line that ends an example for doctest
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")  # drop the empty line that ends an example for doctest
 
 
 def _formula(writer: HTML5Translator, node: math, *, environment: str = "") -> None:
-    """Write a formula as MathML, which browsers draw by themselves, in place of a script from elsewhere."""
+    """Write a formula as MathML, which browsers render natively, instead of loading a script."""
     text = rf"\begin{{{environment}}}{node.astext()}\end{{{environment}}}" if environment else node.astext()
     writer.body.append(tex2mathml(text, as_block=bool(environment)))
     raise SkipNode
@@ -99,7 +99,7 @@ def _warn_of_missing_names(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Connect all of this."""
+    """Connect these functions to Sphinx."""
     app.add_html_math_renderer("mathml", (_formula, None), (partial(_formula, environment="aligned"), None))
     app.connect("config-inited", _copy_notebooks)
     app.connect("source-read", _take_from_root)

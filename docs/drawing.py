@@ -8,7 +8,7 @@ PAPER, INK, QUIET, UNIT, STATE = "#ffffff", "#1f2328", "#8c959f", "#8250df", "#f
 
 
 def main() -> None:
-    """Write the picture beside the others."""
+    """Write the picture next to the others."""
     parts = [*_row(0, "one unit per block", shared=False), *_row(250, "one unit per stage: DIA", shared=True)]
     style = f"text{{font:14px sans-serif;fill:{INK}}} .small{{font-size:12px}} .title{{font-weight:bold}}"
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 500" role="img" aria-label="' + (
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _row(top: int, title: str, *, shared: bool) -> list[str]:
-    """Return the blocks of a stage, the stream below them and the units above them."""
+    """Return the blocks of a stage, with the stream below and the units above."""
     parts = [_text(LEFT, top + 30, title, "title", "start")]
     if shared:
         parts += [_box(LEFT, top + 48, STEP * (BLOCKS - 1) + WIDTH, 32, UNIT), _text(300, top + 69, "unit", "light")]
