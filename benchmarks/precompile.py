@@ -69,7 +69,7 @@ def _compile(title: str, mode: str, arm: str, *, tiny: bool) -> None:
 
 
 def _forget_choices() -> None:
-    """Remove the kernels' tilings, which were tuned while other processes used the GPU, so that they are tuned again."""
+    """Remove the kernels' tilings, tuned while other processes used the GPU, so that they are tuned again."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for choice in Path(cache_dir()).rglob("*.best_config"):

@@ -48,9 +48,9 @@ napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 80
 
 PACKAGES = ("attention", "models", "tasks", "datamodules", "callbacks", "analysis", "drawing", "loggers")
-#: Pages that stand in the root of the repository, where GitHub looks for them.
+#: Pages that are in the root of the repository, where GitHub looks for them.
 IN_ROOT = {name: f"{name.upper()}.md" for name in ("changelog", "contributing", "releasing", "security")}
-#: Links that are right on GitHub, and where they lead here.
+#: Links that work on GitHub, and where they lead on the site.
 MOVED = {
     "(../SECURITY.md": "(security.md",
     "(SECURITY.md": "(security.md",
