@@ -108,7 +108,7 @@ def _open_streams() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Tell whether what reads the output has ended, as ``head`` does."""
+    """Return whether what reads the output has ended, as ``head`` does."""
     try:
         print(flush=True)  # a broken pipe may be another one, and a lost buffer is not written again
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Shared attention: the attention modules, and how they get into a network."""
+"""Shared attention: the attention modules and the functions that attach them to a network."""
 
 from dia_lightning.attention._attach import attach, detach
 from dia_lightning.attention._attached_block import is_attached

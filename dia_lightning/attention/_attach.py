@@ -1,4 +1,4 @@
-"""Put attention into a network, and take it out again."""
+"""Attach attention to a network and detach it again."""
 
 import inspect
 import logging
@@ -52,8 +52,8 @@ def attach(
     """Attach attention to the residual blocks of a network, in place.
 
     Every block's residual branch is multiplied by an attention map just before it is added to the shortcut. Weights
-    of the plain network load into the attached one and only the unit's keys are missing, unless ``existing`` takes
-    modules of the network out; :func:`detach` gives the plain network back.
+    of the plain network load into the attached one; only the unit's keys are missing, unless ``existing`` removes
+    modules of the network. :func:`detach` restores the plain network.
 
     Args:
         model: the network, or any module that contains one, for example a ``LightningModule``.
@@ -62,41 +62,40 @@ def attach(
             ``(features [B, C, H, W], state)`` to ``(map, state)``; see :class:`AttentionUnit` for tokens,
             sequences and volumes. A callable that takes ``spatial_dims`` is given 3 for volumes and video, else 2.
             ``None`` only with ``existing="share"``.
-        example: what the network's forward takes: a tensor, a tuple of positional arguments, or a dict of keyword
-            arguments. A copy of the network is run on it to find the residual branches (see :func:`find_sites`).
+        example: input of the network's forward: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. A copy of the network runs on it to find the residual branches (see :func:`find_sites`).
             Networks of this package, torchvision, timm, diffusers and transformers, and modules with
             ``example_input_array``, need none.
         share: ``"stage"`` for one unit per stage, shared by its blocks (DIA), or ``"block"`` for one unit per block.
-        plug: which blocks get attention, as one truth value per block in order, or a string such as ``"110|0011"``, or
-            the name of a mask in :data:`EAN_MASKS`. Blocks that are left out hand the state on unchanged. By default
-            every block.
-        identity: start with every map equal to 1, so that the network computes what it computed before, but for modules
-            that ``existing`` takes out. The default
-            is the paper's start, where maps of DIA-LSTM are near 1/4.
+        plug: which blocks get attention: one boolean per block in order, a string such as ``"110|0011"``, or the name
+            of a mask in :data:`EAN_MASKS`. Blocks that are left out pass the state on unchanged. Every block by
+            default.
+        identity: start with every map equal to 1, so that the network computes what it did before, except for modules
+            that ``existing`` removes. The default is the paper's start, where DIA-LSTM maps are near 1/4.
         branch_norm: whether branches that do not end in a norm (pre-activation networks) get a batch norm before the
             unit, as in the authors' code. A plain control arm lacks these norms: compare with ``branch_norm=False``
-            where it matters. By default true unless ``identity`` is set.
-        branches: which branches: a list of ``"conv"``, ``"attention"`` and ``"mlp"``. By default all; in U-Nets of
-            diffusers the residual blocks only, unless ``["conv", "attention"]`` asks for both.
-        sites: layers whose output ends a residual branch, instead of those that are found: patterns of module paths
-            such as ``"encoder.*.conv2"``, or a function ``(path, module) -> bool``; or a list of lists of patterns,
-            each of which is a group that shares one unit. The block of a layer is the module around it that is
-            repeated, else the nearest one that is no plain container. With an ``example``, order, width and axes are
-            those in a run; without, what the layers tell.
-        existing: what becomes of attention modules that the network has of its own, such as squeeze-and-excitation:
-            ``"keep"``; ``"replace"`` them by units, in their places instead of at the ends of branches; or ``"share"``
-            one of them among the blocks of a stage whose modules have weights of the same shapes, beside attention at
-            the ends of branches, or alone if ``attention`` is ``None``; what that saves is logged. :func:`detach`
-            undoes both; blocks that shared a module get copies of it.
-        existing_start: weights of a module that is shared: the ``"mean"`` of those in the stage, or the ``"first"``.
+            where it matters. True by default unless ``identity`` is set.
+        branches: which branches: a list of ``"conv"``, ``"attention"`` and ``"mlp"``. All by default; in diffusers
+            U-Nets only the residual blocks, unless ``["conv", "attention"]`` asks for both.
+        sites: layers whose output ends a residual branch, instead of the automatically found ones: patterns of module
+            paths such as ``"encoder.*.conv2"``, a function ``(path, module) -> bool``, or a list of lists of patterns,
+            one per group that shares a unit. The block of a layer is the repeated module around it, or else the
+            nearest one that is not a plain container. With an ``example``, order, width and axes come from a run;
+            without one, from the layers' attributes.
+        existing: what to do with the network's own attention modules, such as squeeze-and-excitation: ``"keep"`` them;
+            ``"replace"`` them with units, in their places instead of at the ends of branches; or ``"share"`` one of
+            them among the blocks of a stage whose modules have weights of the same shapes, in addition to attention at
+            the ends of branches, or alone if ``attention`` is ``None``; the saving is logged. :func:`detach` undoes
+            both; blocks that shared a module get copies of it.
+        existing_start: initial weights of a shared module: the ``"mean"`` of those in the stage, or the ``"first"``.
         **attention_args: further arguments of the attention module, for example ``reduction=8``.
 
     Returns:
         The same object, with attention.
 
     Raises:
-        ValueError: if attention is attached already, the network is wrapped, sharded or compiled, does not run on the
-            example or has no residual branch, a name is in use that the attention needs, or an argument does not fit.
+        ValueError: if attention is already attached, the network is wrapped, sharded or compiled, does not run on the
+            example or has no residual branch, a name that the attention needs is taken, or an argument is invalid.
 
     Source:
         arXiv 2210.16101 and 1905.10671; masks of blocks from arXiv 2011.14058. The identity start is this package's
@@ -119,7 +118,7 @@ def attach(
     check_choice("existing_start", existing_start, ("mean", "first"))
     if attention is None and existing != "share":
         raise ValueError("attention is None: name what to attach, or share the network's own with existing='share'.")
-    planned: list[tuple[nn.Module, list[Place], int]] = []  # unit, chain, stage; all, before the network is touched
+    planned: list[tuple[nn.Module, list[Place], int]] = []  # unit, chain, stage; complete before we touch the network
     if attention is not None:
         build = attention_builder(attention, attention_args)
         stages = places(model, example=example, branches=branches, sites=sites, existing=existing)
@@ -155,7 +154,7 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Take attention out of a network, in place, and give the plain network back.
+    """Remove attention from a network, in place, and return the plain network.
 
     Args:
         model: a network that :func:`attach` was applied to.
@@ -188,7 +187,7 @@ def _take_all_apart(model: nn.Module) -> None:
 def _plugged(
     stages: list[list[Place]], plug: str | Sequence[bool | int] | None, with_norm: bool
 ) -> Iterator[list[Place]]:
-    """Yield the stages with what else is known of each block: whether it is left out, and whether it gets a norm."""
+    """Yield the stages, with whether each block is plugged and whether it gets a norm."""
     mask = iter(plugged(plug, [len(stage) for stage in stages]))
     for stage in stages:
         yield [
@@ -202,7 +201,7 @@ def _plugged(
 
 
 def _chains(stage: list[Place], share: str) -> list[list[Place]]:
-    """Group blocks of a stage that share one unit. A chain begins and ends with a plugged block."""
+    """Group the blocks of a stage that share a unit. A chain begins and ends with a plugged block."""
     inside = [index for index, place in enumerate(stage) if place.is_plugged]
     if share == "block":
         return [[stage[index]] for index in inside]
@@ -214,9 +213,9 @@ def _warn_of_single(chains: list[list[Place]]) -> None:
     if single:
         listed = [f"{place.sites[0].path} ({place.size})" for place in single[:5]]
         warnings.warn(
-            f"{len(single)} of {len(chains)} units serve a single block, so that nothing is shared there: "
-            f"{', '.join(listed)}{', ...' if len(single) > 5 else ''}. Blocks share a unit if they follow one another "
-            "with equal width and equally many positions and `plug` takes them; or name a group, as in "
+            f"{len(single)} of {len(chains)} units serve a single block, so nothing is shared there: "
+            f"{', '.join(listed)}{', ...' if len(single) > 5 else ''}. Consecutive blocks share a unit if they have "
+            "the same width and number of positions and `plug` includes them. Or name a group, as in "
             "sites=[['blocks.*.conv2']].",
             stacklevel=3,
         )
@@ -231,7 +230,7 @@ def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> 
         ) from error
     if not isinstance(unit, nn.Module):
         raise ValueError(f"The attention callable must return an nn.Module, got {type(unit).__name__}.")
-    if place.rule.zero_bias and isinstance(unit, AttentionUnit):  # a user's own unit knows how it starts
+    if place.rule.zero_bias and isinstance(unit, AttentionUnit):  # a custom unit chooses its own start
         for layer in unit.modules():
             if isinstance(layer, nn.Linear) and layer.bias is not None:
                 start_at_zero(layer, ["bias"])
@@ -246,7 +245,7 @@ def _new_unit(build: Callable[..., nn.Module], place: Place, identity: bool) -> 
         inspect.signature(unit.forward).bind(None, None)
     except TypeError:
         raise ValueError(
-            f"{type(unit).__name__}.forward must take (features, state) and return (map, state), where None is a state "
-            f"too; it takes {inspect.signature(unit.forward)}."
+            f"{type(unit).__name__}.forward must take (features, state) and return (map, state), where the state may "
+            f"be None; it takes {inspect.signature(unit.forward)}."
         ) from None
     return like(unit, place.block)

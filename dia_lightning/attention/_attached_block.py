@@ -16,7 +16,7 @@ from dia_lightning.attention.description import saving
 
 
 def _always(value: Any) -> property:
-    """Return an attribute that reads as the value and drops what is written."""
+    """Return an attribute that reads as the value and ignores assignments."""
     return property(lambda module: value, lambda module, written: None)
 
 
@@ -33,7 +33,7 @@ class AttachedBlock(Role):
         nn.TransformerEncoderLayer: {"activation_relu_or_gelu": _always(0)},  # else a kernel would replace the layers
         nn.Sequential: {"__iter__": _layers, "__len__": lambda block: len(list(_layers(block)))},  # the unit is none
     }
-    dia_links: tuple[Link, ...] = ()  # one per chain; a block that is made of the class of another one has none
+    dia_links: tuple[Link, ...] = ()  # one per chain; none in a block made from another block's class
     dia: nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ class AttachedBlock(Role):
             return super().forward(*args, **kwargs)
         if _is_traced(args, kwargs):
             raise RuntimeError(
-                "torch.fx cannot trace through a block with shared attention. Make the block classes leaves, here with "
+                "torch.fx cannot trace through a block with shared attention. Make the block classes leaves: "
                 f"create_feature_extractor(..., tracer_kwargs={{'leaf_modules': [{type(self).__name__}]}})."
             )
         # not by the call above: recomputed by a checkpoint inside of that, or called by its name
@@ -88,12 +88,12 @@ class AttachedBlock(Role):
         return [self.get_submodule(link.unit) for link in self.dia_links if link.before is None]
 
     def dia_taken_out(self) -> list[str]:
-        """Return the paths of slots from which an attention module of the network was taken."""
+        """Return the paths of the slots from which the network's own attention module was removed."""
         kept = vars(self).get("dia_kept", {})
         return [slot.path for slot in self.dia_slots() if slot.is_whole or slot.path in kept]
 
     def dia_rename(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rename the keys of version 0.1 in a state dict, where the norms of a site stood under the site."""
+        """Rename the keys of version 0.1 in a state dict, which kept the norms of a site under the site."""
         for slot in self.dia_slots():
             for kind, name in (("branch_norm", slot.branch_norm), ("unit_norm", slot.unit_norm)):
                 old = f"{prefix}{slot.path}.{kind}."
@@ -112,7 +112,7 @@ class AttachedBlock(Role):
 
 
 def _in_scope(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method that is called by its name, as steps of Lightning are, open the scope of its module."""
+    """Let a method that is called by name, such as a Lightning step, open the scope of its module."""
 
     @functools.wraps(method)  # exporters and Lightning read the signature
     def run(owner: "ChainOwner", *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ class ChainOwner(Role):
 
 
 def take_apart(module: nn.Module) -> None:
-    """Remove all roles of attention from a module, and what they brought."""
+    """Remove all attention roles from a module, and what they added."""
     for role in (AttachedSite, AttachedBlock, ChainOwner):
         if isinstance(module, role):
             remove_role(module, role)
@@ -156,7 +156,7 @@ def take_apart(module: nn.Module) -> None:
 
 
 def is_attached(network: nn.Module) -> bool:
-    """Tell whether a network, or a part of it, has attention attached.
+    """Return whether a network, or a part of it, has attention attached.
 
     Attention modules that a network has of its own do not count.
 
@@ -174,7 +174,7 @@ def is_attached(network: nn.Module) -> bool:
 
 
 def own_names(block: nn.Module) -> set[str]:
-    """Return the names of what attention has registered in a block."""
+    """Return the names under which attention has registered modules in a block."""
     links: tuple[Link, ...] = vars(block).get("dia_links", ())
     names = {link.unit for link in links if link.before is None}
     norms = {name for link in links for slot in link.slots for name in (slot.branch_norm, slot.unit_norm)}

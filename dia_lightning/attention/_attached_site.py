@@ -1,4 +1,4 @@
-"""The layer that ends a residual branch, in its own place, multiplied by the attention map of the running block."""
+"""The layer that ends a residual branch, left in place and multiplied by the attention map of the running block."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ class AttachedSite(Role):
 
 
 def site_in(block: nn.Module, slot: Slot) -> nn.Module:
-    """Return the layer in a slot of a block; one that was put there after ``attach`` gets attention from now on.
+    """Return the layer in a slot of a block; one placed there after ``attach`` gets attention from now on.
 
     Raises:
         RuntimeError: if there is no layer, or it would have to change in the middle of a compilation.
@@ -54,14 +54,14 @@ def site_in(block: nn.Module, slot: Slot) -> nn.Module:
         site = None if site is None else site._modules.get(name)
     if site is None:
         raise RuntimeError(
-            f"Attention belongs to {slot.path!r} of a {type(block).__name__}, and nothing is there any more: was the "
+            f"Attention belongs to {slot.path!r} of a {type(block).__name__}, but nothing is there any more: was the "
             "block fused or reparametrised after attach()? detach() the network before that."
         )
     if not isinstance(site, AttachedSite):
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"The layer {slot.path!r} of a {type(block).__name__} was replaced after attach(). Run the network "
-                "once before you compile or export it."
+                "once before compiling or exporting it."
             )
         kept = {id(module) for inner in site.modules() for module in getattr(inner, "dia_sites", list)()}
         for module in site.modules():  # the layer that was here before may be a part of the new one, as in LoRA
@@ -72,10 +72,10 @@ def site_in(block: nn.Module, slot: Slot) -> nn.Module:
 
 
 def _places_of(site: nn.Module) -> list[tuple[Frame, Slot]]:
-    """Return the frames of the running call of a block that has the site in a slot, and the slots; none if none runs.
+    """Return the frames of the running block call that has the site in a slot, and the slots; none if none runs.
 
     Raises:
-        RuntimeError: if a network with attention runs the site outside of its block.
+        RuntimeError: if a network with attention runs the site outside its block.
     """
     frame: Frame | None = RUNNING.frame
     found: list[tuple[Frame, Slot]] = []
@@ -89,19 +89,19 @@ def _places_of(site: nn.Module) -> list[tuple[Frame, Slot]]:
     name = type(site).__name__
     if is_recomputed():
         raise RuntimeError(
-            f"A {name} with attention was recomputed in backward without its block: the block checkpoints a part of "
-            "itself. Switch that off and checkpoint the whole block, with use_reentrant=False."
+            f"A {name} with attention was recomputed in backward without its block: the block checkpoints part of "
+            "itself. Turn that off and checkpoint the whole block, with use_reentrant=False."
         )
     if RUNNING.frame is not None or RUNNING.scope is not None:
         raise RuntimeError(
-            f"A {name} with attention was called outside of its block, or moved to another place in it, so there is no "
-            "attention state for it. Call the block, or detach() the network before you change it."
+            f"A {name} with attention was called outside its block, or moved within it, so there is no attention state "
+            "for it. Call the block, or detach() the network before changing it."
         )
-    return []  # somebody looks at the layer alone
+    return []  # someone runs the layer alone
 
 
 def _takes_mean(frame: Frame, slot: Slot, features: Any) -> bool:
-    """Tell whether autograd alone follows what runs, and the unit takes the mean of features as they are."""
+    """Return whether only autograd observes what runs, and the unit takes the mean of unchanged features."""
     return (
         torch.is_grad_enabled()
         and is_eager()
@@ -114,9 +114,10 @@ def _takes_mean(frame: Frame, slot: Slot, features: Any) -> bool:
 
 
 def _forgets(unit: nn.Module) -> bool:
-    """Tell whether nobody has the features when a unit has made their map, as a user's unit has whose state they are.
+    """Return whether no one else holds the features once a unit has made their map.
 
-    Those of the package keep none, and give them to no layer, whose hooks would see them.
+    A custom unit may keep them as its state. Those of the package do not, and pass them to no layer whose hooks would
+    see them.
     """
     return plain_class(unit).__module__.startswith("dia_lightning.") and is_unhooked(unit)
 
@@ -124,13 +125,13 @@ def _forgets(unit: nn.Module) -> bool:
 def _recalibrated(
     features: Any, frame: Frame, slot: Slot, is_own: bool = False, squeeze: Squeezed | None = None
 ) -> Any:
-    """Return features multiplied by their attention map; of a tuple, as attention layers return, the first.
+    """Return features multiplied by their attention map; of a tuple, as returned by attention layers, the first.
 
     Args:
-        features: what the site puts out, or is given.
+        features: output or input of the site.
         frame: of the block.
         slot: of the site.
-        is_own: whether nobody else has the features.
+        is_own: whether no one else holds the features.
         squeeze: their mean, if it is known.
     """
     if isinstance(features, tuple):
@@ -162,10 +163,10 @@ def _recalibrated(
 
 
 def _refuse_unfit(features: Any, frame: Frame, slot: Slot) -> None:
-    """Refuse what is no features ``[B, C, ...]``, as the slot has them.
+    """Refuse anything but features ``[B, C, ...]`` in the layout of the slot.
 
     Raises:
-        RuntimeError: if it is not.
+        RuntimeError: if it is anything else.
     """
     channel = slot.channel_axis
     is_dense = isinstance(features, Tensor) and not features.is_nested

@@ -13,10 +13,10 @@ from dia_lightning.attention._running import RUNNING
 
 
 class AttachedUnit(Role):
-    """Role of a unit: a site that calls it gets the map alone, and the state goes to the running frame.
+    """Role of a unit: a site that calls it gets only the map, and the state goes to the running frame.
 
-    So hooks on modules, as summaries, counters and sharding register them, see one tensor. Called by anybody else, a
-    unit returns what it always does.
+    This way module hooks, as registered by summaries, counters and sharding, see one tensor. Any other caller gets what
+    the unit always returns.
     """
 
     rank = 2
@@ -38,7 +38,7 @@ def attend(frame: Frame, slot: Slot, features: Tensor, mean: Tensor | None) -> T
         frame: of the block.
         slot: of the site.
         features: the features.
-        mean: [B, C] that the unit takes in place of its own, if any.
+        mean: [B, C] that the unit uses instead of its own, if any.
     """
     options: dict[str, Any] = {}
     if slot.unit_norm is not None:
@@ -49,7 +49,7 @@ def attend(frame: Frame, slot: Slot, features: Tensor, mean: Tensor | None) -> T
     if frame.samples not in (None, 1, features.shape[0]) and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"Between two blocks of a stage with shared attention {frame.samples} samples became {features.shape[0]}, "
-            "so that the state would go to others. Leave samples out before or after a stage, or give every block its "
+            "so the state would go to the wrong ones. Drop samples before or after a stage, or give every block its "
             "own unit with share='block'."
         )
     if frame.placement is not None and frame.placement != (features.device, features.dtype):
@@ -61,7 +61,7 @@ def attend(frame: Frame, slot: Slot, features: Tensor, mean: Tensor | None) -> T
     frame.wants_map = True
     result: Any = frame.unit(given, frame.state, **options)
     RUNNING.frame = running
-    if frame.wants_map:  # a module that was put in the place of the unit later
+    if frame.wants_map:  # a module that replaced the unit later
         frame.wants_map = False
         result = _split(result, frame, frame.unit)
     attention_map: Tensor = result
@@ -82,7 +82,7 @@ def _split(result: Any, frame: Frame, unit: nn.Module) -> Any:
     """Give a unit's state to the frame and return its map."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise RuntimeError(
-            f"{type(unit).__name__}.forward must return (map, state), where None is a state too; got a "
+            f"{type(unit).__name__}.forward must return (map, state), where the state may be None; got a "
             f"{type(result).__name__}."
         )
     attention_map, frame.state = result
@@ -90,14 +90,14 @@ def _split(result: Any, frame: Frame, unit: nn.Module) -> Any:
 
 
 def _to(state: Any, features: Tensor) -> Any:
-    """Bring a state that another block made to the device and dtype of this one's features."""
+    """Move a state from another block to the device and dtype of this one's features."""
     return pytree.tree_map_only(
         Tensor, lambda t: t.to(features.device, features.dtype if t.is_floating_point() else t.dtype), state
     )
 
 
 def _to_unit(unit: nn.Module, features: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Bring features, where another block runs elsewhere or in another precision, to the weights of the unit."""
+    """Move features to the device and dtype of the unit's weights, where another block runs with others."""
     weight = next(unit.parameters(), features)
     dtype = features.dtype if torch.is_autocast_enabled(features.device.type) else weight.dtype
     if weight.device.type == "meta" or (weight.device, dtype) == (features.device, features.dtype):

@@ -6,13 +6,13 @@ from dia_lightning.attention._attached_block import AttachedBlock, own_names
 
 
 def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the attention that is attached to a network, each once, in the order of the network.
+    """Return the parameters of the attention attached to a network, each once, in the order of the network.
 
-    They are those of the units, of the norms that came with them, and of modules that ``existing="share"`` shares.
+    These are the parameters of the units, of the norms added with them, and of modules shared by ``existing="share"``.
 
     Args:
-        model: a network that :func:`attach` was applied to, or any module that contains one, such as a task, or a
-            network in ``DistributedDataParallel`` or ``torch.compile``.
+        model: a network that :func:`attach` was applied to, or any module that contains one, such as a task or a
+            network wrapped by ``DistributedDataParallel`` or ``torch.compile``.
 
     Raises:
         ValueError: if no attention is attached.

@@ -1,4 +1,4 @@
-"""Where the channels of a tensor lie after an operation, told from where they were before it."""
+"""The channel axis of a tensor after an operation, from the one before it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from dia_lightning.attention._operations import CHANNELS_LAST, CHANNELS_SECOND, 
 def axis_after(
     name: str, given: Sequence[Value], shape: tuple[int, ...], index: Any, again: Callable[[Tensor], Any]
 ) -> int | None:
-    """Return the axis of the channels in the result of an operation, from 0 on; ``None`` if it cannot be told.
+    """Return the channel axis in the result of an operation, counted from 0; ``None`` if it is unknown.
 
     Args:
         name: of the operation.
-        given: the tensors that it was given.
+        given: its input tensors.
         shape: of the result.
-        index: its second argument, which says what ``__getitem__`` takes.
-        again: runs the operation with another tensor in the place of the first.
+        index: its second argument, which for ``__getitem__`` is what to take.
+        again: runs the operation with another tensor instead of the first.
     """
     if name.startswith(CHANNELS_SECOND) and name != "conv1d":
         return 1 if len(shape) > 2 else None
@@ -47,7 +47,7 @@ def axis_after(
 
 
 def _keeps_axes(name: str, index: Any) -> bool:
-    """Tell whether an operation changes sizes of axes only."""
+    """Return whether an operation only changes the sizes of axes."""
     if name == "__getitem__":
         parts = index if isinstance(index, tuple) else (index,)
         return all(isinstance(part, slice) or part is Ellipsis for part in parts)
@@ -55,7 +55,7 @@ def _keeps_axes(name: str, index: Any) -> bool:
 
 
 def _reshaped(before: tuple[int, ...], axis: int, shape: tuple[int, ...]) -> int | None:
-    """Follow an axis through a change of the others: what lies before it, or behind it, must fill as much."""
+    """Follow an axis through a reshape of the others: the axes before it, or after it, must hold as many entries."""
     channels = before[axis]
     if axis == len(before) - 1 and shape[-1:] == (channels,):
         return len(shape) - 1

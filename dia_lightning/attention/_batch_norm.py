@@ -1,4 +1,4 @@
-"""Batch norms whose output is not kept: what is needed of it in backward is computed from their input."""
+"""Batch norms whose output is not saved: backward computes what it needs of it from their input."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from dia_lightning.attention._roles import plain_class
 #: Classes that are known, with the number of axes that they take.
 BATCH_NORMS: dict[type[nn.Module], int] = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 
-#: How many entries of a call, the first ones, are tensors.
+#: Number of leading entries of a call that are tensors.
 TENSORS = 5
 
 
@@ -22,9 +22,9 @@ class NormCall(NamedTuple):
         weight: of the norm ``[C]``.
         bias: of the norm ``[C]``.
         shift: mean that was subtracted ``[C]``.
-        factor: what was multiplied with then, the inverse of the deviation ``[C]``.
+        factor: inverse of the standard deviation, multiplied next ``[C]``.
         eps: of the norm.
-        of_batch: whether mean and deviation are those of the batch.
+        of_batch: whether mean and standard deviation are those of the batch.
     """
 
     x: Tensor
@@ -36,7 +36,7 @@ class NormCall(NamedTuple):
     of_batch: bool
 
     def output(self) -> Tensor:
-        """Compute the output again, so that autograd can follow."""
+        """Compute the output again in a way that autograd can follow."""
         if self.of_batch and torch.is_grad_enabled():
             return torch.batch_norm(self.x, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
         variance = self.factor.pow(-2) - self.eps
@@ -46,13 +46,13 @@ class NormCall(NamedTuple):
 def moments(gradient: Tensor, features: Tensor, shift: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum(gradient)`` and ``sum(gradient * (features - shift) * factor)`` over positions, each ``[B, C]``.
 
-    That is what the backward pass of a batch norm computes for its weights, here with a norm for each sample: one pass,
-    where a product and a sum make three.
+    The backward pass of a batch norm computes these for its weights; here each sample gets its own norm. This takes one
+    pass, where a product and a sum take three.
 
     Args:
         gradient: ``[B, C, ...]``, contiguous.
         features: ``[B, C, ...]``, contiguous.
-        shift: ``[B * C]``; contiguous, as the kernel takes it to be.
+        shift: ``[B * C]``; contiguous, as the kernel assumes.
         factor: ``[B * C]``, likewise.
     """
     shape = features.shape[:2]
@@ -66,7 +66,7 @@ def moments(gradient: Tensor, features: Tensor, shift: Tensor, factor: Tensor) -
 
 
 def can_run(site: nn.Module, x: Any) -> bool:
-    """Tell whether a layer is a batch norm that :func:`run` knows, and autograd follows what it does."""
+    """Return whether a layer is a batch norm that :func:`run` supports, and autograd records it."""
     norm: Any = site
     return (
         type(x) is Tensor
@@ -80,17 +80,17 @@ def can_run(site: nn.Module, x: Any) -> bool:
 
 
 def run(norm: Any, x: Tensor) -> tuple[Tensor, NormCall]:
-    """Run a batch norm, past its ``forward``, which returns the output alone."""
+    """Run a batch norm, bypassing its ``forward``, which returns only the output."""
     of_batch = norm.training or norm.running_mean is None
     running = (norm.running_mean, norm.running_var) if norm.track_running_stats or not norm.training else (None, None)
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    # what the norm itself calls in the end; no other function chooses the kernel for the device and returns mean and
-    # deviation
+    # what the norm itself ends up calling; no other function both chooses the kernel for the device and returns mean
+    # and deviation
     output, shift, factor, *_ = torch.ops.aten._batch_norm_impl_index(
         x, norm.weight, norm.bias, *running, of_batch, norm.momentum, norm.eps, torch.backends.cudnn.enabled
     )
     if not of_batch:
-        # a copy: a forward in training mode before backward would change the mean, and the kernel counts no version
+        # a copy: a training-mode forward before backward would change the mean, and the kernel does not bump versions
         shift, factor = norm.running_mean.clone(), (norm.running_var + norm.eps).rsqrt()
     return output, NormCall(x, norm.weight, norm.bias, shift, factor, norm.eps, of_batch)

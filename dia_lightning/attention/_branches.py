@@ -25,12 +25,12 @@ class Branch:
     """A residual branch.
 
     Args:
-        call: of the block, whose code adds.
+        call: of the block whose code adds.
         kind: ``"attention"``, ``"mlp"`` or ``"conv"``.
         shortcut: what the branch is added to.
-        stream: name of the block's argument that the shortcut comes from; ``None`` if that is not one argument.
-        endings: the layers that could end it, best first; of a branch that is a sum, those of each summand.
-        is_causal: whether it attends to earlier tokens only.
+        stream: name of the block's argument that the shortcut comes from; ``None`` if it is not a single argument.
+        endings: the layers that could end it, best first; for a branch that is a sum, those of each summand.
+        is_causal: whether it attends only to earlier tokens.
     """
 
     call: Call
@@ -41,12 +41,12 @@ class Branch:
     is_causal: bool
 
 
-#: An addition with the branch that it ends, or with the reason why there is none.
+#: An addition with the branch it ends, or the reason why it ends none.
 _Found: TypeAlias = "tuple[Addition, Branch | NoBranchError]"
 
 
 def branches_in(additions: list[Addition]) -> list[_Found]:
-    """Return every addition with the branch that it ends, or with the reason why there is none."""
+    """Return every addition with the branch it ends, or the reason why it ends none."""
     found: dict[Value, _Found] = {}
     sums: set[Value] = set()  # of branches
     for addition in additions:
@@ -64,7 +64,7 @@ def branches_in(additions: list[Addition]) -> list[_Found]:
 
 
 def _in_blocks_around(found: list[_Found]) -> list[_Found]:
-    """Leave branches that a part of a block adds, as an output layer may, to the block, if that has one of its own."""
+    """Assign branches added by a part of a block, such as an output layer, to the block if it has its own branch."""
     by_call: dict[Call, list[Branch]] = {}
     for _, branch in found:
         if isinstance(branch, Branch):
@@ -85,7 +85,7 @@ def _in_blocks_around(found: list[_Found]) -> list[_Found]:
 
 
 def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]:
-    """Return the branch that an addition ends, and the sums inside a layer of it, whose own branches it replaces.
+    """Return the branch an addition ends, and the sums inside a layer of it whose own branches it replaces.
 
     Args:
         addition: the addition.
@@ -110,7 +110,7 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
     kind = _kind({value for value in between if value.number > last})
     call: Call | None = addition.call
     reason = None
-    while call is not None:  # the sum may be left to a module of its own
+    while call is not None:  # a separate module may do the sum
         try:
             endings = Walk(call, between).from_sum(end)
             return Branch(call, kind, shortcut, _stream(call, shortcut), endings, _is_causal(between)), inner
@@ -122,9 +122,9 @@ def _branch(addition: Addition, found: set[Value]) -> tuple[Branch, list[Value]]
 
 
 def _origin(addition: Addition) -> tuple[set[Value], Value]:
-    """Return the latest value that both operands were made of, and the values at which the search for it ends.
+    """Return the latest value that both operands derive from, and the values at which the search stops.
 
-    It is made in the block itself, or in the nearest module around it.
+    It is made in the block itself or in the nearest module around it.
     """
     call: Call | None = addition.call
     while call is not None:
@@ -138,7 +138,7 @@ def _origin(addition: Addition) -> tuple[set[Value], Value]:
 
 
 def _earlier_origin(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> Value | None:
-    """Return what a branch was added to before, where another one of the same normalised features is added next."""
+    """Return what an earlier branch was added to, if another one of the same normalised features is added next."""
     if any(_is_light_from(operand, origin, stop, slices=True) for operand in operands):
         return None
     for one, other in (operands, operands[::-1]):
@@ -150,7 +150,7 @@ def _earlier_origin(operands: tuple[Value, Value], origin: Value, stop: set[Valu
 
 
 def _passed_on(value: Value, stop: set[Value]) -> set[Value]:
-    """Return a value and all that it is a sum of, moved or scaled, without a layer with weights in between."""
+    """Return a value and everything it sums, moves or scales, without a layer with weights in between."""
     seen, waiting = {value}, [value]
     while waiting:
         current = waiting.pop()
@@ -162,7 +162,7 @@ def _passed_on(value: Value, stop: set[Value]) -> set[Value]:
 
 
 def _sides(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> tuple[Value, Value]:
-    """Tell the shortcut, which is light and linear, from the branch."""
+    """Return the shortcut, which is light and linear, and the branch."""
     left, right = operands
     light = [_is_light_from(operand, origin, stop) for operand in operands]
     if not any(light):
@@ -178,7 +178,7 @@ def _sides(operands: tuple[Value, Value], origin: Value, stop: set[Value]) -> tu
 
 
 def _is_light_from(value: Value, origin: Value, stop: set[Value], *, slices: bool = False) -> bool:
-    """Tell whether there is a linear way from an origin to a value, as a shortcut has."""
+    """Return whether a linear path leads from an origin to a value, as in a shortcut."""
     made = {origin}
     for current in sorted(ancestors(value, stop), key=lambda current: current.number):
         if current not in stop and not made.isdisjoint(current.parents) and _is_light(current, slices):
@@ -187,7 +187,7 @@ def _is_light_from(value: Value, origin: Value, stop: set[Value], *, slices: boo
 
 
 def _longest(value: Value, origin: Value, stop: set[Value]) -> int:
-    """Return the largest number of layers with weights on a way from an origin to a value."""
+    """Return the largest number of layers with weights on a path from an origin to a value."""
     made: dict[Value, int] = {origin: 0}
     for current in sorted(ancestors(value, stop), key=lambda current: current.number):
         ways = [made[parent] for parent in current.parents if parent in made]
@@ -204,7 +204,7 @@ def _is_light(value: Value, slices: bool) -> bool:
 
 
 def _is_linear(value: Value) -> bool:
-    """Tell whether an operation is linear in what goes into the network."""
+    """Return whether an operation is linear in the network's input."""
     name = value.made_by
     if name in SCALE or name in PRODUCTS:
         return sum(parent.live for parent in value.parents) < 2
@@ -214,7 +214,7 @@ def _is_linear(value: Value) -> bool:
 
 
 def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) -> bool:
-    """Tell whether a branch leaves the resolution of its origin in one child of the block and returns in another."""
+    """Return whether a branch leaves the resolution of its origin in one child of the block and returns in another."""
     size = origin.shape[2:]
     if len(size) < 1 or addition.result.shape[2:] != size:
         return False
@@ -230,7 +230,7 @@ def _merges_resolutions(between: set[Value], origin: Value, addition: Addition) 
 
 
 def _kind(between: set[Value]) -> str:
-    """Tell what a branch does: attention, or a convolution with a kernel, or only layers at one position each."""
+    """Return the kind of a branch: attention, a convolution with a kernel larger than 1, or only pointwise layers."""
     for value in between:
         if value.made_by in ATTENTION:
             return "attention"
@@ -241,7 +241,7 @@ def _kind(between: set[Value]) -> str:
 
 
 def _is_causal(between: set[Value]) -> bool:
-    """Tell whether attention is told to be causal, or its module is, as in transformers, or it has such a mask."""
+    """Return whether attention is called as causal, belongs to a causal module (transformers) or has a causal mask."""
     for value in between:
         if value.is_causal or getattr(value.call and value.call.module, "is_causal", None) is True:
             return True

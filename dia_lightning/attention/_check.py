@@ -1,4 +1,4 @@
-"""Check on a user's own network what attaching must not break."""
+"""Check on a user's network that attaching broke nothing."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ from dia_lightning.attention._links import tensors_in
 from dia_lightning.attention._trace import arguments_of
 from dia_lightning.attention.watching import watch_maps
 
-#: Largest difference, relative to the largest output, that counts as equal where the arithmetic is the same.
+#: Largest difference, relative to the largest output, that counts as equal when the arithmetic is the same.
 EXACT = 1e-5
 
 
@@ -61,15 +61,15 @@ def check(model: nn.Module, example_input: Any, *, slow: bool = False) -> Report
 
     Args:
         model: a network that :func:`~dia_lightning.attention.attach` was applied to.
-        example_input: what the network is called with: a tensor, a tuple of arguments, or a mapping of keyword
-            arguments. The first tensor should hold at least two samples.
-        slow: also compile the network after a plain copy was compiled, which takes a minute or more.
+        example_input: input of the network: a tensor, a tuple of arguments, or a mapping of keyword arguments. The
+            first tensor should hold at least two samples.
+        slow: also compile the network after compiling a plain copy, which takes a minute or more.
 
     Returns:
         A report whose rows say OK, or what to do.
 
     Raises:
-        ValueError: if no attention is attached, or the network cannot be run on the example.
+        ValueError: if no attention is attached, or the network does not run on the example.
 
     Example:
         >>> import torch
@@ -83,7 +83,7 @@ def check(model: nn.Module, example_input: Any, *, slow: bool = False) -> Report
         raise ValueError("No attention is attached to this network. Call attach(model, ...) first.")
     if type(model).__module__.startswith("torchvision.models.detection") and hasattr(model, "backbone"):
         raise ValueError(
-            "A detector gives losses or lists of boxes, which cannot be compared. Check what carries the attention: "
+            "A detector returns losses or lists of boxes, which cannot be compared. Check the module with attention: "
             "check(detector.backbone, torch.randn(2, 3, 64, 64))."
         )
     subject = _Subject(model, example_input)
@@ -96,12 +96,12 @@ def check(model: nn.Module, example_input: Any, *, slow: bool = False) -> Report
 
 
 class _Subject:
-    """A network in evaluation mode, its input, and what it computes."""
+    """A network in evaluation mode, its input and its output."""
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:
         self.network = copy.deepcopy(model).eval()
         self.args, self.kwargs = arguments_of(example_input)
-        with torch.no_grad():  # units that start at zero or at the identity would make some comparisons empty
+        with torch.no_grad():  # units that start at zero or at the identity would make some comparisons vacuous
             generator = torch.Generator().manual_seed(0)
             for unit in self.units():
                 for parameter in unit.parameters():
@@ -111,10 +111,10 @@ class _Subject:
         except Exception as error:
             raise ValueError(f"The network does not run on the example input: {error}") from error
         if not all(tensor.isfinite().all() for tensor in self.output):
-            raise ValueError("The network puts out NaN or infinity for the example input, so nothing can be compared.")
+            raise ValueError("The network returns NaN or infinity for the example input, so nothing can be compared.")
 
     def run(self, network: nn.Module, *, grad: bool = False) -> list[Tensor]:
-        """Return all tensors that a network puts out."""
+        """Return all output tensors of a network."""
         with torch.set_grad_enabled(grad):
             return _tensors(network(*self.args, **self.kwargs))
 
@@ -150,7 +150,7 @@ def _examine(name: str, examine: Callable[[_Subject], _Finding], subject: _Subje
     if not row.holds and name in _OF_THE_NETWORK:
         plain = _row(name, examine, subject.plain())
         if not plain.holds:
-            return Row(name, True, f"not checked: it does not hold of the plain network either ({plain.note})")
+            return Row(name, True, f"not checked: the plain network fails too ({plain.note})")
     return row
 
 
@@ -162,7 +162,7 @@ def _row(name: str, examine: Callable[[_Subject], _Finding], subject: _Subject) 
 
 
 def _finding(holds: bool, note: str) -> _Finding:
-    """Return a finding whose note is only for what does not hold."""
+    """Return a finding, with the note only if it does not hold."""
     return holds, "" if holds else note
 
 
@@ -178,7 +178,7 @@ def _every_site_runs(subject: _Subject) -> _Finding:
     chains = {id(chain): chain for module in network.modules() for chain in vars(module).get("dia_chains", ())}
     gone = sum(len(link.slots) for chain in chains.values() for link in chain.links) - len(layers)
     if gone > 0:
-        return False, f"{gone} sites are gone: replace blocks before attach(), and layers in them whenever you like"
+        return False, f"{gone} sites are gone: replace whole blocks before attach(); layers inside them any time"
     missed = [layer.path for number, layer in enumerate(layers) if number not in seen]
     if missed:
         return False, f"{len(missed)} of {len(layers)} did not run, for example {missed[0]}: is the block used at all?"
@@ -192,7 +192,7 @@ def _parameters_train(subject: _Subject) -> _Finding:
     subject.gradients(network)
     without = [name for name, parameter in network.named_parameters() if name in units and parameter.grad is None]
     if without:
-        return False, f"no gradient for {without[0]} and {len(without) - 1} more: freeze or plug out what is not used"
+        return False, f"no gradient for {without[0]} and {len(without) - 1} more: freeze or unplug what is not used"
     return True, f"{len(units)} tensors"
 
 
@@ -214,7 +214,7 @@ def _copies_are_independent(subject: _Subject) -> _Finding:
     if subject.difference(subject.run(network)) > EXACT:
         return False, "a deep copy computes something else"
     if _branches_are_zero(subject):
-        return True, "not checked: all branches are 0, as they are while their last norms start at 0"
+        return True, "not checked: all branches are 0, as when their last norms start at 0"
     with torch.no_grad():
         for unit in subject.units(network):
             for parameter in unit.parameters():
@@ -222,7 +222,7 @@ def _copies_are_independent(subject: _Subject) -> _Finding:
     if subject.difference(subject.run(network)) == 0:
         return False, "a copy's attention has no effect on the copy"
     same = subject.difference(subject.run(subject.network)) <= EXACT
-    return _finding(same, "a change of a copy changes the network: they share tensors")
+    return _finding(same, "changing a copy changes the network: they share tensors")
 
 
 def _branches_are_zero(subject: _Subject) -> bool:
@@ -308,7 +308,7 @@ def _batch_mates_do_not_matter(subject: _Subject) -> _Finding:
         output = _tensors(subject.network(*other.args, **other.kwargs))
     pairs = [pair for pair in zip(subject.output, output, strict=True) if pair[0].ndim and len(pair[0]) == size]
     if not pairs:
-        return True, "not checked: the network puts out nothing per sample"
+        return True, "not checked: the network returns nothing per sample"
     difference = _difference([expected[:1] for expected, _ in pairs], [found[:1] for _, found in pairs])
     return _finding(difference <= EXACT, f"the first sample changes by {difference:.1e}")
 
@@ -395,7 +395,7 @@ def _blocks_checkpointed(network: nn.Module, *, reentrant: bool) -> Iterator[Non
 
 def _checkpointed(forward: Callable[..., Any], reentrant: bool) -> Callable[..., Any]:
     if reentrant:
-        # Reentrant checkpoints know positional arguments only.
+        # Reentrant checkpoints take only positional arguments.
         return lambda *args, **kwargs: checkpoint(lambda *inner: forward(*inner, **kwargs), *args, use_reentrant=True)
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
@@ -437,7 +437,7 @@ _EXAMINATIONS: dict[str, Callable[[_Subject], _Finding]] = {
 }
 
 
-#: What depends on more than attention: where it does not hold, the plain network is looked at, too.
+#: Checks that depend on more than attention: if one fails, the plain network is checked too.
 _OF_THE_NETWORK = {
     "pickle",
     "EMA copy",

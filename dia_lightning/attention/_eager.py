@@ -1,4 +1,4 @@
-"""Whether code runs as it is written, and who sees what it does."""
+"""Whether code runs as written, and whether anything observes it."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.utils._device import DeviceContext
 
 from dia_lightning.attention._roles import plain_class
 
-#: Layers that put out a new tensor, and their own ``forward``, which others may replace.
+#: Layers that return a new tensor, with their original ``forward``, which others may replace.
 _FRESH: dict[type[nn.Module], Any] = {
     kind: kind.forward
     for kind in (
@@ -22,7 +22,7 @@ _FRESH: dict[type[nn.Module], Any] = {
 
 
 def is_eager() -> bool:
-    """Tell whether nothing but autograd follows what runs: no compiler, transform of ``torch.func``, tracer, mode."""
+    """Return whether only autograd observes what runs: no compiler, ``torch.func`` transform, tracer or mode."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -33,18 +33,18 @@ def is_eager() -> bool:
 
 
 def is_recorded() -> bool:
-    """Tell whether a mode sees every operation, so that it may keep what one puts out."""
+    """Return whether a mode sees every operation and may keep its output."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_unseen(layer: nn.Module) -> bool:
-    """Tell whether a layer puts out a new tensor that nobody but its caller has, so that it may be changed."""
+    """Return whether a layer returns a new tensor that only its caller holds, so that it may be changed."""
     kind = plain_class(layer)
     return kind in _FRESH and kind.forward is _FRESH[kind] and is_unhooked(layer)
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Tell whether nobody sees what a module is given and puts out."""
+    """Return whether nothing observes the inputs and outputs of a module."""
     return not (
         (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]

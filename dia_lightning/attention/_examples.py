@@ -1,4 +1,4 @@
-"""What networks of known libraries take, so that nobody needs to give an example."""
+"""Example inputs for networks of known libraries, so that users need not give one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +9,14 @@ from torch.utils._pytree import tree_map_only
 
 from dia_lightning.attention._links import parameters_of
 
-#: Sides of images that are tried where nothing tells.
+#: Image sizes to try where nothing states one.
 _SIDES = (224, 32, 64, 256)
-#: What an attribute of a configuration of diffusers tells of a width that the network is given.
+#: Config entries of diffusers that state the width of the text input.
 _TEXT_WIDTHS = ("joint_attention_dim", "cross_attention_dim", "caption_channels")
 
 
 def known_examples(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
-    """Yield the path, the module and examples to try of each network of a library, be it the model or a part of it."""
+    """Yield path, module and examples to try for each library network, which may be the model or a part of it."""
     inside: list[str] = []
     for path, module in model.named_modules():
         if any(not outer or path.startswith(f"{outer}.") for outer in inside):
@@ -50,7 +50,7 @@ def _examples(module: Any) -> Iterator[Any]:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Tell whether a module of torchvision is a network that takes images, and neither a block nor a detector."""
+    """Return whether a torchvision module is a network that takes images, rather than a block or a detector."""
     name = type(module).__name__
     if name == "IntermediateLayerGetter" or "FeatureExtractor" in name:  # the backbones of detectors
         return True
@@ -59,7 +59,7 @@ def _is_whole(module: nn.Module) -> bool:
 
 
 def _images(module: Any) -> Iterator[Tensor]:
-    """Yield images, or videos for 3-D convolutions, of the sizes that a network may be made for."""
+    """Yield images, or videos for 3-D convolutions, of the sizes a network may be made for."""
     first = next((layer for layer in module.modules() if hasattr(layer, "in_channels")), None)
     frames = [16] if isinstance(first, nn.Conv3d) else []
     config = getattr(module, "pretrained_cfg", None) or {}  # of timm
@@ -72,7 +72,7 @@ def _images(module: Any) -> Iterator[Tensor]:
 
 
 def _for_diffusers(module: Any) -> dict[str, Tensor]:
-    """Return what the forward takes, by the names of its arguments and the configuration."""
+    """Return the inputs of the forward, from the names of its arguments and the config."""
     config = module.config
     size = config.get("sample_size") or 32
     height, width = (size, size) if isinstance(size, int) else size

@@ -1,4 +1,4 @@
-"""Find the sites of a network by running it, on an example that is given or known."""
+"""Find the sites of a network by running it on a given or known example."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,18 +22,18 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
     """Find the layers that end the residual branches of a network, by running a copy of it once.
 
     Args:
-        model: the network. Its weights, buffers, mode and the state of random generators stay as they are.
-        example: what its forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. They
-            may be on the meta device. Networks of this package, torchvision, timm, diffusers and transformers, and
-            modules with ``example_input_array``, need none.
+        model: the network. Its weights, buffers and mode, and the state of random generators, do not change.
+        example: input of its forward: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Its
+            tensors may be on the meta device. Networks of this package, torchvision, timm, diffusers and transformers,
+            and modules with ``example_input_array``, need none.
         branches: which branches; as for :func:`attach`.
 
     Returns:
-        A list of stages, each a list of :class:`Site`: blocks that follow one another with equal width and equally many
-        positions. Its ``left_out`` has the other additions with the reason; printing it gives a table.
+        A list of stages, each a list of :class:`Site`: consecutive blocks of equal width and number of positions. Its
+        ``left_out`` lists the other additions, with reasons. Printing it gives a table.
 
     Raises:
-        ValueError: if the network does not run on the example, or an example is needed.
+        ValueError: if the network does not run on the example, or needs one.
 
     Example:
         >>> import torchvision
@@ -61,10 +61,10 @@ def find_sites(model: nn.Module, example: Any = None, *, branches: Sequence[Bran
 
 
 def refuse_unfit(model: nn.Module) -> None:
-    """Refuse what is no network, has attention, or is wrapped by something that would not see it.
+    """Refuse anything that is not a network, has attention, or is wrapped in a way that would miss it.
 
     Raises:
-        ValueError: if it is.
+        ValueError: if it must be refused.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, got {model!r}. Make named networks with get_model(name).")
@@ -72,24 +72,24 @@ def refuse_unfit(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, AttachedBlock):
             raise ValueError(
-                "Attention is attached to this network already: attention_layers(model) lists where. Call "
+                "Attention is already attached to this network: attention_layers(model) lists where. Call "
                 "detach(model) first."
             )
         bases = [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")]
         wrapper = next((base for base in bases if base in wrappers), None)
         if wrapper is not None or module._compiled_call_impl is not None:
             raise ValueError(
-                f"{type(module).__name__} at {name or 'the root'} is wrapped already "
+                f"{type(module).__name__} at {name or 'the root'} is already wrapped "
                 f"({wrapper or 'compile()'}), which would miss the attention's parameters or keep running code without "
-                "it. Attach before the network is wrapped, sharded or compiled."
+                "it. Attach before wrapping, sharding or compiling the network."
             )
 
 
 def check_branches(branches: Sequence[Branch] | None) -> None:
-    """Refuse what is no list of kinds of branches.
+    """Refuse anything but a list of kinds of branches.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is anything else.
     """
     for branch in [branches] if isinstance(branches, str) else branches or ():
         if isinstance(branches, str) or branch not in get_args(Branch):
@@ -102,15 +102,15 @@ def _is_chosen(model: nn.Module, site: Site, branches: Sequence[Branch] | None) 
 
 
 def own_stages(model: nn.Module, example: Any, size: Callable[[Site], Any] = size_and_lane) -> Stages:
-    """Return the attention modules that a network has of its own, stage by stage.
+    """Return the network's own attention modules, stage by stage.
 
     Args:
         model: the network.
-        example: what its forward takes; as for :func:`find_sites`.
+        example: input of its forward; as for :func:`find_sites`.
         size: what the modules of a stage have in common.
 
     Raises:
-        ValueError: if there are none, or the network cannot be run.
+        ValueError: if there are none, or the network does not run.
     """
     networks, left_out = _run(model, example, own_attention)
     stages = Stages([stage for sites in networks for stage in in_stages(sites, size)], left_out)
@@ -123,7 +123,7 @@ def own_stages(model: nn.Module, example: Any, size: Callable[[Site], Any] = siz
 def _run(
     model: nn.Module, example: Any, read: Callable[[Run, Run], tuple[list[Site], list[LeftOut]]]
 ) -> tuple[list[list[Site]], list[LeftOut]]:
-    """Return what is read from runs of a network, or of each network of a library in it, and what is left out."""
+    """Return what ``read`` finds in runs of a network, or of each library network in it, and what is left out."""
     if example is not None:
         sites, left_out = read(*trace(model, example))
         return [sites], left_out
@@ -139,13 +139,13 @@ def _run(
         found.append([replace(site, path=_join(path, site.path), block=_join(path, site.block)) for site in sites])
         left_out += [replace(other, block=_join(path, other.block)) for other in others]
         if path:
-            left_out.append(LeftOut("", f"of this network only {path!r} was run: give an example for the rest"))
+            left_out.append(LeftOut("", f"only {path!r} of this network was run: give an example for the rest"))
     if not found:
         what = "residual block" if read is branch_sites else "attention module of its own"
         hint = "Or name the layers that end its branches, as in sites=['blocks.*.conv2']. Modules that could be sites: "
         raise ValueError(
-            f"No {what} is known in {type(model).__name__}, and to find some by running it, what it takes must be "
-            "known. Give `example`: a tensor, a tuple of positional arguments or a dict of keyword arguments of its "
+            f"No {what} is known in {type(model).__name__}, and finding some by running it requires an input. "
+            "Give `example`: a tensor, a tuple of positional arguments or a dict of keyword arguments of its "
             "forward, as in example=torch.zeros(1, 3, 224, 224)."
             f"{f' {hint}{possible_sites(model)}.' if read is branch_sites else ''}{refused}"
         )
@@ -153,7 +153,7 @@ def _run(
 
 
 def known_runs(model: nn.Module, example: Any) -> tuple[Run, Run] | None:
-    """Return runs of a network on an example, or on one that is known for it; ``None`` if there is none."""
+    """Return runs of a network on an example, or on a known one; ``None`` if there is none."""
     if example is not None:
         return trace(model, example)
     path, _, examples = next(known_examples(model), ("", model, []))
@@ -164,10 +164,10 @@ def known_runs(model: nn.Module, example: Any) -> tuple[Run, Run] | None:
 
 
 def _first_runs(module: nn.Module, examples: Sequence[Any]) -> tuple[Run, Run]:
-    """Return runs on the first example that a network takes, on meta tensors if it runs on these with any.
+    """Return runs on the first example that a network accepts, on meta tensors if it runs on those with any.
 
     Raises:
-        ValueError: if it takes none; what it says of the first.
+        ValueError: if it accepts none; the error is that of the first.
     """
     refused: list[ValueError] = []
     for example, only_on_meta in [*zip(examples, repeat(True)), *zip(examples, repeat(False))]:
@@ -179,7 +179,7 @@ def _first_runs(module: nn.Module, examples: Sequence[Any]) -> tuple[Run, Run]:
 
 
 def _by_rules(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Move the sites of blocks that have a rule to where the rule says."""
+    """Move the sites of blocks with a rule to where the rule puts them."""
     moved: dict[tuple[str, str], Site] = {}
     for site in sites:
         rule, _ = rule_of(model.get_submodule(site.block))

@@ -1,4 +1,4 @@
-"""Sites that are found by running the network."""
+"""Sites found by running the network."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,11 +12,11 @@ from dia_lightning.attention._named_sites import stream_of
 from dia_lightning.attention._sites import LeftOut, Site, width_and_positions
 from dia_lightning.attention._walk import NoBranchError
 
-_CAUSAL = "is in a causal network, where no token may depend on later ones, but the map of a unit depends on all"
+_CAUSAL = "is in a causal network, where no token may depend on later ones, but a unit's map depends on all tokens"
 
 
 def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
-    """Return the ends of the residual branches, and the additions that end none.
+    """Return the sites of the residual branches, and the additions that end none.
 
     Args:
         once: a forward of the network.
@@ -25,7 +25,7 @@ def branch_sites(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
     if len(once.additions) != len(twice.additions):
         raise ValueError(
             f"The network adds {len(once.additions)} times for {once.samples} samples and {len(twice.additions)} times "
-            f"for {twice.samples}, so the two runs cannot be compared. Give an example of more samples."
+            f"for {twice.samples}, so the two runs cannot be compared. Give an example with more samples."
         )
     found: dict[tuple[str, str], Site] = {}
     streams = Streams()
@@ -59,7 +59,7 @@ def _sites_of_branch(branch: Branch, same: Branch, run: Run) -> Iterator[Site]:
     for summand, again in zip(branch.endings, same.endings, strict=True):
         reasons = []
         for ending, other in zip(summand, again, strict=True):
-            axes: tuple[int, int] | str = "runs in other blocks, too"
+            axes: tuple[int, int] | str = "also runs in other blocks"
             if run.is_only_in(ending.path, branch.call.path):
                 axes = axes_of(ending.value, other.value, run.samples)
             if isinstance(axes, str):
@@ -73,7 +73,7 @@ def _sites_of_branch(branch: Branch, same: Branch, run: Run) -> Iterator[Site]:
 
 
 class Streams:
-    """Tells features that one block hands to the next from those of other streams, as in two towers or a decoder."""
+    """Distinguishes streams of features passed from block to block, as in two towers or a decoder."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -83,8 +83,8 @@ class Streams:
         """Return a site with the number of its stream.
 
         Args:
-            site: a site, later than those before.
-            given: what its block has made of the stream.
+            site: a site that runs after those before.
+            given: what its block made of the stream.
             result: the stream after it.
         """
         before, sums = self.last.get(width_and_positions(site), (None, []))
@@ -99,12 +99,12 @@ class Streams:
         return site
 
 
-#: An autoencoder's latent has so many times fewer entries than the features before and behind it, or even more times.
+#: An autoencoder's latent has at least this many times fewer entries than the features before and after it.
 _LATENT = 8
 
 
 def _is_made_of(value: Value, others: list[Value]) -> bool:
-    """Tell whether a value was made of one of some others, and not by way of a latent of far fewer entries."""
+    """Return whether a value derives from one of some others without passing a latent of far fewer entries."""
     first = min(other.number for other in others)
     size = min(value.numel, *(other.numel for other in others))
     seen, waiting = {value}, [value]
@@ -120,17 +120,17 @@ def _is_made_of(value: Value, others: list[Value]) -> bool:
 
 
 def axes_of(value: Value, with_more: Value, samples: int) -> tuple[int, int] | str:
-    """Return the axes of channels and samples, or the reason why they are not known.
+    """Return the axes of channels and samples, or the reason why they are unknown.
 
     Args:
         value: features.
-        with_more: the same features of a run with more samples.
+        with_more: the same features in a run with more samples.
         samples: number of samples of the first run.
     """
     if value.channel_axis is None:
         return "loses the axis of the channels"
     if len(value.shape) != len(with_more.shape):
-        return "has another number of axes with more samples"
+        return "has a different number of axes with more samples"
     grown = [axis for axis, sizes in enumerate(zip(value.shape, with_more.shape, strict=True)) if sizes[0] != sizes[1]]
     if len(grown) != 1:
         return "has no axis of samples"
@@ -140,7 +140,7 @@ def axes_of(value: Value, with_more: Value, samples: int) -> tuple[int, int] | s
 
 
 def measured(model: nn.Module, blocks: dict[str, str], once: Run, twice: Run) -> dict[str, Site]:
-    """Return the sites at layers, in the order in which they run, with the axes of what they put out.
+    """Return the sites at layers, in the order in which they run, with the axes of their outputs.
 
     Args:
         model: the network.
@@ -157,7 +157,7 @@ def measured(model: nn.Module, blocks: dict[str, str], once: Run, twice: Run) ->
     for path in dict.fromkeys(call.path for call in once.calls if call.path in blocks):
         value, more = (run[path] for run in values)
         if value is None or more is None:
-            raise ValueError(f"sites: {path!r} puts out no tensor first. Name a layer that does.")
+            raise ValueError(f"sites: {path!r} does not return a tensor first. Name a layer that does.")
         axes = axes_of(value, more, once.samples)
         if isinstance(axes, str):
             raise ValueError(f"sites: {path!r} {axes}. Name another layer.")

@@ -1,4 +1,4 @@
-"""A call of a block: what it was given, what has run in it, and what it hands on."""
+"""A call of a block: its inputs, what has run in it, and its handover."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from dia_lightning.attention._search import note, received
 
 
 class Frame:
-    """A call of a block that is under way."""
+    """A block call in progress."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Frame:
         RUNNING.frame = self.outer
 
     def note_run(self, slot: Slot) -> None:
-        """Record that the site in a slot has run, and whether autograd sees what it does."""
+        """Record that the site in a slot has run, and whether autograd records it."""
         self.ran.append(slot)
         self.grad = self.grad and torch.is_grad_enabled()
 
@@ -70,7 +70,7 @@ class Frame:
             note(tensor, handover)
 
     def _returned_its_stream(self, returned: list[Tensor]) -> bool:
-        """Tell whether the block left its branch out, as stochastic depth may do; it hands on what it was given."""
+        """Return whether the block skipped its branch, as stochastic depth may; it then passes its input on."""
         stream, _ = self.link.stream_in(*self.arguments)
         return not self.ran and len(stream) == 1 and len(returned) > 0 and returned[0] is stream[0]
 
@@ -87,7 +87,7 @@ def _sites_did_not_run(frame: Frame) -> str:
         for slot, site in zip(frame.link.slots, frame.sites, strict=True)
     ]
     return (
-        f"In one call of {type(frame.block).__name__} each site with attention must be called once, but these ran: "
-        f"{', '.join(counts)}. Does the block return early, call forward() instead of the module, or hand its weights "
+        f"In one call of {type(frame.block).__name__} each site with attention must be called once, but they ran: "
+        f"{', '.join(counts)}. Does the block return early, call forward() instead of the module, or pass its weights "
         "to a fused kernel? Then detach() and choose other sites."
     )

@@ -1,10 +1,10 @@
 """The gates of a recurrent unit, and the gradients of their weights from all blocks at once.
 
-Autograd makes the gradient of a weight anew for every block and adds them up: for T blocks T products of the size of
-the weight, and T - 1 sums. Here every block notes in backward what the product is made of, and when the last of them is
-there, one product is made of all. The notes are those of a node of the autograd graph that all blocks depend on, so
-that they live as long as the graph, and weights get their gradients in the course of the backward pass, where wrappers
-such as DDP and FSDP wait for them.
+Autograd computes the gradient of a weight once per block and adds them up: for T blocks T products of the size of the
+weight, and T - 1 sums. Here every block notes in backward the factors of its product, and when the last of them has,
+one product is made of all. The notes belong to a node of the autograd graph that all blocks depend on, so they live as
+long as the graph, and weights get their gradients during the backward pass, where wrappers such as DDP and FSDP expect
+them.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def gates_of(value: Tensor, hidden: Tensor, parameters: Sequence[Tensor]) -> Ten
     """Return the sum of two bottleneck MLPs ``[B, gates * C]``, of a value and a hidden state, each ``[B, C]``.
 
     Args:
-        value: what the first one takes.
-        hidden: what the second one takes.
+        value: input of the first.
+        hidden: input of the second.
         parameters: weight and bias of the layers that reduce and expand the value, and of those for the hidden state.
     """
     first, second = parameters[:4], parameters[4:]
@@ -31,7 +31,7 @@ def gates_of(value: Tensor, hidden: Tensor, parameters: Sequence[Tensor]) -> Ten
 
 
 class GatesOfChain(Rider):
-    """Makes the gates of all blocks of a chain, in one autograd graph."""
+    """Computes the gates of all blocks of a chain in one autograd graph."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._parameters = _parameters(layers)
@@ -45,7 +45,7 @@ class GatesOfChain(Rider):
         return gates
 
     def fits(self, layers: Sequence[nn.Linear], state: Tensor) -> bool:
-        """Tell whether layers have the weights of the blocks before, since a state may go to another unit.
+        """Return whether layers have the weights of the blocks before, since a state may go to another unit.
 
         And whether they run on the same stream: autograd waits for another one only where a gradient comes from there.
         """
@@ -54,11 +54,11 @@ class GatesOfChain(Rider):
 
 
 def gates_of_chain(layers: Sequence[nn.Linear], state: Tensor | None) -> GatesOfChain | None:
-    """Return what makes the gates; ``None`` where the layers must be called one by one.
+    """Return what computes the gates; ``None`` where the layers must be called one by one.
 
     Args:
         layers: of a unit, in the order of :func:`gates_of`.
-        state: what :func:`hand_on` was given in the block before; ``None`` in the first block.
+        state: what :func:`hand_on` received in the block before; ``None`` in the first block.
     """
     if not (torch.is_grad_enabled() and is_eager() and all(_is_plain(layer) for layer in layers)):
         return None
@@ -69,13 +69,13 @@ def gates_of_chain(layers: Sequence[nn.Linear], state: Tensor | None) -> GatesOf
 
 
 def hand_on(gates: GatesOfChain | None, state: Tensor) -> None:
-    """Let the next block find what makes the gates, with the state that it gets."""
+    """Let the next block find what computes the gates, along with its state."""
     if gates is not None:
         state._dia_gates = gates  # type: ignore[attr-defined]
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Tell whether a layer is linear and nobody looks at it, and its weights are its own, and no views of a wrapper."""
+    """Return whether a layer is linear and unobserved, and its weights are its own rather than views of a wrapper."""
     return (
         isinstance(layer, nn.Linear)
         and is_unseen(layer)
@@ -96,7 +96,7 @@ def _reduced(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Notes:
-    """What the blocks of a chain know in backward."""
+    """What the blocks of a chain note in backward."""
 
     def __init__(self) -> None:
         self._blocks: list[tuple[int, tuple[Tensor, ...]]] = []
@@ -107,7 +107,7 @@ class _Notes:
         self._blocks.append((backward_task(), kept))
 
     def taken(self) -> list[Tensor]:
-        """Return what this backward pass has noted, one block below the other, and forget it; nothing if it has not."""
+        """Return and forget the notes of this backward pass, block by block; empty if there are none."""
         task = backward_task()
         noted = [tensors for of, tensors in self._blocks if of == task]
         self._blocks = [block for block in self._blocks if block[0] != task]
@@ -115,7 +115,7 @@ class _Notes:
 
 
 class _Gather(torch.autograd.Function):
-    """Has the parameters behind it, and every block before it."""
+    """Graph node between the parameters and every block."""
 
     @staticmethod
     def forward(ctx: Any, notes: _Notes, *parameters: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class _Gather(torch.autograd.Function):
         of_bias = of_gates.sum(0)
         gradients = (
             *(of_value.t() @ value, of_value.sum(0), of_gates.t() @ inner, of_bias),
-            # each of its own memory, for who scales it in place
+            # each in its own memory, since callers may scale it in place
             *(of_hidden.t() @ hidden, of_hidden.sum(0), of_gates.t() @ inner_hidden, of_bias.clone()),
         )
         return None, *[gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
@@ -171,8 +171,8 @@ class _Gates(torch.autograd.Function):
 
 
 def _by_autograd(of_gates: Tensor, wanted: Sequence[bool], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return those gradients of value, hidden state and parameters that are wanted, to be differentiated again."""
-    # views, because the hidden state depends on the parameters, too, by way of the blocks before
+    """Return the wanted gradients of value, hidden state and parameters, to be differentiated again."""
+    # views, because the hidden state also depends on the parameters, through the blocks before
     value, hidden, *parameters = views = [x.view_as(x) for x in inputs]
     with torch.autocast(of_gates.device.type, of_gates.dtype, enabled=of_gates.dtype != parameters[0].dtype):
         gates = gates_of(value, hidden, parameters)

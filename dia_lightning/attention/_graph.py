@@ -1,4 +1,4 @@
-"""What a run of a network has recorded: values, the calls of modules that made them, and additions."""
+"""The record of a run of a network: values, the module calls that made them, and additions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,16 +9,16 @@ from torch import nn
 
 @dataclass(eq=False)
 class Value:
-    """A tensor as an operation has left it; one that is written in place is another value after that.
+    """A tensor as an operation left it; writing it in place makes another value.
 
     Args:
-        number: values that are made later have higher ones.
-        made_by: name of the operation; of what goes into the network, and of weights, the empty text.
-        parents: what the operation was given.
-        live: whether it depends on what goes into the network, and not on weights alone.
+        number: increases in the order in which values are made.
+        made_by: name of the operation; empty for inputs of the network and for weights.
+        parents: inputs of the operation.
+        live: whether it depends on the network's input, rather than on weights alone.
         shape: of the tensor.
-        channel_axis: axis of the channels, from 0 on; ``None`` if it is lost.
-        call: the call of a module that ran the operation.
+        channel_axis: axis of the channels, counted from 0; ``None`` if it is lost.
+        call: the module call that ran the operation.
         is_causal: whether the operation is attention to earlier tokens only.
     """
 
@@ -42,12 +42,12 @@ class Call:
 
     Args:
         path: of the module in the network.
-        module: the module, of the copy.
-        outer: the call that it runs in.
+        module: the module, in the copy.
+        outer: the call it runs in.
         given: the values in each argument, by the argument's name.
-        is_first: whether the module was not called before, as it is at each later step of a recurrent network.
-        is_simple: whether it takes one tensor, by position, and puts out one.
-        returned: what it puts out first; ``None`` if that is no tensor.
+        is_first: whether this is the module's first call; a recurrent network calls it at every step.
+        is_simple: whether it takes one positional tensor and returns one.
+        returned: its first output; ``None`` if that is not a tensor.
         inner: calls that ran in this one, in order.
     """
 
@@ -61,11 +61,11 @@ class Call:
     inner: "list[Call]" = field(default_factory=list)
 
     def inputs(self) -> set[Value]:
-        """Return all values that the call was given."""
+        """Return all input values of the call."""
         return {value for values in self.given.values() for value in values}
 
     def is_in(self, path: str) -> bool:
-        """Tell whether this ran in a call of a module."""
+        """Return whether this ran in a call of a module."""
         outer = self.outer
         while outer is not None and outer.path != path:
             outer = outer.outer
@@ -101,7 +101,7 @@ class Run:
         samples: their number.
         calls: of modules, in the order in which they end.
         additions: in the order in which they ran.
-        queries: shapes of what torch's attention was given, tokens first.
+        queries: shapes of the inputs of torch's attention, tokens first.
     """
 
     samples: int
@@ -110,12 +110,12 @@ class Run:
     queries: list[torch.Size] = field(default_factory=list)
 
     def is_only_in(self, path: str, block: str) -> bool:
-        """Tell whether a module was called in calls of a block only."""
+        """Return whether a module was only called within calls of a block."""
         return all(call.is_in(block) for call in self.calls if call.path == path)
 
 
 def ancestors(value: Value, stop: set[Value]) -> set[Value]:
-    """Return a value and all that it was made of, up to some at which to stop."""
+    """Return a value and everything it derives from, up to those in ``stop``."""
     seen, waiting = {value}, [value]
     while waiting:
         current = waiting.pop()
@@ -127,7 +127,7 @@ def ancestors(value: Value, stop: set[Value]) -> set[Value]:
 
 
 def made_on_the_way(value: Value, origin: Value, stop: set[Value]) -> set[Value]:
-    """Return what was made of an origin on the way to a value, with both."""
+    """Return the values on the paths from an origin to a value, including both."""
     made = {origin}
     for current in sorted(ancestors(value, stop), key=lambda current: current.number):
         if current not in stop and any(parent in made for parent in current.parents):

@@ -1,4 +1,4 @@
-"""Where attention is: what a block knows of its place in the network, the same for every forward."""
+"""Where attention is: what a block knows about its place in the network, the same for every forward."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 @dataclass(eq=False)
 class Slot:
-    """A place in a block whose layer ends a residual branch, whatever layer that is at the moment.
+    """A place in a block whose layer ends a residual branch, whichever layer is there at the moment.
 
     Args:
-        path: of the layer, from the block.
-        before: whether the layer's input is multiplied, and not its output.
+        path: of the layer, relative to the block.
+        before: whether the layer's input is multiplied instead of its output.
         channels: number of channels there.
-        channel_axis: axis of the channels; -1 where they come last, in features of any number of axes.
+        channel_axis: axis of the channels; -1 where they come last, for any number of axes.
         batch_axis: axis of the samples.
-        ndim: number of axes of the features, if a run or the kind of layer tells it.
+        ndim: number of axes of the features, if known from a run or the kind of layer.
         branch_norm: name of the block's norm between the site and the unit, for branches that do not end in one.
-        unit_norm: name of the block's norm that takes the place of the unit's own.
-        stage: number of the stage that the site belongs to, from 0 on, whatever units are shared.
+        unit_norm: name of the block's norm that replaces the unit's own.
+        stage: number of the site's stage, counted from 0, whichever units are shared.
         layer: number of the slot in the network, in the order in which those of a stage run.
-        is_whole: whether the unit is a module of the network, which puts out features and no map.
-        watcher: is given the map and the state after it, in every call; it must not change them.
+        is_whole: whether the unit is a module of the network, which returns features rather than a map.
+        watcher: called with the map and the state after it, every time; it must not change them.
     """
 
     path: str
@@ -42,14 +42,14 @@ class Slot:
 
     @property
     def is_channels_second(self) -> bool:
-        """Tell whether samples come first and channels second, so that the features need not be turned."""
+        """Return whether samples come first and channels second, so the features need not be permuted."""
         return (self.batch_axis, self.channel_axis) == (0, 1)
 
 
 class Chain:
     """Blocks that share a unit. A copy is another chain."""
 
-    #: How it was attached, in words that a config can hold.
+    #: How it was attached, in a form that a config can hold.
     description: dict[str, Any] | None = None
 
     def __init__(self) -> None:
@@ -60,12 +60,12 @@ class Link:
     """A block's place in its chain.
 
     Args:
-        chain: the chain, to whose end the link is added.
+        chain: the chain to append the link to.
         path: of the block in the network, for messages.
-        slots: where the block ends its residual branches; none if it only hands the state on.
-        parameters: names of what the block's forward takes.
-        stream: number of the parameter that is the residual stream; ``None`` if that is not known.
-        unit: under which name the unit is registered in the first block of the chain.
+        slots: where the block ends its residual branches; empty if it only passes the state on.
+        parameters: names of the parameters of the block's forward.
+        stream: index of the parameter that is the residual stream; ``None`` if unknown.
+        unit: name under which the unit is registered in the first block of the chain.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class Link:
         chain.links.append(self)
 
     def follows(self, other: "Link") -> bool:
-        """Tell whether another link comes earlier in the chain."""
+        """Return whether another link comes earlier in the chain."""
         before = self.before
         while before is not None and before is not other:
             before = before.before
         return before is not None
 
     def stream_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
-        """Return the tensors of the stream, or those that could be it, and whether it is certain that they are."""
+        """Return the tensors of the stream, or those that could be it, and whether that is certain."""
         if self.stream is not None and self.parameters:
             name = self.parameters[self.stream]
             return tensors_in(args[self.stream] if self.stream < len(args) else kwargs.get(name)), True
@@ -106,7 +106,7 @@ class Link:
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of what a module's forward takes by position."""
+    """Return the names of the positional parameters of a module's forward."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
 

@@ -1,4 +1,4 @@
-"""Choices of blocks."""
+"""Which blocks get attention."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ EAN_MASKS = {
 
 
 def plugged(plug: str | Sequence[bool | int] | None, counts: Sequence[int]) -> list[bool]:
-    """Return one truth value per block.
+    """Return one boolean per block.
 
     Args:
         plug: a mask, as for :func:`attach`; ``None`` for every block.
@@ -24,7 +24,7 @@ def plugged(plug: str | Sequence[bool | int] | None, counts: Sequence[int]) -> l
     if plug is None:
         return [True] * blocks
     if isinstance(plug, bool) or not isinstance(plug, Sequence):
-        raise ValueError(f"plug takes one truth value per block, or a string such as '110|0011', got {plug!r}.")
+        raise ValueError(f"plug takes one boolean per block, or a string such as '110|0011', got {plug!r}.")
     if isinstance(plug, str):
         plug = EAN_MASKS.get(plug, plug).replace(" ", "").replace(",", "")
         found = [len(part) for part in plug.split("|")]

@@ -1,4 +1,4 @@
-"""Sites that a user names, in networks that are not run."""
+"""Sites named by the user, in networks that are not run."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from dia_lightning.attention._sites import Site, numbered_around, possible_sites
 
 
 def sites_by_rules(model: nn.Module) -> list[list[Site]]:
-    """Return the sites of blocks that have a rule, stage by stage: blocks in one container with one width."""
+    """Return the sites of blocks with a rule, stage by stage: blocks of one width in one container."""
     stages: list[list[Site]] = []
     open_stage, inside = None, ""
     for path, module in model.named_modules():
@@ -31,11 +31,11 @@ def sites_by_rules(model: nn.Module) -> list[list[Site]]:
 
 
 def named_paths(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Module], bool]) -> list[str]:
-    """Return the paths of the layers that a user names, in the order in which they are registered.
+    """Return the paths of the layers the user named, in the order in which they are registered.
 
     Args:
         model: the network.
-        sites: patterns of module paths such as ``"encoder.*.conv2"``, or a function of path and module that chooses.
+        sites: patterns of module paths such as ``"encoder.*.conv2"``, or a predicate of path and module.
 
     Raises:
         ValueError: if a pattern matches nothing, or a layer is never called.
@@ -60,10 +60,10 @@ def named_paths(model: nn.Module, sites: Sequence[str] | Callable[[str, nn.Modul
 
 
 def site_from_layer(model: nn.Module, path: str, block: str) -> Site:
-    """Return the site at a layer, whose width and axes its attributes tell.
+    """Return the site at a layer, with width and axes from the layer's attributes.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if it lacks these.
     """
     layer, module = model.get_submodule(path), model.get_submodule(block)
     channels_last = _has_channels_last(layer)
@@ -72,7 +72,7 @@ def site_from_layer(model: nn.Module, path: str, block: str) -> Site:
 
 
 def block_around(model: nn.Module, path: str, others: Sequence[str]) -> str:
-    """Return the path of the module around a layer that is repeated, else the nearest one that is no container."""
+    """Return the path of the repeated module around a layer, or else of the nearest one that is not a container."""
     numbered = numbered_around(path, others)
     block = container(path) if numbered is None else numbered
     never_called = (
@@ -89,7 +89,7 @@ def container(path: str) -> str:
 
 
 def stream_of(block: nn.Module) -> str | None:
-    """Return the name of the argument of a block that is the shortcut; ``None`` if nothing tells."""
+    """Return the name of the block's argument that is the shortcut; ``None`` if unknown."""
     parameters, taken = parameters_of(block), inspect.signature(block.forward).parameters
     if len(parameters) == len(taken) == 1:
         return parameters[0]
@@ -101,7 +101,7 @@ def stream_of(block: nn.Module) -> str | None:
 
 
 def _has_channels_last(module: nn.Module) -> bool:
-    """Tell where the channels of a layer lie: linear layers, layer norms and attention have them last."""
+    """Return whether a layer has its channels last, as linear layers, layer norms and attention do."""
     if "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first":
         return False  # layer norms of convolutional networks
     return any(hasattr(module, name) for name in ("out_features", "normalized_shape", "embed_dim"))
@@ -111,7 +111,7 @@ def _batch_axis(block: nn.Module, layer: nn.Module, path: str) -> int:
     """Return the axis of the samples where channels are last.
 
     Raises:
-        ValueError: if the block has layers that take tokens first, and may or may not transpose for them.
+        ValueError: if the block has layers that take tokens first, for which it may or may not transpose.
     """
     torchs = isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
     first = getattr(block.self_attn if torchs else layer, "batch_first", None)
@@ -120,13 +120,13 @@ def _batch_axis(block: nn.Module, layer: nn.Module, path: str) -> int:
     for name, module in block.named_modules():
         if getattr(module, "batch_first", None) is False:
             raise ValueError(
-                f"sites: whether samples or tokens come first at {path} is not known, because {name!r} takes tokens "
-                "first. Give an `example`, build that with batch_first=True, or name it as the site."
+                f"sites: it is unknown whether samples or tokens come first at {path}, because {name!r} takes tokens "
+                "first. Give an `example`, build that module with batch_first=True, or name it as the site."
             )
     return 0
 
 
 def axes_of_class(layer: nn.Module) -> int | None:
-    """Return how many axes the features of a layer have, if its class tells."""
+    """Return how many axes the features of a layer have, if its class determines that."""
     kind = next((base.__name__ for base in type(layer).__mro__ if base.__module__.startswith("torch.nn")), "")
     return int(kind[-2]) + 2 if kind[-2:] in ("1d", "2d", "3d") and kind != "BatchNorm1d" else None

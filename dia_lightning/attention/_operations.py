@@ -1,4 +1,4 @@
-"""Names of torch's operations, by what they do to what they are given."""
+"""Names of torch's operations, by what they do to their inputs."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -17,30 +17,30 @@ PRODUCTS = _names("matmul __matmul__ __rmatmul__ bmm baddbmm einsum")
 ATTENTION = _names("scaled_dot_product_attention multi_head_attention_forward _native_multi_head_attention")
 #: Normalisations that depend on what they normalise, by the start of their names.
 DATA_NORMS = ("layer_norm", "group_norm", "instance_norm", "rms_norm")
-#: What makes more positions, by the start of their names.
+#: Operations that increase the number of positions, by the start of their names.
 UPSAMPLING = ("interpolate", "upsample", "conv_transpose", "pixel_shuffle", "grid_sample")
-#: What only moves entries.
+#: Operations that only move entries.
 LAYOUT = _names(
     "view reshape permute transpose transpose_ swapaxes swapdims movedim moveaxis flatten unflatten squeeze unsqueeze "
     "contiguous clone to float half bfloat16 type_as type roll __get__ as_subclass detach view_as reshape_as expand "
     "expand_as"
 )
-#: What changes the order of the axes; ``.T`` and ``.mT`` are read by ``__get__``.
+#: Operations that reorder axes; ``.T`` and ``.mT`` are read by ``__get__``.
 MOVING = _names("permute movedim moveaxis transpose transpose_ swapaxes swapdims __get__")
-#: What changes the sizes of axes only.
+#: Operations that only change the sizes of axes.
 RESIZING = _names("cat concat chunk split narrow pad interpolate repeat_interleave flip")
 DROPOUT = _names("dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout")
 MULTIPLIES = _names("mul mul_ __mul__ __rmul__ __imul__ multiply")
 SCALE = MULTIPLIES | _names("div div_ __truediv__ true_divide")
 SUMS = _names("add add_ __add__ __iadd__ __radd__")
 DIFFERENCES = _names("sub sub_ __sub__ __isub__")
-#: Activations before which a map that is not negative has the same effect as behind them.
+#: Activations that commute with a non-negative map.
 ACTIVATIONS = _names("relu relu_ leaky_relu leaky_relu_ prelu")
-#: What takes a part.
+#: Operations that take a part.
 NARROWING = _names("__getitem__ chunk split split_with_sizes narrow unbind select tensor_split")
-#: What puts parts together, or writes into one; ``write`` stands for what was written through a view.
+#: Operations that join parts or write into one; ``write`` stands for a write through a view.
 JOINING = _names("cat concat write __setitem__")
-#: Further operations that a shortcut may have: linear ones, and maxima over positions.
+#: Other operations that a shortcut may contain: linear ones, and maxima over positions.
 LINEAR = (
     JOINING
     | DIFFERENCES
@@ -50,14 +50,14 @@ LINEAR = (
         "pixel_unshuffle copy_ norm index_select gather _adaptive_max_pool2d neg lerp max amax"
     )
 )
-#: What does not depend on what it is given but for its shape.
+#: Operations that depend only on the shape of their input.
 CONSTANTS = _names(
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
     "new_tensor"
 )
-#: Attention that is told to be causal, and at which position.
+#: Attention with an argument for causality, and the position of that argument.
 CAUSAL = {"scaled_dot_product_attention": 5, "multi_head_attention_forward": 24}
-#: Those of them whose result has its channels second, by the start of their names.
+#: Operations whose result has its channels second, by the start of their names.
 CHANNELS_SECOND = ("conv", "batch_norm", "group_norm", "instance_norm")
-#: Those whose result has its channels last.
+#: Operations whose result has its channels last.
 CHANNELS_LAST = _names("linear addmm layer_norm rms_norm multi_head_attention_forward _native_multi_head_attention")

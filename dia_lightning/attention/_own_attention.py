@@ -1,7 +1,7 @@
-"""Attention modules that a network has of its own, such as the squeeze-and-excitation of EfficientNets.
+"""A network's own attention modules, such as the squeeze-and-excitation of EfficientNets.
 
-A module is one if it multiplies what it is given by values that it computes of that with weights, and that are fewer:
-one per channel, or one per position. timm's and torchvision's classes are found by this, and anybody's.
+A module is one if it multiplies its input by fewer values that it computes from that input with weights: one per
+channel, or one per position. This finds the classes of timm and torchvision as well as custom ones.
 """
 
 import copy
@@ -22,7 +22,7 @@ from dia_lightning.attention._sites import LeftOut, Site
 
 
 def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
-    """Return the attention modules of a network in the order in which they run, and those whose axes are not known.
+    """Return the attention modules of a network in the order in which they run, and those whose axes are unknown.
 
     Args:
         once: a forward of the network.
@@ -49,16 +49,16 @@ def own_attention(once: Run, twice: Run) -> tuple[list[Site], list[LeftOut]]:
 
 
 def _axes(call: Call, block: Call, features: Value, more: Value, run: Run) -> tuple[int, int] | str:
-    """Return the axes of channels and samples of what an attention module is given, or why it is left out."""
+    """Return the channel and sample axes of an attention module's input, or why it is left out."""
     if not call.is_simple:
-        return "takes or puts out more than features"
+        return "takes or returns more than features"
     if not (run.is_only_in(call.path, block.path) and call.path.startswith(f"{block.path}.".lstrip("."))):
         return "is used by several blocks"
     return axes_of(features, more, run.samples)
 
 
 def _outermost(run: Run) -> Iterator[Call]:
-    """Yield the first call of each attention module that is not a part of another one."""
+    """Yield the first call of each attention module that is not part of another one."""
     found: dict[str, Call] = {}
     for call in reversed(run.calls):  # those around others end after them
         if _multiplied(call) is not None and not any(call.path.startswith(f"{path}.") for path in found):
@@ -75,9 +75,9 @@ def _block_around(call: Call) -> Call:
 
 
 def _multiplied(call: Call) -> Value | None:
-    """Return what a module is given and multiplies by fewer values that it computes of that; ``None`` if it does not.
+    """Return the input that a module multiplies by fewer values computed from it; ``None`` if it does not.
 
-    Several such steps, as of CBAM, are one module.
+    Several such steps, as in CBAM, are one module.
     """
     given, value, gates = call.inputs(), call.returned, 0
     while value is not None and value not in given:
@@ -106,11 +106,11 @@ def _is_gate(gate: Value, features: Value, given: set[Value]) -> bool:
 
 
 class SharedModule(nn.Module):
-    """A unit that is one of a network's own attention modules, called as it was.
+    """A unit made from a network's own attention modules, called as they were.
 
     Args:
-        modules: those that it takes the place of, of one class and with weights of the same shapes.
-        start: ``"mean"`` of their weights, or those of the ``"first"``.
+        modules: the modules it replaces, of one class and with weights of the same shapes.
+        start: the ``"mean"`` of their weights, or those of the ``"first"``.
     """
 
     def __init__(self, modules: list[nn.Module], start: Literal["mean", "first"]) -> None:
@@ -141,7 +141,7 @@ class WatchedModule(Role):
 def watched(
     module: Callable[..., Any], *args: Any, watcher: Callable[[Tensor, Any], None] | None, **kwargs: Any
 ) -> Any:
-    """Call an attention module of a network, and show its map to a watcher, if there is one."""
+    """Call an attention module of a network, and pass its map to the watcher, if any."""
     if watcher is None:
         return module(*args, **kwargs)
     with _Multiplications() as seen:
@@ -150,18 +150,18 @@ def watched(
     if not factors:
         raise RuntimeError(
             "The maps of this network's own attention cannot be watched: in this forward a module does not multiply "
-            "what it is given, as it did when the network was looked at."
+            "its input, as it did when the network was traced."
         )
     watcher(functools.reduce(torch.mul, factors), None)
     return output
 
 
 class _Multiplications(TorchFunctionMode):
-    """Notes what was multiplied by what, and what was only moved."""
+    """Notes what was multiplied by what and what was only moved."""
 
     def __init__(self) -> None:
         super().__init__()
-        # id of a result -> the result, which is kept, and what it was made of; several of one written in place
+        # id of a result -> the result, to keep it alive, and its operands; several if it was written in place
         self.made: dict[int, list[tuple[Tensor, list[Tensor]]]] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -174,9 +174,9 @@ class _Multiplications(TorchFunctionMode):
         return output
 
     def factors(self, output: Tensor, given: list[Tensor]) -> list[Tensor] | None:
-        """Return what one of some tensors was multiplied by to make an output; ``None`` if that is not how it was made.
+        """Return what one of the given tensors was multiplied by to make an output; ``None`` if it was made otherwise.
 
-        What is noted of the output is used up.
+        This consumes the notes on the output.
         """
         steps = self.made.get(id(output))
         if not steps:

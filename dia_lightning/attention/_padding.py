@@ -1,4 +1,4 @@
-"""Which tokens of a batch are real, where a block is told so by a mask."""
+"""Which tokens of a batch are real, according to a block's masks."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dia_lightning.attention._frame import Frame
 
-#: Parameters that mark real tokens, by whether a mask [B, N] may be given (else it is a pattern [N, N]).
+#: Parameters that mark real tokens, with whether they may be a mask [B, N] (else it is a pattern [N, N]).
 _REAL = {"attention_mask": True, "attn_mask": False, "src_mask": False}
 #: Parameters that mark padding.
 _PADDING = (
@@ -22,7 +22,7 @@ _PADDING = (
 
 
 def real_tokens(frame: Frame, batch: int, tokens: int) -> Tensor | None:
-    """Return [B, N], true for the tokens that are no padding; ``None`` if the block is given no mask of samples.
+    """Return [B, N], true for tokens that are not padding; ``None`` if the block gets no per-sample mask.
 
     Args:
         frame: of the block.
@@ -30,18 +30,18 @@ def real_tokens(frame: Frame, batch: int, tokens: int) -> Tensor | None:
         tokens: number of tokens N.
 
     Raises:
-        RuntimeError: if a mask of samples has a name that does not tell what it marks, or the block is causal.
+        RuntimeError: if the name of a per-sample mask does not show what it marks, or the block is causal.
     """
     args, kwargs = frame.arguments
     given: dict[str, Any] = {**dict(zip(frame.link.parameters, args, strict=False)), **kwargs}
     if given.get("is_causal") is True:
         raise RuntimeError(
             f"{type(frame.block).__name__} attends to earlier tokens only (is_causal=True), but the map of a unit "
-            "depends on all of them. Attention of this kind does not fit causal networks."
+            "depends on all of them. This attention does not suit causal networks."
         )
     for name, mask in given.items():
         if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.shape[-1] != tokens or len(mask) % batch:
-            continue  # none, or a pattern of attention that all samples have
+            continue  # no mask, or an attention pattern common to all samples
         of_samples = tuple(mask.shape) in ((batch, tokens), (batch, 1, 1, tokens)) and batch > 1
         if name in _PADDING or _REAL.get(name) or (name in _REAL and mask.ndim > 2):
             return _real(mask, batch, name in _PADDING)
@@ -55,7 +55,7 @@ def real_tokens(frame: Frame, batch: int, tokens: int) -> Tensor | None:
 
 
 def mean_of_real(unit: nn.Module, features: Tensor, valid: Tensor) -> Tensor | None:
-    """Return the mean [B, C] over the real tokens; ``None`` if the unit does not take it and all are real.
+    """Return the mean [B, C] over the real tokens; ``None`` if the unit does not take a mean and all are real.
 
     Args:
         unit: of the chain.
@@ -63,14 +63,14 @@ def mean_of_real(unit: nn.Module, features: Tensor, valid: Tensor) -> Tensor | N
         valid: [B, N], true for the real tokens.
 
     Raises:
-        RuntimeError: if the unit does not take it, and there are others.
+        RuntimeError: if the unit does not take a mean and some are padding.
     """
     if not getattr(unit, "takes_mean", False):
         if not torch.compiler.is_compiling() and valid.all():
             return None
         raise RuntimeError(
-            f"{type(unit).__name__} would count padded tokens, so that a sample depended on the longest one of its "
-            "batch. Use a unit that needs the mean only (dia-lstm, dsu, se, eca), or batches without padding."
+            f"{type(unit).__name__} would count padded tokens, so a sample would depend on the longest one in its "
+            "batch. Use a unit that needs only the mean (dia-lstm, dsu, se, eca), or batches without padding."
         )
     real = features[..., 0].masked_fill(~valid[:, None], 0)  # [B, C, N], whatever stands in the padding
     total = real.sum(2, dtype=torch.promote_types(features.dtype, torch.float32))

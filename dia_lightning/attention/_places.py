@@ -1,4 +1,4 @@
-"""Which layers of a network attention is attached to."""
+"""Which layers of a network get attention."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ Existing: TypeAlias = Literal["keep", "replace", "share"]
 class Place:
     """Sites of a block that are plugged together.
 
-    They are all sites of the block or, of a module whose forward runs several layers by itself, those of one layer.
+    These are all sites of the block or, in a module whose forward runs several layers itself, those of one layer.
     """
 
     block: nn.Module
@@ -59,12 +59,12 @@ class Place:
 
     @property
     def size(self) -> str:
-        """Width and, if they are known, positions, for messages."""
+        """Width and, if known, positions, for messages."""
         positions = "x".join(map(str, self.sites[0].resolution))
         return f"{self.channels} channels{f', {positions} positions' if positions else ''}"
 
     def inside(self, site: Site) -> str:
-        """Return the path of a site from the block."""
+        """Return the path of a site relative to the block."""
         return site.path.removeprefix(f"{self.path}.") if self.path else site.path
 
     @property
@@ -87,17 +87,17 @@ def places(
     """Return the places that attention is attached to, stage by stage.
 
     Raises:
-        ValueError: if there are none, or an argument does not fit.
+        ValueError: if there are none, or an argument is invalid.
     """
     if existing == "replace":
         if branches is not None or sites is not None:
             raise ValueError(
-                "existing='replace' puts units where the network has its own: leave branches and sites out."
+                "existing='replace' puts units where the network has its own attention: omit branches and sites."
             )
         return _places(model, own_stages(model, example), with_rules=False)
     if sites is not None:
         if branches is not None:
-            raise ValueError("branches and sites exclude each other: sites name the ends of branches themselves.")
+            raise ValueError("branches and sites exclude each other: sites already name the ends of branches.")
         return _places(model, _named(model, sites, example), with_rules=False)
     check_branches(branches)
     found = Stages(sites_by_rules(model)) if example is None else Stages()
@@ -132,10 +132,10 @@ def _named(model: nn.Module, sites: Sites, example: Any) -> list[list[Site]]:
     paths = [named_paths(model, group) for group in groups]
     twice = [path for number, group in enumerate(paths) for path in group for other in paths[:number] if path in other]
     if twice:
-        raise ValueError(f"sites: {twice[0]!r} is in two groups. A layer takes part in one.")
+        raise ValueError(f"sites: {twice[0]!r} is in two groups. Put it in one.")
     nested = [(one, two) for group in paths for one in group for two in group if two.startswith(f"{one}.")]
     if nested:
-        raise ValueError(f"sites: {nested[0][1]!r} is inside of {nested[0][0]!r}. Name one of them.")
+        raise ValueError(f"sites: {nested[0][1]!r} is inside {nested[0][0]!r}. Name one of them.")
     blocks = {path: block_around(model, path, group) for group in paths for path in group}
     runs = known_runs(model, example)
     if runs is None:
@@ -153,11 +153,11 @@ def _named(model: nn.Module, sites: Sites, example: Any) -> list[list[Site]]:
 
 
 def _groups(sites: Any) -> tuple[list[Any], bool]:
-    """Return the patterns of each group that shares a unit and true; or one list of all, and false."""
+    """Return the patterns of each group that shares a unit, and true; or one list of all, and false."""
     if isinstance(sites, str) or (callable(sites) and not isinstance(sites, type)):
         return [[sites] if isinstance(sites, str) else sites], False
     if not sites:
-        raise ValueError("sites names no module. Give patterns such as ['encoder.*.conv2'], or leave it out.")
+        raise ValueError("sites names no module. Give patterns such as ['encoder.*.conv2'], or omit it.")
     if all(isinstance(pattern, str) for pattern in sites):
         return [list(sites)], False
     groups = [[group] if isinstance(group, str) else group for group in sites]
@@ -190,7 +190,7 @@ def _nothing(model: nn.Module, found: Stages, branches: Sequence[Branch] | None)
 
 
 def own_modules(model: nn.Module, example: Any) -> list[list[Place]]:
-    """Return the places of attention modules that a network has of its own and that can be one, stage by stage.
+    """Return the places of the network's own attention modules that can share one, stage by stage.
 
     Those of a stage are of one class, with weights of the same shapes.
     """
@@ -207,7 +207,7 @@ def own_modules(model: nn.Module, example: Any) -> list[list[Place]]:
     stages = [stage for stage in own_stages(model, example, kind) if len(stage) > 1]
     if not stages:
         raise ValueError(
-            f"existing='share': no two attention modules of {type(model).__name__} that follow one another have "
+            f"existing='share': no two consecutive attention modules of {type(model).__name__} have "
             "weights of the same shapes."
         )
     return _places(model, stages, with_rules=False)

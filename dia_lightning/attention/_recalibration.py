@@ -1,16 +1,17 @@
 """Squeeze and recalibration of a branch, in as few passes over its features as autograd allows.
 
-For a unit to which positions count by their mean only, the plain formulation is ``y * unit(y.mean())``. Its backward
-pass makes five tensors of the size of ``y``, and ``y`` is kept for it. Two autograd functions, between which the unit
-runs, make one: :class:`_Recalibrate` gives the gradient of the map, and :class:`_Squeeze` that of ``y``, once that of
-the mean is known. What it needs for this comes as the "gradient" of placeholders, so that autograd keeps the order, in
-whichever way the graph is run.
+For a unit that only uses the mean over positions, the plain formulation is ``y * unit(y.mean())``. Its backward pass
+makes five tensors of the size of ``y``, which is saved for it. Two autograd functions, with the unit running between
+them, make one: :class:`_Recalibrate` computes the gradient of the map, and :class:`_Squeeze` that of ``y``, once that
+of the mean is known. The inputs for this arrive as the "gradient" of placeholders, so autograd keeps the order however
+the graph is run.
 
-Where ``y`` is put out by a batch norm, which keeps its own input anyway, ``y`` is multiplied in place and not kept: the
-gradient of the map is computed from that input. Hooks on saved tensors that copy, as for offloading, see it twice.
+Where a batch norm, which saves its own input anyway, outputs ``y``, ``y`` is multiplied in place and not saved: the
+gradient of the map is computed from that input. Saved-tensor hooks that copy, as for offloading, see it twice.
 
-Outputs are those of the plain formulation bit for bit. It stays where compilers fuse it, where others follow what runs
-(``torch.func``, forward-mode differentiation), and for small features, where calls cost more than passes.
+Outputs match the plain formulation bit for bit. That one still runs where compilers fuse it, where something else
+observes what runs (``torch.func``, forward-mode differentiation), and for small features, where calls cost more than
+passes.
 """
 
 import math
@@ -23,8 +24,8 @@ from dia_lightning.attention._batch_norm import TENSORS, NormCall, can_run, mome
 from dia_lightning.attention._eager import is_eager, is_recorded
 from dia_lightning.attention._unit import beside, mean_over_positions
 
-#: From how many entries of the features on the functions are faster than the plain formulation: on a CPU, and on any
-#: other device, where a launch takes as long as a pass over millions of entries. Measured, see docs/performance.md.
+#: Number of feature entries from which the functions are faster than the plain formulation: on a CPU, and on any other
+#: device, where a launch takes as long as a pass over millions of entries. Measured, see docs/performance.md.
 SMALL_ON_CPU, SMALL = 2**18, 2**24
 
 
@@ -36,7 +37,7 @@ class Squeezed(NamedTuple):
         mean: over positions ``[B, C]``.
         of_output: placeholder for the gradient of the product, of its shape.
         of_map: placeholder for the map ``[B, C]``.
-        norm: the batch norm that put out the features, if it was one.
+        norm: the batch norm that returned the features, if any.
     """
 
     features: Tensor
@@ -55,11 +56,11 @@ def squeezed(features: Tensor) -> Squeezed | None:
 
 
 def normalized(site: nn.Module, x: Any) -> Squeezed | None:
-    """Return what a batch norm makes of ``x``, and its mean; ``None`` for any other layer, which has not run then.
+    """Return a batch norm's output for ``x``, and its mean; ``None``, without running it, for any other layer.
 
     Args:
-        site: the layer, which is unseen.
-        x: what it is given.
+        site: the layer, which is unobserved.
+        x: its input.
     """
     if not can_run(site, x) or _is_small(x):
         return None
@@ -73,7 +74,7 @@ def _is_small(features: Tensor) -> bool:
 
 
 def recalibrated(squeezed: Squeezed, attention_map: Tensor) -> Tensor:
-    """Return features ``[B, C, ...]`` multiplied by a map that broadcasts against them; a norm's output is changed."""
+    """Return features ``[B, C, ...]`` times a map that broadcasts against them; changes a norm's output in place."""
     features, mean, of_output, of_map, norm = squeezed
     if attention_map.shape != beside(mean, features).shape or attention_map.dtype != features.dtype:
         return features * attention_map
@@ -139,7 +140,7 @@ def _of_map(gradient: Tensor, features: Tensor) -> Tensor:
 
 
 def _of_map_after_norm(gradient: Tensor, norm: NormCall) -> Tensor:
-    """Return the sum over positions ``[B, C]`` of the product of a gradient and what a norm put out."""
+    """Return the sum over positions ``[B, C]`` of the product of a gradient and a norm's output."""
     if not _are_rows(gradient, norm.x):
         return (gradient * norm.output()).flatten(2).sum(2)
     samples = len(norm.x)
@@ -148,6 +149,6 @@ def _of_map_after_norm(gradient: Tensor, norm: NormCall) -> Tensor:
 
 
 def _are_rows(gradient: Tensor, features: Tensor) -> bool:
-    """Tell whether the fast kernel takes two tensors: it needs them in order, and cannot be differentiated."""
+    """Return whether the fast kernel takes two tensors: they must be contiguous, and it is not differentiable."""
     in_order = gradient.is_contiguous() and features.is_contiguous()
     return in_order and not torch.is_grad_enabled() and is_eager() and features.device.type in ("cpu", "cuda")

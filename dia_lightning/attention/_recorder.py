@@ -1,4 +1,4 @@
-"""Record which operation makes which tensor, inside of which module."""
+"""Record which operation makes which tensor, inside which module."""
 
 import weakref
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _ADDITIONS = SUMS | DIFFERENCES
 
 
 class Recorder(TorchFunctionMode):
-    """Notes the value on each tensor. Calls are seen by hooks, which a copy may be given."""
+    """Notes the value on each tensor. It sees calls through hooks, so it needs a copy."""
 
     def __init__(self, model: nn.Module, run: Run, original: set[int]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if types or not (args and isinstance(args[0], Tensor)):
             return self.note_call(function, name, args, kwargs)
-        with torch._C.DisableTorchFunction():  # else whatever it asks of a tensor goes through the default device, too
+        with torch._C.DisableTorchFunction():  # else all its tensor queries also go through the default device
             return self.note_call(function, name, args, kwargs)
 
     def note_call(self, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,9 +118,9 @@ class Recorder(TorchFunctionMode):
         return output
 
     def value_of(self, tensor: Tensor) -> Value:
-        """Return the value that is noted on a tensor; a new one without parents if there is none."""
+        """Return the value noted on a tensor; a new one without parents if there is none."""
         if id(tensor) in self.original:
-            raise RuntimeError("the forward runs the network itself, and not its copy, as where a method was replaced")
+            raise RuntimeError("the forward runs the network itself instead of its copy, as when a method was replaced")
         noted: tuple[Recorder, Value, int] | None = getattr(tensor, "_dia_value", None)
         if noted is None or noted[0] is not self:
             return self.note(tensor, "tril" if getattr(tensor, "_dia_is_triangular", False) else "", (), None)
@@ -142,14 +142,14 @@ class Recorder(TorchFunctionMode):
 
 
 def _lstm_on_meta(sequence: Tensor, states: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
-    """Return what an LSTM does without its steps, which take seconds on meta tensors."""
+    """Return the output of an LSTM without running its steps, which take seconds on meta tensors."""
     *_, is_bidirectional, _ = options
     width = states[0].shape[-1] * (1 + is_bidirectional)
     return sequence.new_empty(*sequence.shape[:-1], width), *map(torch.empty_like, states)
 
 
 def _is_norm_that_fits(name: str, args: tuple[Any, ...]) -> bool:
-    """Tell whether the call normalises features that have the width of the norm; others are left to torch's errors."""
+    """Return whether the call normalises features of the norm's width; torch raises its own errors for others."""
     if name == "layer_norm":
         return len(args) > 1 and tuple(args[0].shape[-len(args[1]) :]) == tuple(args[1])
     if name == "batch_norm":
@@ -158,7 +158,7 @@ def _is_norm_that_fits(name: str, args: tuple[Any, ...]) -> bool:
 
 
 def _norm_on_meta(features: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return what a norm does without its many small steps, which are half of the time of a run on meta tensors."""
+    """Return the output of a norm without its many small steps, which take half the time of a run on meta tensors."""
     return torch.empty_like(features)
 
 

@@ -1,4 +1,4 @@
-"""What the units with a memory have in common."""
+"""Base class of units with memory."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -30,16 +30,16 @@ class RecurrentUnit(AttentionUnit):
         self.hidden_expand = nn.Linear(hidden, gates * channels)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those that make the gates."""
+        """Return the parameters of the layers that produce the gates."""
         return chain(self.input_expand.parameters(), self.hidden_expand.parameters())
 
     def _gates(self, value: Tensor, hidden: Tensor, *, is_first: bool) -> tuple[Tensor, GatesOfChain | None]:
-        """Return the gates ``[B, gates * C]``, and what the next hidden state is to be handed on with.
+        """Return the gates ``[B, gates * C]``, and what :func:`hand_on` needs for the next hidden state.
 
         Args:
             value: mean of the features ``[B, C]``.
-            hidden: state of the block before ``[B, C]``.
-            is_first: whether there is no block before.
+            hidden: state from the previous block ``[B, C]``.
+            is_first: whether this is the first block.
         """
         layers = (self.input_reduce, self.input_expand, self.hidden_reduce, self.hidden_expand)
         of_chain = gates_of_chain(layers, None if is_first else hidden)
@@ -50,5 +50,5 @@ class RecurrentUnit(AttentionUnit):
 
 
 def next_cell(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    """Return the cell state of an LSTM that follows ``cell``, from gates before their activations."""
+    """Return the LSTM cell state that follows ``cell``, from gates before their activations."""
     return torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)

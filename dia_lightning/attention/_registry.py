@@ -1,4 +1,4 @@
-"""Names of the attention modules."""
+"""Attention modules by name."""
 
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def register_attention(name: str) -> Callable[[Builder], Builder]:
         name: what users write, for example ``"se"``.
 
     Returns:
-        A decorator that returns its argument unchanged. The builder takes ``channels`` first.
+        A decorator that returns its argument unchanged. The first argument of the builder is ``channels``.
 
     Raises:
         ValueError: if the name is taken.
@@ -56,7 +56,7 @@ def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict
     """Return a function ``(channels, spatial_dims=2) -> unit``; the second goes to units that take it.
 
     Args:
-        attention: a registered name, or a callable that takes ``channels`` first.
+        attention: a registered name, or a callable whose first argument is ``channels``.
         arguments: further keyword arguments of the unit.
 
     Raises:
@@ -68,7 +68,7 @@ def attention_builder(attention: str | Callable[..., nn.Module], arguments: dict
     """
     if isinstance(attention, nn.Module):
         raise ValueError(
-            f"Attention is given as a module ({type(attention).__name__}), but stages of different widths need more. "
+            f"Attention is a module instance ({type(attention).__name__}), but stages differ in width. "
             "Pass its class, or a function channels -> nn.Module."
         )
     if not (isinstance(attention, str) or callable(attention)):
@@ -90,9 +90,9 @@ def _named(name: str) -> Callable[..., nn.Module]:
     if "." in name:
         kind = name.rpartition(".")[2]
         raise ValueError(
-            f"Attention {name!r} is not registered, and a path builds nothing, because it may come from a checkpoint. "
+            f"Attention {name!r} is not registered, and paths are not imported, as they may come from a checkpoint. "
             f"Give the class itself, attention={kind}, or register it first: register_attention({name!r})({kind}); the "
-            "command line does so for what a config or an option names."
+            "command line does so for names in a config or an option."
         )
     names = list_attention()
     raise ValueError(

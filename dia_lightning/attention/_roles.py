@@ -1,8 +1,8 @@
-"""Give a module another class in place: the same object under the same name, and one more thing that it does.
+"""Change the class of a module in place: the same object under the same name, with added behaviour.
 
-A *role* is a mixin. ``add_role`` replaces the class of a module by a subclass of it that has the role too. Class types
-instead of wrappers, because whoever walks names, writes attributes or asks for types finds the layer that runs, and
-instead of forward hooks, because compilers do not guard on those.
+A *role* is a mixin. ``add_role`` replaces the class of a module with a subclass that also has the role. We use classes
+rather than wrappers, so that code that walks names, sets attributes or checks types finds the layer that runs, and
+rather than forward hooks, because compilers do not guard on those.
 """
 
 import copyreg
@@ -19,30 +19,30 @@ _made: dict[tuple[int, _Roles], type[nn.Module]] = {}
 
 
 class Role(nn.Module):
-    """Mixed into the class of a module, to which it adds something."""
+    """A mixin that adds behaviour to the class of a module."""
 
     #: The role of the highest rank comes first in the method resolution order.
     rank: ClassVar[int]
-    #: Whether the class equals the plain one, so that tables by ``type(module)``, as counters, quantizers and fusers
-    #: have, still find it. Not for roles that would be lost where such a table holds subclasses, as that of FSDP does.
+    #: Whether the class equals the plain one, so that tables keyed by ``type(module)``, as in counters, quantizers and
+    #: fusers, still find it. Not for roles that would be lost where such a table replaces the class, as in FSDP.
     equals_plain: ClassVar[bool] = False
     #: Further attributes of the class, by a base of the plain class.
     attributes: ClassVar[Mapping[type[nn.Module], Mapping[str, Any]]] = {}
-    #: Methods of the plain class, where it has them, and what decorates them.
+    #: Methods of the plain class, where it has them, and their decorators.
     decorated: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Keep a made class out of what the plain class does with its subclasses, such as registering them."""
+        """Keep a generated class away from hooks of the plain class for subclasses, such as registration."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         if "dia_recipe" not in vars(type(self)) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced  # a class that others derived from ours, or one that copies itself in its own way
+            return reduced  # a class derived from ours by others, or one with its own way of copying
         return _empty, _recipe(type(self)), *reduced[2:]
 
 
 class _EqualType(type):
-    """Makes a class equal the class that it was made of."""
+    """Makes a class equal to the class it was generated from."""
 
     def __eq__(cls, other: object) -> bool:
         return other is cls or (other is not None and other is vars(cls).get("dia_equals"))
@@ -60,14 +60,14 @@ def add_role(module: nn.Module, role: type[Role]) -> None:
 
 
 def remove_role(module: nn.Module, role: type[Role]) -> None:
-    """Take a role away from a module, in place."""
+    """Remove a role from a module, in place."""
     is_derived = "dia_recipe" not in vars(type(module))
     made = _changed(type(module), lambda roles: {*roles} - {role}, is_derived=is_derived)
     object.__setattr__(module, "__class__", made)
 
 
 def _changed(kind: type, change: Callable[[_Roles], set[type[Role]]], *, is_derived: bool) -> type[nn.Module]:
-    """Return a class with other roles; if others derived it, as parametrizations do, one derived in the same way."""
+    """Return a class with other roles; if others derived it, as parametrizations do, derive it the same way again."""
     if not is_derived:
         plain, roles = _recipe(kind)
         return _class_with(plain, tuple(change(roles)))

@@ -1,4 +1,4 @@
-"""Where a block finds what the block before has handed on."""
+"""How a block finds the handover of the block before."""
 
 import sys
 from collections import deque
@@ -17,10 +17,10 @@ MAX_OPERATIONS = 2000
 
 
 def received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handover:
-    """Find what the block before has handed on.
+    """Find the handover of the block before.
 
     Raises:
-        RuntimeError: if there is nothing, more than one thing, or it was made without autograd and gradients are due.
+        RuntimeError: if there is none or more than one, or it was made without autograd but gradients are needed.
     """
     stream, certain = link.stream_in(args, kwargs)
     found = [handover for handover in _noted(stream, link, certain) if link.follows(handover.link)]
@@ -31,7 +31,7 @@ def received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hando
             raise RuntimeError(_which_stream(len(stream)))
         found = left if len(left) == 1 and _may_be_made_of(stream, left[0]) else _made_of(stream, link.chain)
         if len(found) == 1 and torch.is_grad_enabled():
-            for tensor in stream:  # so that a recomputation of this block finds it
+            for tensor in stream:  # so that recomputing this block finds it
                 if torch.compiler.is_compiling() or tensor.grad_fn is not None:  # others may outlive the forward
                     _notes_on(tensor).give(link, found[0])
     if len(found) != 1 or not link.follows(found[0].link):
@@ -46,7 +46,7 @@ def received(link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hando
 
 
 def note(tensor: Tensor, handover: Handover) -> None:
-    """Note on a tensor that a block returns, and on the operation that made it, what the block hands on."""
+    """Note a block's handover on the tensor that it returns, and on the operation that made it."""
     _notes_on(tensor).leave(handover, _version(tensor))
     if not torch.compiler.is_compiling() and tensor.grad_fn is not None:
         tensor.grad_fn.metadata[handover.link.chain] = handover  # type: ignore[index]  # typed as a method
@@ -54,12 +54,12 @@ def note(tensor: Tensor, handover: Handover) -> None:
 
 
 class _Notes(Rider):
-    """What is noted on a tensor; it counts until that is written."""
+    """The notes on a tensor, valid until it is written."""
 
     def __init__(self) -> None:
-        # what the block that returned the tensor has left, one per chain, and the version of the tensor
+        # left by the block that returned the tensor, one per chain, with the version of the tensor
         self.left: list[tuple[Handover, int]] = []
-        # what a block that was given the tensor received; None once two forwards gave it with different ones
+        # received by a block that took the tensor; None once two forwards passed it with different ones
         self.given: list[tuple[Link, Handover | None]] = []
 
     def leave(self, handover: Handover, version: int) -> None:
@@ -82,7 +82,7 @@ class _Notes(Rider):
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place, as far as it tells."""
+    """Return how often a tensor was written in place, as far as is known."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
@@ -95,7 +95,7 @@ def _notes_on(tensor: Tensor) -> _Notes:
 
 
 def _noted(stream: list[Tensor], link: Link, certain: bool) -> list[Handover]:
-    """Return the different handovers that are noted on the stream; only sure ones if it is not certain."""
+    """Return the distinct handovers noted on the stream; only sure ones if the stream is uncertain."""
     noted = [(tensor, getattr(tensor, "_dia_notes", None)) for tensor in stream]
     return _different(
         notes.find(link, certain, _version(tensor)) for tensor, notes in noted if isinstance(notes, _Notes)
@@ -112,33 +112,33 @@ def _different(handovers: Iterable[Handover | None]) -> list[Handover]:
 
 
 def _may_be_made_of(stream: list[Tensor], handover: Handover) -> bool:
-    """Tell whether a stream can have been made of what a block returned, as far as autograd knows."""
+    """Return whether a stream may derive from what a block returned, as far as autograd knows."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and handover.in_graph):
         return True
     return any(other is handover for other in _noted_on_operations(stream, handover.link.chain))
 
 
 def _passed_reentrant_checkpoint(stream: list[Tensor]) -> bool:
-    """Tell whether what made a stream is hidden from autograd by a reentrant checkpoint."""
+    """Return whether a reentrant checkpoint hides from autograd what made a stream."""
     if torch.compiler.is_compiling():
         return False
     return any("CheckpointFunction" in type(node).__name__ for node in _operations(stream, lambda node: False))
 
 
 def _made_of(stream: list[Tensor], chain: Chain) -> list[Handover]:
-    """Return the different handovers of a chain among the operations that made a stream; none if they are too many."""
+    """Return the distinct handovers of a chain among the operations that made a stream; none if there are too many."""
     noted = [] if torch.compiler.is_compiling() else list(_noted_on_operations(stream, chain))
     return _different(noted) if len(noted) < MAX_OPERATIONS else []
 
 
 def _noted_on_operations(stream: list[Tensor], chain: Chain) -> Iterator[Handover | None]:
-    """Yield what is noted on each operation that made a stream, nearest first, and on none before a noted one."""
+    """Yield what is noted on the operations that made a stream, nearest first, going no further than a noted one."""
     for node in _operations(stream, lambda node: node.metadata.get(chain) is not None):
         yield node.metadata.get(chain)
 
 
 def _operations(stream: list[Tensor], is_end: Callable[[Any], bool]) -> Iterator[Any]:
-    """Yield the operations that made a stream, nearest first, up to some at which to end."""
+    """Yield the operations that made a stream, nearest first, going no further than those where ``is_end`` is true."""
     nodes: deque[Any] = deque(tensor.grad_fn for tensor in stream)
     seen: set[Any] = {None}
     while nodes and len(seen) <= MAX_OPERATIONS:
@@ -160,14 +160,14 @@ def _no_state(link: Link) -> str:
             f"{block} was called without the state of the blocks before it ({link.path!r}). Run the blocks of a stage "
             f"in order, each on what the one before returned; with other code in between{without}, inside the forward "
             f"of the module that holds them. The first block of a stage ({link.chain.links[0].path!r}) holds the "
-            "attention and cannot be skipped or replaced: leave it out of layer drop, or give every block its own with "
-            "share='block'."
+            "attention and cannot be skipped or replaced: exclude it from layer drop, or give every block its own unit "
+            "with share='block'."
         )
     frame, reentrant = sys._getframe(), False
     while frame is not None:
         reentrant |= frame.f_code is CheckpointFunction.backward.__code__
         frame = frame.f_back  # type: ignore[assignment]
-    cause = "its input is a copy of that of the forward. Let nothing copy the inputs of checkpointed blocks"
+    cause = "its input is a copy of the one in the forward. Do not copy the inputs of checkpointed blocks"
     if reentrant:
         cause = "reentrant activation checkpointing gives it a copy of its input. Pass use_reentrant=False"
     return (
@@ -177,7 +177,7 @@ def _no_state(link: Link) -> str:
 
 def _which_stream(count: int) -> str:
     return (
-        f"A block of a stage with shared attention was given {count} tensors of features, and it is not known which of "
+        f"A block of a stage with shared attention received {count} tensors of features, and it is not known which of "
         "them carries the state of the blocks before it. Run the blocks of one stream inside the forward of the module "
         "that holds them, each once per forward."
     )

@@ -1,4 +1,4 @@
-"""What running a network cannot tell of its blocks: the authors' own sites, norms and starts.
+"""What a run cannot reveal about the blocks of a network: the authors' own sites, norms and initialization.
 
 The sites of the four CIFAR families are those of the DIANet authors; ResNets for larger images follow from them.
 """
@@ -10,11 +10,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class BlockRule:
-    """Where the only residual branch of a block class ends, which takes the shortcut as its first argument.
+    """Where the only residual branch of a block class ends. The block's first argument is the shortcut.
 
     Args:
-        site: path of the layer, from the block.
-        width: path of a layer that tells the number of channels; by default the site.
+        site: path of the layer, relative to the block.
+        width: path of a layer whose number of channels to use; by default the site.
         branch_norm: whether the branch ends without a norm, so that attaching adds one. DIANet's authors do this in
             their pre-activation networks (``bn_additional``).
         zero_bias: whether linear layers of the unit start with a zero bias, as they do in the authors' network.
@@ -26,7 +26,7 @@ class BlockRule:
     zero_bias: bool = False
 
 
-#: Qualified name of a block class -> its rule. Names instead of classes, so that nothing is imported for it.
+#: Qualified name of a block class -> its rule. Names rather than classes, to avoid imports.
 BLOCK_RULES = {
     "dia_lightning.models.cifar_resnet.BasicBlock": BlockRule("bn2", width="conv2"),  # norms may be left out
     "dia_lightning.models.cifar_resnet.Bottleneck": BlockRule("bn3", width="conv3"),
@@ -38,8 +38,8 @@ BLOCK_RULES = {
     "torchvision.models.resnet.Bottleneck": BlockRule("bn3"),
 }
 
-#: Blocks of U-Nets of diffusers, which come with residual blocks and get attention only if they are asked for, or if
-#: the network has no other blocks, as in a DiT.
+#: Blocks of diffusers U-Nets, which also have residual blocks. They get attention only on request, or if the network
+#: has no other blocks, as in a DiT.
 OPTIONAL_BLOCKS = {
     "diffusers.models.attention_processor.Attention",
     "diffusers.models.attention.BasicTransformerBlock",
@@ -47,7 +47,7 @@ OPTIONAL_BLOCKS = {
 
 
 def rule_of(block: nn.Module) -> tuple[BlockRule | None, type[nn.Module]]:
-    """Return the rule of a block, and the class that it was written for."""
+    """Return the rule of a block, and the class it was written for."""
     for base in type(block).__mro__:
         rule = BLOCK_RULES.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
@@ -56,5 +56,5 @@ def rule_of(block: nn.Module) -> tuple[BlockRule | None, type[nn.Module]]:
 
 
 def is_optional(block: nn.Module) -> bool:
-    """Tell whether a block gets attention only if it is asked for."""
+    """Return whether a block gets attention only on request."""
     return any(f"{base.__module__}.{base.__qualname__}" in OPTIONAL_BLOCKS for base in type(block).__mro__)

@@ -18,15 +18,15 @@ class Site:
 
     Args:
         path: of the layer in the network.
-        block: path of the module whose forward adds the branch to the shortcut; empty if that is the network itself.
+        block: path of the module whose forward adds the branch to the shortcut; empty for the network itself.
         channels: number of channels C there.
         channel_axis: axis of the channels: 1, -1 if they come last, or any other.
         batch_axis: axis of the samples.
         branch: what the branch does.
-        before: whether the layer's input ends the branch, and not its output.
-        stream: name of the block's argument that is the shortcut; ``None`` if that is not known.
+        before: whether the layer's input ends the branch instead of its output.
+        stream: name of the block's argument that is the shortcut; ``None`` if unknown.
         shape: of the features in the example; ``None`` if the network was not run.
-        lane: number of the stream of features that the blocks hand on; those of another one share no unit with them.
+        lane: number of the stream of features passed between the blocks; different streams never share a unit.
     """
 
     path: str
@@ -65,7 +65,7 @@ class LeftOut:
 
 
 def in_stages(sites: Iterable[Site], size: Callable[[Site], Any]) -> list[list[Site]]:
-    """Group the sites of blocks that follow one another and have a site of the same size.
+    """Group the sites of consecutive blocks that have a site of the same size.
 
     Args:
         sites: in the order in which they run.
@@ -87,7 +87,7 @@ def in_stages(sites: Iterable[Site], size: Callable[[Site], Any]) -> list[list[S
 
 
 def in_layers(sites: Sequence[Site]) -> list[list[Site]]:
-    """Group sites by their block or, of a block that runs several layers by itself, by its layers."""
+    """Group sites by their block or, in a block that runs several layers itself, by its layers."""
     grouped: dict[tuple[str, str | None], list[Site]] = {}
     for site in sites:
         number = numbered_around(site.path, [other.path for other in sites if other.block == site.block])
@@ -107,17 +107,17 @@ def size_and_lane(site: Site) -> tuple[int, int, int]:
 
 
 def _is_nested(block: str, other: str) -> bool:
-    """Tell whether one of two blocks is inside the other one, and still runs when a state would leave that."""
+    """Return whether one of two blocks is inside the other, and would still be running when a state leaves it."""
     return block != other and (
         f"{block}.".startswith(f"{other}.".lstrip(".")) or f"{other}.".startswith(f"{block}.".lstrip("."))
     )
 
 
 def width(module: nn.Module, path: str) -> int:
-    """Return the number of channels that a module puts out.
+    """Return the number of output channels of a module.
 
     Raises:
-        ValueError: if the module does not tell.
+        ValueError: if no attribute states it.
     """
     channels = channels_of(module)
     if channels is None:
@@ -130,14 +130,14 @@ def width(module: nn.Module, path: str) -> int:
 
 
 def channels_of(module: nn.Module) -> int | None:
-    """Return the number of channels that a module puts out, if it has an attribute that tells."""
+    """Return the number of output channels of a module, if an attribute states it."""
     for name in ("num_features", "out_channels", "out_features", "normalized_shape", "embed_dim"):
         value = getattr(module, name, None)
         if isinstance(value, tuple) and value:
             value = value[-1]
         if isinstance(value, int):
             return value
-    if type(module).__name__ == "FrozenBatchNorm2d":  # of torchvision, which this layer does without
+    if type(module).__name__ == "FrozenBatchNorm2d":  # of torchvision, not imported here
         return len(cast(Tensor, module.weight))
     return None
 
@@ -149,7 +149,7 @@ def possible_sites(model: nn.Module) -> str:
 
 
 def numbered_around(path: str, others: Sequence[str]) -> str | None:
-    """Return the start of a path up to the number that tells it from other paths, innermost first, if there is one."""
+    """Return the start of a path up to the innermost number that distinguishes it from other paths, if any."""
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if parts[end - 1].isdigit() and any(

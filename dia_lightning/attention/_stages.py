@@ -1,4 +1,4 @@
-"""Stages with their sites, and the table that printing them gives."""
+"""Stages with their sites, and the table they print as."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,11 +10,11 @@ _NETWORK = "(the network)"
 
 
 class Stages(list[list[Site]]):
-    """Stages, each a list of its sites in the order in which they run. Printing it gives a table.
+    """Stages, each a list of its sites in the order in which they run. They print as a table.
 
     Args:
         stages: the stages.
-        left_out: the other additions of the network.
+        left_out: the other additions in the network.
     """
 
     def __init__(self, stages: Iterable[list[Site]] = (), left_out: Iterable[LeftOut] = ()) -> None:
@@ -25,10 +25,10 @@ class Stages(list[list[Site]]):
         return self.table()
 
     def table(self, columns: Sequence[tuple[str, Sequence[str]]] = ()) -> str:
-        """Return a table of the stages, and below it what is left out.
+        """Return a table of the stages, followed by what is left out.
 
-        A stage has a line per kind of site: equal layers of its blocks are one line with the first and the last of
-        them.
+        A stage has a line per kind of site: equal layers of its blocks share a line, which shows the first and the
+        last.
 
         Args:
             columns: further columns: the header, and a text per stage.
@@ -59,7 +59,7 @@ class Stages(list[list[Site]]):
         return "\n".join([*lines, *self._told_left_out()])
 
     def reasons(self) -> list[tuple[str, list[str]]]:
-        """Return each reason to leave blocks out, and those blocks; numbers in paths do not make another reason."""
+        """Return each reason with the blocks left out for it; reasons that differ only in path numbers count as one."""
         grouped: dict[str, list[LeftOut]] = {}
         for other in self.left_out:
             grouped.setdefault(_numberless(other.reason), []).append(other)
@@ -100,7 +100,7 @@ def _numberless(reason: str) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align all columns to the right but for the last two, which are words."""
+    """Right-align all columns except the last two, which are words."""
     *numbers, branches, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         "  ".join(

@@ -1,7 +1,7 @@
-"""Run a copy of a network once and record which operation made which tensor, inside of which module.
+"""Run a copy of a network once and record which operation made which tensor, inside which module.
 
-The copy runs on meta tensors, which have shapes but no contents and take no memory, if it can; a network whose forward
-looks at numbers runs on a copy of its weights instead. Either way the network itself is not called.
+If possible, the copy runs on meta tensors, which have shapes but no contents and take no memory; a network whose
+forward reads values runs on a copy of its weights instead. Either way the network itself is not called.
 """
 
 import copy
@@ -28,7 +28,7 @@ def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tupl
     """Run a copy of a network on an example, and on twice as many samples.
 
     Args:
-        model: the network. Its weights, buffers and mode, and the state of random generators, stay as they are.
+        model: the network. Its weights, buffers and mode, and the state of random generators, do not change.
         example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         only_on_meta: whether to give up on a network that does not run on meta tensors.
 
@@ -41,7 +41,7 @@ def trace(model: nn.Module, example: Any, *, only_on_meta: bool = False) -> tupl
 
 
 def _runs(model: nn.Module, given: _Arguments, axis: int, only_on_meta: bool) -> tuple[Run, Run]:
-    """Return runs on an example and on one of twice as many samples, which lie along an axis."""
+    """Return runs on an example and on one with twice as many samples along an axis."""
     samples = _samples(*given, axis)
     with torch.no_grad():
         try:
@@ -49,7 +49,7 @@ def _runs(model: nn.Module, given: _Arguments, axis: int, only_on_meta: bool) ->
                 subject = _copy(model, partial(_on, "meta"))
                 first, second = (_record(subject, model, given, "meta", samples, axis, times) for times in (1, 2))
                 return first, second
-        except Exception as error:  # it looks at numbers, or makes tensors elsewhere
+        except Exception as error:  # it reads values, or makes tensors elsewhere
             if only_on_meta:
                 raise ValueError(_does_not_run(model, error)) from error
         device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
@@ -62,20 +62,20 @@ def _runs(model: nn.Module, given: _Arguments, axis: int, only_on_meta: bool) ->
             return first, _record(subject, model, given, device, samples, axis, 2)
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} runs on the example, but not on {2 * samples} samples, which would show what "
-                f"the axis of the samples is: {_said(error)}. Every tensor of the example that has {samples} entries "
-                f"on axis {axis} is taken to hold one per sample."
+                f"{type(model).__name__} runs on the example, but not on {2 * samples} samples, which would show which "
+                f"axis the samples are on: {_said(error)}. Every tensor of the example with {samples} entries "
+                f"on axis {axis} is assumed to hold one per sample."
             ) from error
 
 
 def _attends_over_samples(once: Run, twice: Run) -> bool:
-    """Tell whether torch's attention has more tokens where there are more samples, so that tokens come first."""
+    """Return whether torch's attention sees more tokens given more samples, because tokens come first."""
     return any(one[0] != two[0] for one, two in zip(once.queries, twice.queries, strict=False))
 
 
 def _does_not_run(model: nn.Module, error: Exception) -> str:
     return (
-        f"{type(model).__name__} does not run on the example: {_said(error)}. An example is a tensor, a tuple (and no "
+        f"{type(model).__name__} does not run on the example: {_said(error)}. An example is a tensor, a tuple (not a "
         "list) of positional arguments or a dict of keyword arguments of its forward, with an axis for the samples."
     )
 
@@ -134,7 +134,7 @@ def _on(device: Any, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _random_state() -> Iterator[None]:
-    numpy = sys.modules.get("numpy")  # which a network may use, and this package need not import for it
+    numpy = sys.modules.get("numpy")  # a network may use it; this package need not import it
     state, state_of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -147,7 +147,7 @@ def _random_state() -> Iterator[None]:
 
 @contextmanager
 def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Empty the function caches of the code of a network afterwards, in which meta tensors may be left."""
+    """Afterwards clear the function caches in a network's code, which may hold meta tensors."""
     try:
         yield
     finally:
@@ -160,7 +160,7 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
 
 
 def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Return a copy in evaluation mode whose tensors are changed ones."""
+    """Return a copy in evaluation mode with every tensor passed through ``change``."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in tree_leaves(list(vars(module).values())):  # parameters, buffers and others
@@ -179,13 +179,13 @@ def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _hooks_of_users(module: nn.Module) -> dict[int, Any]:
-    """Return the hooks on a module's forward that are not torch's, which compute weights."""
+    """Return the hooks on a module's forward other than torch's own, which compute weights."""
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
     return {key: hook for key, hook in hooks.items() if not getattr(hook, "__module__", "").startswith("torch.")}
 
 
 def _is_triangular(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a mask that hides later tokens: one value up to the diagonal, and another above."""
+    """Return whether a tensor is a mask that hides later tokens: one value up to the diagonal, and another above."""
     if tensor.is_meta or tensor.ndim < 2 or tensor.shape[-1] < 2 or tensor.shape[-1] != tensor.shape[-2]:
         return False
     one = tensor.reshape(-1, *tensor.shape[-2:])[0]

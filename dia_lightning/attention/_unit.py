@@ -1,4 +1,4 @@
-"""What every attention module of the package has in common."""
+"""The base class of the attention modules, and functions they share."""
 
 import inspect
 import math
@@ -17,18 +17,18 @@ class AttentionUnit(nn.Module):
     A unit maps features to an attention map: ``forward(features, state) -> (map, state)`` with features
     ``[B, C, H, W]`` and a map of as many axes that broadcasts against them. Tokens and sequences come as
     ``[B, C, N, 1]``, volumes and video as ``[B, C, D, H, W]``. Units without memory take and return ``None`` as state.
-    Where a block has features of another device or dtype than the one before, they are brought to the unit and the map
-    back, and the state follows.
+    Where the features of a block differ in device or dtype from those before, they are moved to the unit, the map is
+    moved back, and the state follows.
 
     ``forward`` must return its map through :meth:`rescale`, or the unit cannot start at the identity.
 
-    A unit to which positions count by their mean only sets :attr:`takes_mean` and takes the mean ``[B, C]`` as the
-    keyword ``mean`` in ``forward``, in place of its own; so padded tokens can be left out. A subclass of such a unit
-    whose ``forward`` has no such keyword does not take the mean.
+    A unit that only uses the mean over positions sets :attr:`takes_mean` and accepts the mean ``[B, C]`` as the keyword
+    ``mean`` of ``forward``, instead of computing it; this way padded tokens can be left out. A subclass of such a unit
+    whose ``forward`` lacks this keyword does not take the mean.
 
-    A unit that contains a normalisation layer keeps it in :attr:`norm` and takes the keyword ``norm`` in ``forward``:
-    when one unit serves several blocks and :attr:`share_norm` is false, every block passes a norm of its own, because
-    running statistics shared among blocks would mix blocks whose statistics differ.
+    A unit with a normalisation layer keeps it in :attr:`norm` and accepts the keyword ``norm`` in ``forward``: when one
+    unit serves several blocks and :attr:`share_norm` is false, every block passes its own norm, because shared running
+    statistics would mix blocks whose statistics differ.
     """
 
     #: Value of every map entry after :meth:`start_at_identity` has zeroed the last layer, before rescaling.
@@ -55,9 +55,9 @@ class AttentionUnit(nn.Module):
     def start_at_identity(self) -> None:
         """Make every map exactly 1 until training moves it, so that attaching does not change a network.
 
-        The parameters that feed the last activation are zeroed, which makes every map ``start_value``, and maps are
-        rescaled by its inverse from now on. The factor is a buffer: a checkpoint of such a unit does not fit one that
-        was built without it, instead of fitting and computing something else.
+        The parameters that feed the last activation are zeroed, which makes every map ``start_value``; from then on
+        maps are rescaled by its inverse. The factor is a buffer, so loading a checkpoint of such a unit into one built
+        without it fails instead of silently computing something else.
 
         Raises:
             ValueError: if the unit cannot produce a constant non-zero map, or has no :meth:`output_parameters`.
@@ -75,7 +75,7 @@ class AttentionUnit(nn.Module):
         self.scale = torch.tensor(1.0 / self.start_value)
 
     def reset_parameters(self) -> None:
-        """Set what the unit itself holds, and not its layers, to the start values; ``to_empty`` needs it."""
+        """Initialize the tensors that the unit itself holds, not those of its layers; ``to_empty`` needs this."""
         if self.scale is not None:
             self.scale.fill_(1.0 / self.start_value)
 
@@ -86,7 +86,7 @@ class AttentionUnit(nn.Module):
             ValueError: if the unit does not define it.
         """
         raise ValueError(
-            f"identity=True needs {type(self).__name__}.output_parameters(), which returns the parameters to zero."
+            f"identity=True needs {type(self).__name__}.output_parameters(), the parameters to set to zero."
         )
 
     def rescale(self, attention_map: Tensor, features: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _takes_keyword(method: Callable[..., Any], name: str) -> bool:
 
 
 class StartsAtZero(Role):
-    """Role of a layer some of whose parameters start at zero, whenever it is reset."""
+    """Role of a layer that initializes some of its parameters to zero, also on every reset."""
 
     rank = 4
     equals_plain = True
@@ -134,7 +134,7 @@ def mean_over_positions(features: Tensor) -> Tensor:
 
 
 def degrees_of_freedom(features: Tensor) -> Tensor:
-    """Return the number of positions of features ``[B, C, ...]`` less one, but at least one."""
+    """Return the number of positions of features ``[B, C, ...]`` minus one, but at least one."""
     positions = math.prod(features.shape[2:])
     return torch.full((), positions - 1, dtype=torch.float32, device=features.device).clamp_min(1)  # free in exports
 

@@ -1,11 +1,11 @@
-"""The way back from the end of a residual branch to the layer that makes it."""
+"""Trace the end of a residual branch back to the layer that makes it."""
 
 from dataclasses import dataclass
 
 from dia_lightning.attention._graph import Call, Value
 from dia_lightning.attention._operations import ACTIVATIONS, DROPOUT, JOINING, LAYOUT, NARROWING, SCALE, SUMS
 
-#: What only moves, drops or scales.
+#: Operations that only move, drop or scale entries.
 _PASSING = LAYOUT | DROPOUT | SCALE
 
 
@@ -15,8 +15,8 @@ class Ending:
 
     Args:
         path: of the layer in the network.
-        before: whether the layer's input ends the branch, and not its output.
-        value: what ends the branch.
+        before: whether the layer's input ends the branch instead of its output.
+        value: the value that ends the branch.
     """
 
     path: str
@@ -25,11 +25,11 @@ class Ending:
 
 
 class NoBranchError(Exception):
-    """An addition is none of a branch to a shortcut, or there is no layer that ends the branch."""
+    """An addition does not add a branch to a shortcut, or no layer ends the branch."""
 
 
 class Walk:
-    """The way back from the end of a branch to the layer that makes it."""
+    """Traces the end of a branch back to the layer that makes it."""
 
     def __init__(self, call: Call, between: set[Value]) -> None:
         self.call = call
@@ -42,7 +42,7 @@ class Walk:
                 self.makers.setdefault(inner.returned, []).append(inner)
 
     def from_sum(self, end: Value) -> list[list[Ending]]:
-        """Return the layers that could end a branch, best first; of a branch that is a sum, those of each summand."""
+        """Return the layers that could end a branch, best first; for a branch that is a sum, those of each summand."""
         layers: list[Ending] = []  # whose output ends the branch, the latest first
         before: list[Ending] = []  # whose input does
         value, stopped = end, ""
@@ -79,14 +79,14 @@ class Walk:
         return inside and self.runs[maker.path] == 1
 
     def passed(self, maker: Call) -> Value | None:
-        """Return what a layer is given, if it only drops, scales or moves that; else ``None``."""
+        """Return a layer's input, if the layer only drops, scales or moves it; else ``None``."""
         inputs, value = maker.inputs(), maker.returned
         while value is not None and value not in inputs:
             value = self.step(value, over_activations=False)
         return value
 
     def step(self, value: Value, *, over_activations: bool) -> Value | None:
-        """Return what a value is the dropped, scaled or moved form of."""
+        """Return the value that another one is a dropped, scaled or moved form of."""
         parents = [parent for parent in value.parents if parent in self.between]
         name = value.made_by
         if value not in self.between or len(parents) != 1:
@@ -95,7 +95,7 @@ class Walk:
 
 
 def keeps_channels(value: Value) -> bool:
-    """Tell whether an operation that may take a slice takes all channels, as far as is known."""
+    """Return whether an operation that may slice keeps all channels, as far as is known."""
     if value.made_by not in NARROWING:
         return True
     sizes = [None if v.channel_axis is None else v.shape[v.channel_axis] for v in (value, value.parents[0])]

@@ -1,4 +1,4 @@
-"""Give the blocks and layers of a network what they need to have attention."""
+"""Prepare the blocks and layers of a network for attention."""
 
 import copy
 from collections.abc import Iterator
@@ -19,23 +19,23 @@ from dia_lightning.attention._unit import AttentionUnit
 
 
 def wire(model: nn.Module, unit: nn.Module, blocks: list[Place], stage: int, layers: Iterator[int]) -> None:
-    """Give the blocks of a chain, their sites and the modules around them their roles, and the first block the unit.
+    """Give roles to the blocks of a chain, their sites and the modules around them, and the unit to the first block.
 
     Args:
         model: the network.
-        unit: what makes the maps.
+        unit: makes the maps.
         blocks: of the chain, in the order in which they run; the first is plugged.
         stage: number of the stage.
-        layers: gives the next site its number.
+        layers: yields the number of the next site.
     """
     chain = Chain()
     for path, grouped in groupby(blocks, key=lambda place: place.path):
-        together = list(grouped)  # several layers that one module runs by itself, or one block
+        together = list(grouped)  # several layers that one module runs itself, or one block
         block, parameters = together[0].block, parameters_of(together[0].block)
         slots: list[Slot] = []
         for place, site in _plugged_sites(together):
             norms = _norms(unit, place, site)
-            if not slots and not chain.links:  # has the norm of the unit itself
+            if not slots and not chain.links:  # it uses the unit's own norm
                 norms.pop("unit_norm", None)
             for name, norm in reversed(list(norms.values())):
                 _register_behind(block, place.inside(site).partition(".")[0], name, norm)
@@ -54,23 +54,23 @@ def wire(model: nn.Module, unit: nn.Module, blocks: list[Place], stage: int, lay
 
 
 def take_out(model: nn.Module, blocks: list[Place]) -> None:
-    """Put nothing in the place of attention modules of the network, and keep those for :func:`put_back`."""
+    """Replace the network's own attention modules with ``nn.Identity``, and keep them for :func:`put_back`."""
     for place, site in _plugged_sites(blocks):
         vars(place.block).setdefault("dia_kept", {})[place.inside(site)] = model.get_submodule(site.path)
         model.set_submodule(site.path, nn.Identity().train(place.block.training))
 
 
 def let_go(blocks: list[Place]) -> None:
-    """Keep the places of modules only, in whose stead one is shared."""
+    """Keep only the places of the modules that a shared one replaces."""
     for place, site in _plugged_sites(blocks):
         vars(place.block)["dia_kept"][place.inside(site)] = None
 
 
 def put_back(model: nn.Module) -> None:
-    """Undo :func:`take_out`; where the network's own modules were shared, each gets what the shared one has learnt.
+    """Undo :func:`take_out`; where the network's own modules were shared, each gets a copy of the shared one.
 
     Raises:
-        ValueError: if the shared module is in a block outside of the network.
+        ValueError: if the shared module is in a block outside the network.
     """
     blocks = [module for module in model.modules() if "dia_kept" in vars(module)]
     attached = [module for module in model.modules() if isinstance(module, AttachedBlock)]
@@ -85,12 +85,12 @@ def put_back(model: nn.Module) -> None:
         if slot.is_whole
     }
     if any(chain not in shared for chain in chains.values()):
-        raise ValueError("This is a part of a network whose attention is shared beyond it. Call detach() on the whole.")
+        raise ValueError("This is part of a network that shares its attention beyond it. Call detach() on the whole.")
     for block in blocks:
         for path, module in vars(block).pop("dia_kept").items():
             if (block, path) in chains:
                 module = copy.deepcopy(shared[chains[block, path]].module)
-            if module is not None and isinstance(block.get_submodule(path), nn.Identity):  # else somebody's new layer
+            if module is not None and isinstance(block.get_submodule(path), nn.Identity):  # else the user's layer
                 block.set_submodule(path, like(module, block))
 
 
@@ -118,7 +118,7 @@ def _slot(
 
 
 def _unit_name(block: nn.Module) -> str:
-    """Return the name that the next unit of a block gets: several chains may begin in it."""
+    """Return the name of a block's next unit: several chains may begin in it."""
     taken = [link.unit for link in vars(block).get("dia_links", ()) if link.before is None]
     return f"dia_{len(taken) + 1}" if taken else "dia"
 
@@ -135,7 +135,7 @@ def _norms(unit: nn.Module, place: Place, site: Site) -> dict[str, tuple[str, nn
 
 
 def refuse_unfit_places(unit: nn.Module, chain: list[Place]) -> None:
-    """Refuse blocks that have the names in use which the attention needs.
+    """Refuse blocks that already use names the attention needs.
 
     Raises:
         ValueError: if there are any.
@@ -145,13 +145,13 @@ def refuse_unfit_places(unit: nn.Module, chain: list[Place]) -> None:
         for name in ["dia", "dia_2", *names] if place is chain[0] else names:
             if hasattr(place.block, name):
                 raise ValueError(
-                    f"{type(place.block).__name__} has an attribute {name!r} already, where a module of the attention "
+                    f"{type(place.block).__name__} already has an attribute {name!r}, where a module of the attention "
                     f"would go ({place.path}). Rename it."
                 )
 
 
 def _register_behind(block: nn.Module, child: str, name: str, module: nn.Module) -> None:
-    """Register a module behind a child of a block: as they run, and as version 0.1 numbered parameters."""
+    """Register a module after a child of a block: the order in which they run and in which 0.1 numbered parameters."""
     block.add_module(name, module)
     names = [] if isinstance(block, nn.Sequential) else list(block._modules)
     for behind in names[names.index(child) + 1 : -1] if names else ():
@@ -159,7 +159,7 @@ def _register_behind(block: nn.Module, child: str, name: str, module: nn.Module)
 
 
 def _give_owners(model: nn.Module, chain: Chain) -> None:
-    """Let every module around the blocks of a chain know that its forward may run them."""
+    """Make every module around the blocks of a chain an owner, as its forward may run them."""
     blocks = [link.path for link in chain.links]
     if "" in blocks:
         return  # the network itself is the block
@@ -171,7 +171,7 @@ def _give_owners(model: nn.Module, chain: Chain) -> None:
 
 
 def like(module: nn.Module, block: nn.Module) -> nn.Module:
-    """Bring a new module to the device, dtype and mode of a block."""
+    """Move a new module to the device, dtype and mode of a block."""
     module.train(block.training)
     parameter = next(block.parameters(), None)
     return module if parameter is None else module.to(parameter.device, parameter.dtype)

@@ -18,12 +18,12 @@ class AttentionCondenser(AttentionUnit):
 
     :math:`P_p` takes the mean of every cell, both layers mix all channels of all cells, and :math:`\mathrm{up}` gives
     every position the value of its cell. With ``size=1`` this is
-    :class:`~dia_lightning.attention.SqueezeExcitation`, under the same weights.
+    :class:`~dia_lightning.attention.SqueezeExcitation`, with the same weights.
 
     Args:
         channels: channels C of the features.
         reduction: ratio of the bottleneck, whose width is ``max(1, channels // reduction)``.
-        size: cells p along each position axis. Where an axis has fewer positions than cells, cells share positions.
+        size: number of cells p along each position axis. If an axis has fewer positions than cells, cells share them.
         spatial_dims: number of position axes, 2 or 3 (with a grid of p x p x p); tokens and sequences are a plane of
             width one.
 
@@ -33,10 +33,10 @@ class AttentionCondenser(AttentionUnit):
     Source:
         After STAC of Hryniowski and Wong, "Systematic Architectural Design of Scale Transformed Attention Condenser
         DNNs via Multi-Scale Class Representational Response Similarity Analysis", arXiv 2306.10128. Only its abstract
-        was at hand and no code is public, so the formula and the defaults are this package's own reading. The abstract
-        reports up to twice the parameters for 1.7 % more FLOPs, which fits layers that run once, on the whole grid. To
-        condense positions, embed and expand them is the idea of attention condensers, arXiv 2008.04245; public code
-        for those, not the authors', expands to the nearest cell.
+        was available and no code is public, so the formula and the defaults are this package's interpretation. The
+        abstract reports up to twice the parameters for 1.7 % more FLOPs, which fits layers that run once, on the whole
+        grid. Condensing, embedding and expanding positions is the idea of attention condensers, arXiv 2008.04245;
+        public code for those, not by the authors, expands to the nearest cell.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ class AttentionCondenser(AttentionUnit):
         self.expand = nn.Linear(hidden, channels * size**spatial_dims)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those before the sigmoid."""
+        """Return the parameters before the sigmoid."""
         return self.expand.parameters()
 
     def forward(self, features: Tensor, state: None = None, mean: Tensor | None = None) -> tuple[Tensor, None]:

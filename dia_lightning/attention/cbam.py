@@ -16,7 +16,7 @@ class CBAM(AttentionUnit):
 
     Channel map :math:`M_c = \sigma(\mathrm{MLP}(\mathrm{avg}(x)) + \mathrm{MLP}(\max(x)))`; spatial map
     :math:`M_s = \sigma(\mathrm{BN}(\mathrm{conv}_{k \times k}([\max_c(M_c x), \mathrm{mean}_c(M_c x)])))`.
-    The batch norm, slow as it is, is that of the authors' code, github.com/Jongchan/attention-module.
+    The batch norm, though slow, is that of the authors' code, github.com/Jongchan/attention-module.
 
     Args:
         channels: channels C of the features.
@@ -61,7 +61,7 @@ class CBAM(AttentionUnit):
         self.share_norm = share_norm
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those before the two sigmoids."""
+        """Return the parameters before the two sigmoids."""
         return (*self.expand.parameters(), *self.norm.parameters())
 
     def forward(self, features: Tensor, state: None = None, norm: nn.Module | None = None) -> tuple[Tensor, None]:

@@ -1,6 +1,6 @@
-"""What is attached to a network, in words that a config can hold, and the way back.
+"""A description of the attached attention that a config can hold, and how to read it back.
 
-Whoever saves a network of diffusers or transformers by its own ``save_pretrained`` gets these words into its config.
+The ``save_pretrained`` of diffusers and transformers networks writes this description into their config.
 Folders and pipelines of :mod:`dia_lightning.models` are written and loaded with them too.
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from dia_lightning._hyperparameters import OBJECT, primitive
 from dia_lightning.attention._links import Link
 
-#: Under which names a config holds what is attached, and how that is loaded.
+#: Config keys of the description and of the hint on how to load it.
 DESCRIPTION, LOADS_WITH = "dia", "dia_loads_with"
 _LARGEST_EXAMPLE = 2**28  # entries; a file may ask for anything
 
 
 def describe(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``attach`` that are not its defaults, made of what JSON holds.
+    """Return the arguments of ``attach`` that differ from its defaults, as JSON types.
 
     Args:
         arguments: by name; ``attention`` is always kept.
-        defaults: what need not be written.
+        defaults: values that need not be written.
     """
     kept = {
         name: value
@@ -38,14 +38,14 @@ def describe(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 
 def remember(network: nn.Module, description: dict[str, Any]) -> None:
-    """Keep a description with what was attached to a network."""
+    """Store a description with the attention attached to a network."""
     for module in network.modules():
         for link in _links(module):
             link.chain.description = description
 
 
 def descriptions(network: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what is attached to a network and its parts, by the path of the part; nothing for a plain one.
+    """Return the descriptions of a network and its parts, by path of the part; empty for a plain network.
 
     Raises:
         ValueError: if it was attached to a module around the network.
@@ -56,7 +56,7 @@ def descriptions(network: nn.Module) -> dict[str, dict[str, Any]]:
             whole, inner = f".{path}", f".{link.path}" if link.path else ""
             if link.chain.description is None or not whole.endswith(inner):
                 raise ValueError(
-                    f"Attention was attached to a module around this {type(network).__name__}, so that its config "
+                    f"Attention was attached to a module around this {type(network).__name__}, so its config "
                     "cannot say how to load it. Save that module, or attach to this one: attach(module.network, ...)."
                 )
             found[whole.removesuffix(inner).removeprefix(".")] = link.chain.description
@@ -71,12 +71,12 @@ def arguments_of(description: Any, given: Mapping[str, Any], hint: str) -> dict[
     """Return the arguments of ``attach`` that a description stands for.
 
     Args:
-        description: as :func:`describe` makes it, from a file that nobody vouches for.
-        given: objects for what could not be written down, by name; they win.
+        description: as made by :func:`describe`, from an untrusted file.
+        given: objects that could not be saved, by name; they take precedence.
         hint: how to give NAME, for the message.
 
     Raises:
-        ValueError: if the description is none, or an object is missing.
+        ValueError: if the description is invalid, or an object is missing.
     """
     if not isinstance(description, Mapping) or "attention" not in description or "model" in description:
         raise ValueError(f"The config must say which attention is attached, got {description!r:.200}.")
@@ -93,7 +93,7 @@ def arguments_of(description: Any, given: Mapping[str, Any], hint: str) -> dict[
 
 
 def saving(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the ``save_pretrained`` of diffusers or transformers write into the config what is attached."""
+    """Let the ``save_pretrained`` of diffusers or transformers write the description into the config."""
 
     @functools.wraps(method)
     def save_pretrained(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def _in_config(network: Any) -> Iterator[None]:
     config = getattr(network, "config", None)
     is_of_diffusers = hasattr(network, "register_to_config")
     if not (is_of_diffusers or hasattr(config, "to_json_string")):
-        yield  # a class that saves itself in another way knows how it is made
+        yield  # a class with its own way of saving knows how to load itself
         return
     name = type(network).__name__
     try:
@@ -141,7 +141,7 @@ def _in_config(network: Any) -> Iterator[None]:
 
 
 def _example_words(value: Any) -> Any:
-    """Return the shapes and types of an example; its contents do not count."""
+    """Return the shapes and types of an example, without its contents."""
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, tuple):
@@ -165,5 +165,5 @@ def _example(words: Any) -> Any:
     shape, dtype = words.get("tensor"), getattr(torch, str(words.get("dtype")), None)
     sizes_fit = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
     if not sizes_fit or not isinstance(dtype, torch.dtype) or math.prod(shape or ()) > _LARGEST_EXAMPLE:
-        raise ValueError(f"The config has an example that is none: {words!r:.200}. Give one: example=...")
+        raise ValueError(f"The config has an invalid example: {words!r:.200}. Give one: example=...")
     return torch.zeros(shape, dtype=dtype)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ class DIALSTM(RecurrentUnit):
         h_t &= \sigma(o) \sigma(c_t)
 
     All four linear layers have a bias. The maps of an untrained unit are near 1/4 on every channel. The first step
-    runs on an explicit zero state, so that the hidden layers receive a gradient even where a stage has a single block.
+    runs on an explicit zero state, so that the hidden layers receive a gradient even if a stage has a single block.
 
     Args:
         channels: channels C of the features.
@@ -38,7 +38,7 @@ class DIALSTM(RecurrentUnit):
         cells: number of stacked cells; cells above the first have full-width layers, as in the authors' code.
         activation: what turns the cell state into the hidden state: ``sigmoid`` in the paper, ``tanh`` as in a standard
             LSTM, or ``relu``. The paper's ablation; only ``sigmoid`` can start at the identity.
-        dropout: probability of dropping an entry between two stacked cells, in [0, 1). Without effect for ``cells=1``.
+        dropout: probability of dropping an entry between two stacked cells, in [0, 1). No effect for ``cells=1``.
 
     Raises:
         ValueError: if a size is not positive, ``dropout`` is outside [0, 1), or ``activation`` is unknown.
@@ -75,7 +75,7 @@ class DIALSTM(RecurrentUnit):
         self.dropout = nn.Dropout(dropout)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those that make the gates of the last cell."""
+        """Return the parameters that produce the gates of the last cell."""
         return self.upper[-1].parameters() if self.upper else super().output_parameters()
 
     def forward(

@@ -34,8 +34,8 @@ class DynamicSharingUnit(RecurrentUnit):
     Source:
         Wang et al., "Strengthening Layer Interaction via Dynamic Layer Attention", arXiv 2406.13392. The equations,
         layer sizes and order of the gates are those of the authors' code, github.com/tunantu/Dynamic-Layer-Attention.
-        There the unit refreshes what layer attention reads from earlier blocks; that it gates the block that it has
-        just read, as DIA-LSTM does, is this package's own use.
+        There the unit refreshes what layer attention reads from earlier blocks; gating the block it has just read, as
+        DIA-LSTM does, is this package's own use.
 
     Example:
         >>> import torch

@@ -42,7 +42,7 @@ class EfficientChannelAttention(AttentionUnit):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those before the sigmoid."""
+        """Return the parameters before the sigmoid."""
         return self.conv.parameters()
 
     def forward(self, features: Tensor, state: None = None, mean: Tensor | None = None) -> tuple[Tensor, None]:

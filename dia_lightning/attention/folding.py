@@ -1,6 +1,6 @@
-"""Attention whose map is always the same, multiplied into the weights of the layer in its place.
+"""Fold attention with a constant map into the weights of the layer at its site.
 
-:mod:`dia_lightning.analysis` measures the maps and decides; what it may fold, and how, is here.
+:mod:`dia_lightning.analysis` measures the maps and decides; this module knows what can be folded, and how.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from dia_lightning.attention._links import Chain, Link, Slot
 from dia_lightning.attention._roles import plain_class, remove_role
 from dia_lightning.attention.watching import AttentionLayer, watched_layers
 
-#: An obstacle to folding, by slot; none where the map can be multiplied into the layer.
+#: What prevents folding, by slot; empty where the map can be multiplied into the layer.
 Obstacles = dict[Slot, str]
 
 
@@ -32,11 +32,11 @@ def attached_slots(network: nn.Module) -> list[tuple[AttentionLayer, Slot]]:
 
 @contextmanager
 def finding_obstacles(network: nn.Module) -> Iterator[Obstacles]:
-    """Find out, in the forwards within the context, at which slots a map cannot be multiplied into the layer.
+    """Find out, from forwards within the context, at which slots a map cannot be multiplied into the layer.
 
-    A layer takes a map if its output follows a factor per channel that its weights are multiplied by, or those of the
-    last layer in it. That is tried in the first forward: so an activation behind a norm in one module is found, and any
-    kind of layer can do.
+    A map can be folded into a layer if its output scales with a factor per channel on its weights, or on those of the
+    last layer in it. The first forward tries this, so any kind of layer works, and an activation after a norm in the
+    same module is detected.
     """
     found: Obstacles = {}
     used = _uses(network)
@@ -77,9 +77,9 @@ def _known_obstacle(block: nn.Module, slot: Slot, used: Counter[int]) -> str:
     name = plain_class(site).__name__
     target = _target(site, slot.channels)
     if slot.is_whole:
-        return "its unit is a module of the network that gives no map"
+        return "its unit is a module of the network, which returns no map"
     if slot.before:
-        return f"the input of the {name} is multiplied and not its output"
+        return f"the input of the {name} is multiplied, not its output"
     weights = _weights(target)
     if not _is_per_channel(weights, slot.channels):
         return f"{name} has no weights per channel"
@@ -91,12 +91,12 @@ def _known_obstacle(block: nn.Module, slot: Slot, used: Counter[int]) -> str:
     is_affine = isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     is_batch_norm = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
     if not is_affine or not is_batch_norm or norm.running_mean is None:
-        return f"the norm behind the {name} does not go into its weights"
+        return f"the norm after the {name} cannot be folded into its weights"
     return ""
 
 
 def _trial(slot: Slot, found: Obstacles) -> Callable[..., None]:
-    """Return a hook that multiplies the weights of a layer, runs it again, and sets them back."""
+    """Return a hook that multiplies the weights of a layer, runs it again and restores them."""
 
     @torch.no_grad()
     def hook(site: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -118,17 +118,17 @@ def _trial(slot: Slot, found: Obstacles) -> Callable[..., None]:
         wanted = features.movedim(slot.channel_axis, -1) * factor
         difference = (again.movedim(slot.channel_axis, -1) - wanted).abs().max()
         follows = bool(difference <= torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max())
-        found[slot] = "" if follows else f"{plain_class(site).__name__} does not follow a factor in its weights"
+        found[slot] = "" if follows else f"{plain_class(site).__name__} does not scale with its weights"
 
     return hook
 
 
 def fold(network: nn.Module, maps: Mapping[Slot, Tensor]) -> None:
-    """Multiply layers by constant maps, and take the attention out of their slots, in place.
+    """Multiply layers by constant maps, and remove the attention from their slots, in place.
 
     Args:
         network: with attention.
-        maps: of slots without obstacles ``[C]``. What a unit with memory hands on is lost behind its slots.
+        maps: of slots without obstacles ``[C]``. The state of a unit with memory is lost after its slots.
     """
     with torch.no_grad():
         for block, link in _links(network):
@@ -179,7 +179,7 @@ def _take_out(block: nn.Module, slots: Sequence[Slot]) -> None:
 
 
 def _shorten(network: nn.Module, chain: Chain) -> None:
-    """Let the chain end with the last block that has a slot. Before that, blocks without any hand the state on."""
+    """End the chain at the last block with a slot. Before that, blocks without slots pass the state on."""
     ends = [number for number, link in enumerate(chain.links, start=1) if link.slots]
     behind = chain.links[max(ends, default=0) :]
     del chain.links[max(ends, default=0) :]
@@ -207,7 +207,7 @@ def _chains(network: nn.Module) -> list[Chain]:
 
 
 def _target(site: nn.Module, channels: int) -> nn.Module:
-    """Return the layer that seems to compute the last step of a site: itself, or the last with weights inside of it."""
+    """Return the layer that likely computes the last step of a site: itself, or the last one with weights inside it."""
     layers = [site, *reversed([module for module in site.modules() if module is not site])]
     return next((layer for layer in layers if _is_per_channel(_weights(layer), channels)), site)
 
@@ -217,18 +217,18 @@ def _is_per_channel(weights: Sequence[Tensor], channels: int) -> bool:
 
 
 def _weights(layer: nn.Module) -> list[Tensor]:
-    """Return what a layer itself multiplies and adds; norms that are frozen hold it in buffers."""
+    """Return the tensors that a layer itself multiplies by and adds; frozen norms keep them in buffers."""
     buffers = dict(layer.named_buffers(recurse=False))
     return [*layer.parameters(recurse=False), *(buffers[name] for name in ("weight", "bias") if name in buffers)]
 
 
 def _over(factor: Tensor, weight: Tensor) -> Tensor:
-    """Return a factor per channel in a shape that broadcasts against a weight, whose first axis are the channels."""
+    """Return a factor per channel in a shape that broadcasts against a weight, whose first axis is the channels."""
     return factor.reshape(-1, *[1] * (weight.ndim - 1)).to(torch.promote_types(factor.dtype, weight.dtype))
 
 
 def _uses(network: nn.Module) -> Counter[int]:
-    """Return how many places of a network have a module, or a parameter or buffer."""
+    """Return how often a network uses each module, parameter and buffer, by id."""
     uses = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
     uses.update(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
     uses.update(id(buffer) for _, buffer in network.named_buffers(remove_duplicate=False))

@@ -1,6 +1,6 @@
-"""What tasks and the command line ask of a network: where attention is, what it costs there, what the network takes.
+"""What tasks and the command line ask of a network: where attention is, what it costs there, whether inputs are known.
 
-Users have :func:`is_attached`, :func:`find_sites` and :func:`attention_layers`.
+Users call :func:`is_attached`, :func:`find_sites` and :func:`attention_layers`.
 """
 
 from collections import Counter
@@ -16,16 +16,16 @@ from dia_lightning.attention._stages import Stages
 
 
 def attached_blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the blocks with attention, as they are registered; those that only hand a state on are among them."""
+    """Return the blocks with attention in the order of registration, including those that only pass a state on."""
     return [module for module in network.modules() if isinstance(module, AttachedBlock)]
 
 
 def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int]]:
-    """Return the stages that attention is attached to, and the number of parameters that it adds to each.
+    """Return the stages that attention is attached to, and the number of parameters it adds to each.
 
     Args:
-        network: any network, with attention or without.
-        found: the sites of the same network without attention, which tell positions and kinds of branches.
+        network: any network, with or without attention.
+        found: the sites of the same network without attention, for positions and kinds of branches.
     """
     known = {site.path: site for stage in found for site in stage}
     slots: list[tuple[Slot, Site]] = []
@@ -49,7 +49,7 @@ def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int
 
 
 def parameters_saved(model: nn.Module) -> int:
-    """Return the number of parameters that a network saves by sharing attention modules of its own."""
+    """Return the number of parameters that a network saves by sharing its own attention modules."""
     blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
     links = [(block, link) for block in blocks for link in block.dia_links]
     sites = Counter(link.chain for _, link in links for slot in link.slots if slot.is_whole)
@@ -59,12 +59,12 @@ def parameters_saved(model: nn.Module) -> int:
 
 
 def takes_what_is_known(model: nn.Module) -> bool:
-    """Tell whether a network, or a part of it, is of a library whose networks take what is known."""
+    """Return whether a network, or a part of it, is of a library whose networks have known inputs."""
     return any(True for _ in known_examples(model))
 
 
 def needs_example(model: nn.Module) -> bool:
-    """Tell whether neither the blocks of a network are known nor what it takes."""
+    """Return whether neither the blocks nor the input of a network are known."""
     return not sites_by_rules(model) and not takes_what_is_known(model)
 
 

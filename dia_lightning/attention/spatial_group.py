@@ -49,7 +49,7 @@ class SpatialGroupEnhance(AttentionUnit):
         nn.init.ones_(self.bias)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those before the sigmoid."""
+        """Return the parameters before the sigmoid."""
         return self.parameters()
 
     def forward(self, features: Tensor, state: None = None) -> tuple[Tensor, None]:

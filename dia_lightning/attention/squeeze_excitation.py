@@ -36,7 +36,7 @@ class SqueezeExcitation(AttentionUnit):
         self.expand = nn.Linear(hidden, channels)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those before the sigmoid."""
+        """Return the parameters before the sigmoid."""
         return self.expand.parameters()
 
     def forward(self, features: Tensor, state: None = None, mean: Tensor | None = None) -> tuple[Tensor, None]:

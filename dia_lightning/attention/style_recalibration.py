@@ -43,7 +43,7 @@ class StyleRecalibration(AttentionUnit):
         nn.init.zeros_(self.weight)
 
     def output_parameters(self) -> Iterable[nn.Parameter]:
-        """Return those before the sigmoid."""
+        """Return the parameters before the sigmoid."""
         return self.weight, self.norm.bias  # the scale stays 1, else it would hold the weight at zero
 
     def forward(self, features: Tensor, state: None = None, norm: nn.Module | None = None) -> tuple[Tensor, None]:

@@ -1,6 +1,6 @@
-"""Attention maps as they are made, for whoever wants to look at them.
+"""Watch attention maps as they are computed.
 
-Users have :func:`watch_maps`; analysis, which watches the same layers again, :func:`watched_layers` and
+Users call :func:`watch_maps`; analysis, which watches the same layers repeatedly, :func:`watched_layers` and
 :func:`watching`.
 """
 
@@ -17,7 +17,7 @@ from dia_lightning.attention._links import Slot
 from dia_lightning.attention._own_attention import WatchedModule
 from dia_lightning.attention._roles import add_role, remove_role
 
-#: Called with the number of the layer, its map and the state after it.
+#: Called with the index of the layer, its map and the state after it.
 Watcher = Callable[[int, Tensor, Any], None]
 
 
@@ -26,8 +26,8 @@ class AttentionLayer(NamedTuple):
 
     Args:
         path: of the site in the network.
-        stage: number of its stage, from 0 on.
-        block: path of the block around it; the empty text if the network itself is the block.
+        stage: index of its stage, counted from 0.
+        block: path of the block around it; the empty string if the network itself is the block.
     """
 
     path: str
@@ -36,14 +36,13 @@ class AttentionLayer(NamedTuple):
 
 
 def attention_layers(network: nn.Module, *, own: bool | None = None, example: Any = None) -> list[AttentionLayer]:
-    """Return the layers with attention, stage by stage and in each stage in the order in which they run.
+    """Return the layers with attention, stage by stage, in the order in which they run within each stage.
 
     Args:
-        network: a network that :func:`attach` was applied to, or any module that contains one; or one with attention
-            modules of its own, such as the squeeze-and-excitation of an EfficientNet.
-        own: whether to take the modules that the network has of its own. By default they are taken if no attention is
-            attached.
-        example: what the network takes, for those; as for :func:`find_sites`.
+        network: a network that :func:`attach` was applied to, or any module that contains one; or one with its own
+            attention modules, such as the squeeze-and-excitation of an EfficientNet.
+        own: whether to return the network's own modules. By default, only if no attention is attached.
+        example: input of the network, to find its own modules; as for :func:`find_sites`.
 
     Raises:
         ValueError: if there are none.
@@ -60,7 +59,7 @@ def attention_layers(network: nn.Module, *, own: bool | None = None, example: An
     return [layer for layer, _ in watched_layers(network, own, example)]
 
 
-#: A layer, and what knows its watcher: a slot, or a module of the network.
+#: A layer, and what holds its watcher: a slot, or a module of the network.
 WatchedLayer: TypeAlias = tuple[AttentionLayer, Slot | nn.Module]
 
 
@@ -68,15 +67,15 @@ WatchedLayer: TypeAlias = tuple[AttentionLayer, Slot | nn.Module]
 def watch_maps(
     network: nn.Module, watcher: Watcher, *, own: bool | None = None, example: Any = None
 ) -> Iterator[list[AttentionLayer]]:
-    """Let a function see every attention map of a network, in every forward within the context.
+    """Pass every attention map of a network to a function, in every forward within the context.
 
-    Outputs and gradients stay as they are. A network is watched by one function at a time. Meanwhile compiled networks
+    Outputs and gradients do not change. Only one function can watch a network at a time. Meanwhile compiled networks
     run uncompiled, so that no map is missed.
 
     Args:
         network: a network with attention, attached or its own.
-        watcher: called with the number of the layer in :func:`attention_layers`, the map, which broadcasts against
-            the features ``[B, C, H, W]``, and the state after it. Neither may be changed.
+        watcher: called with the index of the layer in :func:`attention_layers`, the map, which broadcasts against
+            the features ``[B, C, H, W]``, and the state after it. It must change neither.
         own: as for :func:`attention_layers`.
         example: as for :func:`attention_layers`.
 
@@ -84,7 +83,7 @@ def watch_maps(
         The layers.
 
     Raises:
-        ValueError: if there is no attention, or the network is watched already.
+        ValueError: if there is no attention, or the network is already watched.
 
     Example:
         >>> import torch
@@ -103,14 +102,14 @@ def watch_maps(
 
 @contextmanager
 def watching(watched: Sequence[WatchedLayer], watcher: Watcher) -> Iterator[list[AttentionLayer]]:
-    """Let a function see the maps of layers; as :func:`watch_maps`, for those who watch the same ones again.
+    """Pass the maps of layers to a function; like :func:`watch_maps`, for watching the same layers repeatedly.
 
     Args:
-        watched: of :func:`watched_layers`.
+        watched: from :func:`watched_layers`.
         watcher: as for :func:`watch_maps`.
     """
     if any(getattr(place, "dia_watcher", None) or getattr(place, "watcher", None) for _, place in watched):
-        raise ValueError("The maps of this network are watched already. Leave the inner context out.")
+        raise ValueError("The maps of this network are already watched. Remove the inner context.")
     try:
         for number, (_, place) in enumerate(watched):
             numbered = _Numbered(watcher, number)
@@ -131,14 +130,14 @@ def watching(watched: Sequence[WatchedLayer], watcher: Watcher) -> Iterator[list
 
 
 def watched_layers(network: nn.Module, own: bool | None, example: Any) -> list[WatchedLayer]:
-    """Return the layers, each with what knows its watcher; arguments as for :func:`attention_layers`."""
+    """Return the layers, each with what holds its watcher; arguments as for :func:`attention_layers`."""
     blocks = [(path, module) for path, module in network.named_modules() if isinstance(module, AttachedBlock)]
     if own or (own is None and not blocks):
         try:
             stages = own_stages(network, example)
         except ValueError as error:
             raise ValueError(
-                f"No attention is attached to this network (call attach(network, ...) first), and of its own: {error}"
+                f"No attention is attached to this network (call attach(network, ...) first), nor its own: {error}"
             ) from error
         return [
             (AttentionLayer(site.path, number, site.block), network.get_submodule(site.path))
@@ -155,7 +154,7 @@ def watched_layers(network: nn.Module, own: bool | None, example: Any) -> list[W
 
 
 class _Numbered:
-    """A watcher of one layer. Copies of a network that is watched are not."""
+    """A watcher of one layer. Copies of a watched network are not watched."""
 
     def __init__(self, watcher: Watcher, number: int) -> None:
         self.watcher = watcher

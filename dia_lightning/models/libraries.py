@@ -22,7 +22,7 @@ class Library(Protocol):
         """Return the sorted names; none where the library is not installed."""
 
     def has(self, name: str) -> bool:
-        """Tell whether ``build`` knows the name."""
+        """Return whether ``build`` knows the name."""
 
     def build(self, name: str, args: dict[str, Any]) -> nn.Module:
         """Build the network."""
@@ -108,7 +108,7 @@ LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
 
 
 def is_elsewhere(name: object) -> bool:
-    """Tell whether a name makes a library read a folder or a repository: ``timm/hf-hub:NAME``, ``timm/local-dir:PATH``.
+    """Return whether a name makes a library read a folder or repository: ``timm/hf-hub:NAME``, ``timm/local-dir:PATH``.
 
     Such a name is not taken from a file, which nobody may vouch for.
     """

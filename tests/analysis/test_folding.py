@@ -131,7 +131,7 @@ def test_layers_that_do_not_take_a_factor_keep_their_attention() -> None:
     weights = copy.deepcopy(network.state_dict())
     report = fold_constant_maps(network, IMAGES, 0)
     assert {site.path: site.kept for site in report.sites if site.kept} == {
-        "layer1.0.bn2": "WithActivation does not follow a factor in its weights",
+        "layer1.0.bn2": "WithActivation does not scale with its weights",
         "layer1.1.bn2": "the weights of the BatchNorm2d are used elsewhere too",
         "layer1.2.bn2": "the weights of the BatchNorm2d are used elsewhere too",
         "layer2.0.bn2": "BatchNorm2d has no weights per channel",

@@ -212,7 +212,7 @@ def test_the_identity_start_needs_a_unit_that_has_one() -> None:
 
 def test_attaching_twice_is_an_error(tiny: tuple[TinyNet, TinyNet]) -> None:
     expected = tiny[1](images())
-    with pytest.raises(ValueError, match=r"attached to this network already: .* Call detach\(model\) first"):
+    with pytest.raises(ValueError, match=r"already attached to this network: .* Call detach\(model\) first"):
         attach(tiny[1], "se")
     assert torch.equal(tiny[1](images()), expected)
 
@@ -247,7 +247,7 @@ class NoStart(AttentionUnit):
         (3, {}, "3"),
         (SqueezeExcitation(8), {}, "SqueezeExcitation"),
         ("se", {"reduction": 2.5}, "reduction must be a whole number, got 2.5"),
-        ("se", {"plug": True}, r"plug takes one truth value per block, or a string .* got True"),
+        ("se", {"plug": True}, r"plug takes one boolean per block, or a string .* got True"),
         ("se", {"plug": "ean-typo"}, "got 'e' in 'ean-typo'"),
         ("se", {"branches": "attention"}, "branches takes a list of .* got 'attention'"),
         ("se", {"branches": ["mlp"]}, r"known residual blocks of TinyNet have branches of the kind 'conv' only"),
@@ -291,7 +291,7 @@ class BlockWithDia(BasicBlock):  # type: ignore[misc]
 def test_a_block_that_uses_the_units_name_is_refused_and_left_alone() -> None:
     model = nn.Sequential(BlockWithDia(8, 8), BlockWithDia(8, 8))
     before = snapshot(model)
-    with pytest.raises(ValueError, match="BlockWithDia has an attribute 'dia' already"):
+    with pytest.raises(ValueError, match="BlockWithDia already has an attribute 'dia'"):
         attach(model, "se")
     assert snapshot(model) == before
 

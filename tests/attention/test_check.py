@@ -19,7 +19,7 @@ Map: TypeAlias = "tuple[Tensor, None]"
 def test_check_refuses_a_network_whose_output_is_not_finite() -> None:
     network: Any = attach(get_model("cifar_resnet", depth=11), "se")
     nn.init.constant_(network.fc.bias, float("nan"))
-    with pytest.raises(ValueError, match="puts out NaN or infinity"):
+    with pytest.raises(ValueError, match="returns NaN or infinity"):
         check(network, torch.randn(2, 3, 16, 16))
 
 

@@ -133,7 +133,7 @@ def test_an_adapter_around_a_site_takes_its_place_and_gives_it_back(tiny: Pair) 
 
 def test_a_slot_that_is_gone_is_named(tiny: Pair) -> None:
     del tiny[1].stage1[1].bn2
-    with pytest.raises(RuntimeError, match=r"belongs to 'bn2' of a BasicBlock, and nothing is there any more.*detach"):
+    with pytest.raises(RuntimeError, match=r"belongs to 'bn2' of a BasicBlock, but nothing is there any more.*detach"):
         tiny[1](images())
     assert outstanding() == 0
 

@@ -362,9 +362,9 @@ def test_a_latent_ends_a_stage() -> None:
         (
             lambda: attach(TwoConvolutions(), "se", sites="second"),
             features(2, 4, 6, 6),
-            "attached to this network already",
+            "already attached to this network",
         ),
-        (lambda: torch.compile(TwoConvolutions()), features(2, 4, 6, 6), "wrapped already"),
+        (lambda: torch.compile(TwoConvolutions()), features(2, 4, 6, 6), "already wrapped"),
     ],
 )
 def test_mistakes_are_said(make: Any, example: Any, message: str) -> None:

@@ -272,7 +272,7 @@ def test_a_wrapped_network_is_refused(wrap: str, tmp_path: Path) -> None:
     try:
         wrapped = WRAPPERS[wrap](TinyNet())
         for network in (wrapped, nn.ModuleDict({"backbone": wrapped})):
-            with pytest.raises(ValueError, match="Attach before the network is wrapped, sharded or compiled"):
+            with pytest.raises(ValueError, match="Attach before wrapping, sharding or compiling the network"):
                 attach(network, "se")
     finally:
         torch.distributed.destroy_process_group()
@@ -281,7 +281,7 @@ def test_a_wrapped_network_is_refused(wrap: str, tmp_path: Path) -> None:
 def test_a_network_that_was_compiled_in_place_is_refused() -> None:
     network = TinyNet()
     network.stage1[0].compile(backend="eager")
-    with pytest.raises(ValueError, match=r"stage1\.0 is wrapped already \(compile\(\)\)"):
+    with pytest.raises(ValueError, match=r"stage1\.0 is already wrapped \(compile\(\)\)"):
         attach(network, "se")
 
 
@@ -300,7 +300,7 @@ class Named(BasicBlock):  # type: ignore[misc]
 
 def test_a_name_of_a_norm_that_is_in_use_is_refused_and_the_network_left_alone() -> None:
     network = nn.Sequential(Named(), Named())
-    with pytest.raises(ValueError, match="Named has an attribute 'unit_norm' already"):
+    with pytest.raises(ValueError, match="Named already has an attribute 'unit_norm'"):
         attach(network, "srm")
     assert type(network[0]) is Named
     attach(network, "se")  # which adds no norm

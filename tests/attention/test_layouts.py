@@ -115,7 +115,7 @@ def test_tokens_first_and_samples_first_are_the_same_attention(name: str) -> Non
 
 
 def test_where_samples_lie_beside_a_layer_that_takes_tokens_first_is_not_guessed() -> None:
-    with pytest.raises(ValueError, match=r"come first at 0\.outer is not known, because 'attn' takes tokens first"):
+    with pytest.raises(ValueError, match=r"whether .* come first at 0\.outer, because 'attn' takes tokens first"):
         attach(nn.Sequential(Attention(batch_first=False)), "se", sites="*.outer")
     network = randomised(attach(nn.Sequential(Attention(batch_first=False)).double(), "se", sites="*.attn"))
     tokens = torch.randn(7, 3, 16, dtype=torch.float64)
@@ -278,7 +278,7 @@ def test_flags_of_samples_by_any_name_are_refused() -> None:
 def test_a_causal_transformer_is_refused() -> None:
     network = encoder("dia-lstm", batch_first=True)
     causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="does not fit causal networks"):
+    with pytest.raises(RuntimeError, match="does not suit causal networks"):
         network(torch.randn(2, 7, 16, dtype=torch.float64), mask=causal, is_causal=True)
 
 

@@ -129,7 +129,7 @@ def test_a_network_is_watched_once_at_a_time_and_left_as_it_was() -> None:
     twice = watch_maps(network, lambda *_: None, example=IMAGES)
     with (
         watch_maps(network, lambda *_: None, example=IMAGES),
-        pytest.raises(ValueError, match="watched already"),
+        pytest.raises(ValueError, match="already watched"),
         twice,
     ):
         pass
@@ -259,7 +259,7 @@ def test_weights_of_a_shared_module_are_saved_once() -> None:
         (None, {}, "attention is None"),
         (None, {"existing": "replace"}, "attention is None"),
         (None, {"existing": "share", "existing_start": "last"}, "existing_start must be one of mean, first"),
-        ("se", {"existing": "replace", "branches": ["conv"]}, "leave branches and sites out"),
+        ("se", {"existing": "replace", "branches": ["conv"]}, "omit branches and sites"),
     ],
 )
 def test_options_that_do_not_fit_are_errors_that_leave_the_network_alone(
@@ -304,7 +304,7 @@ def test_a_module_that_puts_out_more_than_features_is_left_alone() -> None:
             result: Tensor = features + self.last(self.gate(self.conv(features))[0])
             return result
 
-    with pytest.raises(ValueError, match=r"0\.gate' takes or puts out more than features"):
+    with pytest.raises(ValueError, match=r"0\.gate' takes or returns more than features"):
         attach(nn.Sequential(Block(GateAndMap), Block(GateAndMap)), "se", existing="replace", example=IMAGES)
 
 
@@ -319,7 +319,7 @@ def test_a_module_that_blocks_have_together_already_is_left_alone() -> None:
 def test_a_name_in_use_is_said_before_anything_changes(name: str) -> None:
     network = gated(Gate)
     setattr(network[0], name, 3)
-    with pytest.raises(ValueError, match=f"attribute '{name}' already"):
+    with pytest.raises(ValueError, match=f"already has an attribute '{name}'"):
         attach(network, "se", existing="share", example=IMAGES)
     assert all(isinstance(block.gate, Gate) for block in network)
     assert not hasattr(network, "dia_chains")

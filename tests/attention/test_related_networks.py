@@ -80,7 +80,7 @@ def test_everything_holds(name: str) -> None:
     assert report.ok, f"\n{report}"
     # HMA lets the images of a batch attend to each other, with attention of ours or without.
     expected = ["batch mates do not matter"] if name == "hma" else []
-    assert [row.name for row in report.rows if "plain network either" in row.note] == expected, str(report)
+    assert [row.name for row in report.rows if "the plain network fails too" in row.note] == expected, str(report)
 
 
 def test_images_of_a_batch_matter_to_hma_itself() -> None:

@@ -331,7 +331,7 @@ class Inlined(nn.Sequential):
 @pytest.mark.parametrize("share", ["stage", "block"])
 def test_a_network_that_runs_a_site_outside_of_its_block_is_refused(share: Any) -> None:
     network = attach(Inlined(BasicBlock(8, 8), BasicBlock(8, 8)), "dia-lstm", share=share)
-    with pytest.raises(RuntimeError, match="called outside of its block"):
+    with pytest.raises(RuntimeError, match="called outside its block"):
         network(torch.randn(2, 8, 6, 6))
 
 

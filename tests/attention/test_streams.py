@@ -273,7 +273,7 @@ class Inside(nn.Module):
 def test_a_checkpoint_inside_of_a_block_is_refused_in_backward_with_the_cause() -> None:
     network = chain(Inside, sites="*.norm")
     loss = network(features().requires_grad_()).sum()
-    with pytest.raises(RuntimeError, match="the block checkpoints a part of itself"):
+    with pytest.raises(RuntimeError, match="the block checkpoints part of itself"):
         loss.backward()
 
 
@@ -330,7 +330,7 @@ def test_a_reentrant_and_a_copying_checkpoint_get_different_advice() -> None:
         checkpoint(network[1], network[0](features().requires_grad_()), use_reentrant=True).sum().backward()
     stream = network[1](network[0](features().requires_grad_()))
     loss = Recomputing.apply(stream, network[2]).sum()
-    with pytest.raises(RuntimeError, match="a copy of that of the forward") as error:
+    with pytest.raises(RuntimeError, match="a copy of the one in the forward") as error:
         loss.backward()
     assert "use_reentrant" not in str(error.value)
 

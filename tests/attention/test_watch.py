@@ -84,7 +84,7 @@ def test_nothing_is_seen_after_the_context_even_if_it_ends_by_an_error() -> None
 def test_a_watched_network_is_not_watched_twice() -> None:
     model = network()
     with watch_maps(model, lambda *_: None):
-        with pytest.raises(ValueError, match="watched already"), watch_maps(model, lambda *_: None):
+        with pytest.raises(ValueError, match="already watched"), watch_maps(model, lambda *_: None):
             pass
         assert len(attention_layers(model)) == 9
     with watch_maps(model, lambda *_: None):

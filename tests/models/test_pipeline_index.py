@@ -74,7 +74,7 @@ def test_a_class_in_the_words_of_the_attention_is_not_built(folder: Path) -> Non
         lambda: from_pretrained(DIAUNet2DModel.__mro__[2], folder / "unet"),
     ]
     for way in ways:
-        with pytest.raises(ValueError, match="is not registered, and a path builds nothing"):
+        with pytest.raises(ValueError, match="is not registered, and paths are not imported"):
             way()
 
 

@@ -177,8 +177,8 @@ def words(**arguments: Any) -> dict[str, Any]:
         (words(branches=3), "attach.. does not take what the config says"),
         (words(reductions=2), "'se': .*reductions"),
         (words(plug=[1]), "plug has 1 entries, but the network has 6 blocks"),
-        (words(example={"tensor": [10**9] * 3, "dtype": "float32"}), "an example that is none"),
-        (words(example={"tensor": [1], "dtype": "save"}), "an example that is none"),
+        (words(example={"tensor": [10**9] * 3, "dtype": "float32"}), "an invalid example"),
+        (words(example={"tensor": [1], "dtype": "save"}), "an invalid example"),
         (words(share="block"), "holds another network: .* weights are missing"),
     ],
 )
