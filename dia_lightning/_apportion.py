@@ -1,4 +1,4 @@
-"""Shares of groups in whole numbers."""
+"""Integer shares of groups."""
 
 import numpy as np
 import numpy.typing as npt

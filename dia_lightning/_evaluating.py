@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Switch all modules to evaluation, without gradients, and each back to what it was: a frozen norm has its own."""
+    """Switch all modules to evaluation, without gradients, then restore the mode of each, such as of frozen norms."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:

@@ -1,4 +1,4 @@
-"""Folders with weights and a config, here and on the Hugging Face Hub. Nothing in them is run."""
+"""Folders with weights and a config, local and on the Hugging Face Hub. None of their code is run."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from dia_lightning._version import __version__
 from dia_lightning._whole_files import written_whole
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-#: Names of weights in folders of this package and transformers, and of diffusers.
+#: Names of weights in folders of this package, transformers and diffusers.
 _WEIGHTS = (WEIGHTS, "diffusion_pytorch_model.safetensors")
-#: In a card that may be written again.
 _SHARING = "Sharing networks"  # which needs packages
+#: Marks a card that may be overwritten.
 _OURS = "<!-- Written by dia-lightning. Take this line out to keep your own text. -->"
 
 
@@ -32,7 +32,7 @@ def fetch(
     local_files_only: bool,
     patterns: Sequence[str] = (CONFIG, "*.safetensors", "*.safetensors.index.json"),
 ) -> Path:
-    """Return a folder here, or that of a repository of the Hub after a download.
+    """Return a local folder, or that of a Hub repository after downloading it.
 
     Raises:
         ValueError: if it is neither.
@@ -58,7 +58,7 @@ def fetch(
         raise
     except Exception as error:  # no network, no such repository, no access, ...
         raise ValueError(
-            f"{name!r} is no folder, and the Hugging Face Hub does not give it ({type(error).__name__}: "
+            f"{name!r} is not a folder, and the Hugging Face Hub does not serve it ({type(error).__name__}: "
             f"{in_one_line(error)})."
         ) from error
     return Path(found)
@@ -72,28 +72,28 @@ def upload(
     token: str | bool | None,
     commit_message: str,
 ) -> str:
-    """Write a folder with ``save``, commit it to a repository of the Hub, and return the URL of the commit.
+    """Write a folder with ``save``, commit it to a Hub repository, and return the URL of the commit.
 
     Raises:
-        ValueError: if the Hub does not take it.
+        ValueError: if the Hub refuses it.
         ImportError: if huggingface_hub is not installed.
     """
     api = require("huggingface_hub", by=_SHARING).HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))  # what cannot be saved makes no repository
+        save(Path(folder))  # first, so that a failed save creates no repository
         try:
             made = api.create_repo(repo_id, private=private, exist_ok=True)
-            name = getattr(made, "repo_id", repo_id)  # with the name of the user, if that was left out
+            name = getattr(made, "repo_id", repo_id)  # with the user name, if omitted
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
         except Exception as error:  # no network, no access, no such name, ...
             raise ValueError(
-                f"The Hugging Face Hub does not take {repo_id!r} ({type(error).__name__}: {in_one_line(error)}). Log "
-                "in with `hf auth login`, or give a token that may write."
+                f"The Hugging Face Hub refuses {repo_id!r} ({type(error).__name__}: {in_one_line(error)}). Log "
+                "in with `hf auth login`, or pass a token with write access."
             ) from error
 
 
 def write_folder(folder: str | os.PathLike[str], module: nn.Module, config: Mapping[str, Any], card: str) -> Path:
-    """Write weights, config and model card; each file is whole, and a card of the user's own stays.
+    """Write weights, config and model card; each file is written atomically, and a custom card is kept.
 
     Raises:
         ValueError: if the folder is a file, or the weights cannot be written.
@@ -125,7 +125,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what writes a folder."""
+    """Return the versions of the packages that write a folder."""
     return {"dia_lightning": __version__, "torch": str(torch.__version__)}
 
 
@@ -133,16 +133,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the config of a folder.
 
     Raises:
-        ValueError: if there is none, or it is no JSON object.
+        ValueError: if there is none, or it is not a JSON object.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} has no {CONFIG}. Give a folder that save_pretrained wrote.")
+        raise ValueError(f"{str(folder)!r} has no {CONFIG}. Give a folder written by save_pretrained.")
     return read_object(path)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object that a file of JSON holds.
+    """Return the object in a JSON file.
 
     Raises:
         ValueError: if it holds anything else.
@@ -150,7 +150,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: it is no JSON ({in_one_line(error)}).") from error
+        raise ValueError(f"{str(path)!r} is damaged: it is not JSON ({in_one_line(error)}).") from error
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(found).__name__}.")
     return found
@@ -169,10 +169,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name in names:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  # it is no dict
+                weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  # it is not a dict
                 written_once = {key: same for key, same in (file.metadata() or {}).items() if same in weights}
             weights.update({key: weights[same] for key, same in written_once.items() if key not in weights})
-        except Exception as error:  # safetensors has no class of its own for all of them
+        except Exception as error:  # safetensors has no class for all of them
             raise ValueError(
                 f"{str(folder / name)!r} is missing or damaged ({type(error).__name__}: {in_one_line(error)})."
             ) from error
@@ -191,7 +191,7 @@ def _weight_files(folder: Path) -> list[str]:
                 raise ValueError(f"{str(index)!r} is damaged: it has no weight_map.") from error
             outside = [file for file in names if Path(file).name != file or not file.endswith(".safetensors")]
             if outside:
-                raise ValueError(f"{str(index)!r} names {outside[0]!r}, which is no safetensors file beside it.")
+                raise ValueError(f"{str(index)!r} names {outside[0]!r}, which is not a safetensors file next to it.")
             return names
     raise ValueError(
         f"{str(folder)!r} has no {' or '.join(_WEIGHTS)}. Other formats, which may hold code, are not read."
@@ -199,28 +199,28 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights into a network that has these and no others.
+    """Load weights into a network that has exactly these.
 
     Raises:
-        ValueError: if they are those of another network.
+        ValueError: if they belong to a different network.
     """
     try:
         result = network.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # shapes
-        raise ValueError(f"{source!r} holds another network: {in_one_line(error)}") from error
+        raise ValueError(f"{source!r} holds a different network: {in_one_line(error)}") from error
     own = network.state_dict()
     missing = set(result.missing_keys)
     written = {tensor.data_ptr() for name, tensor in own.items() if name not in missing and tensor.numel()}
-    missing = {name for name in missing if own[name].data_ptr() not in written}  # but for one that two layers share
+    missing = {name for name in missing if own[name].data_ptr() not in written}  # except shared ones
     if missing or result.unexpected_keys:
         some = ", ".join(sorted([*missing, *result.unexpected_keys])[:3])
         raise ValueError(
-            f"{source!r} holds another network: {len(missing)} weights are missing and {len(result.unexpected_keys)} "
-            f"are too many (such as {some}). Build the network as it was when it was saved."
+            f"{source!r} holds a different network: {len(missing)} weights are missing and "
+            f"{len(result.unexpected_keys)} are unexpected (such as {some}). Build the network as it was when saved."
         )
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what an error says, cut where it is long."""
+    """Return the message of an error, truncated."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]} ..."

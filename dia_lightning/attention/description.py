@@ -1,7 +1,7 @@
 """A description of the attached attention that a config can hold, and how to read it back.
 
 The ``save_pretrained`` of diffusers and transformers networks writes this description into their config.
-Folders and pipelines of :mod:`dia_lightning.models` are written and loaded with them too.
+Folders and pipelines of :mod:`dia_lightning.models` are written and loaded with it too.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Networks by name: the plain CIFAR families of the DIANet authors, torchvision's and timm's."""
+"""Networks by name: the plain CIFAR families of the DIANet authors, and those of torchvision and timm."""
 
 from dia_lightning.models._build_on_meta import build_on_meta
 from dia_lightning.models._cifar_network import CifarNetwork

@@ -1,4 +1,4 @@
-"""Boxes in full precision under autocast, where torchvision would round them to the precision of the network."""
+"""Boxes in full precision under autocast, where torchvision would round them to the network's precision."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from dia_lightning._float32 import at_least_float32
 
 
-class FullPrecisionBoxCoder(BoxCoder):  # type: ignore[misc]  # torchvision is typed in part only
-    """Decodes in float32 or better: bfloat16 has 8 bits, so that a coordinate of 700 would be off by up to 2 pixels."""
+class FullPrecisionBoxCoder(BoxCoder):  # type: ignore[misc]  # torchvision is only partly typed
+    """Decodes in float32 or better: with the 8 bits of bfloat16, a coordinate of 700 would be off by up to 2 pixels."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Return boxes from offsets to reference boxes."""

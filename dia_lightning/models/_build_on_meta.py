@@ -1,4 +1,4 @@
-"""Networks that take no memory."""
+"""Networks that use no memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +15,14 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         build: makes the network.
 
     Returns:
-        The network, all of whose tensors are on the meta device.
+        The network, with all tensors on the meta device.
 
     Example:
         >>> from dia_lightning.models import build_on_meta, wrn52_4
         >>> sum(parameter.numel() for parameter in build_on_meta(wrn52_4).parameters())
         12072500
     """
-    # Some builders compute sizes with tensors, which needs contents. Any other error comes again at the end.
+    # Some builders compute sizes with tensors, which needs contents. Any other error is raised again at the end.
     for mode in (torch.device("meta"), _EmptyOnMeta()):
         try:
             with mode:
@@ -33,7 +33,7 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Make only those tensors without contents that begin without, as weights do."""
+    """Only create tensors without contents if they start uninitialised, as weights do."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

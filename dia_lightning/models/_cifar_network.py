@@ -21,7 +21,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 
 
 
 def batch_norm(channels: int, *, norm: bool) -> nn.Module:
-    """Return a batch norm, or without one what passes features on as they are."""
+    """Return a batch norm, or an identity if there is to be none."""
     return nn.BatchNorm2d(channels) if norm else nn.Identity()
 
 
@@ -51,10 +51,10 @@ def blocks_per_stage(network: str, depth: int, *, layers_per_block: int, other_l
         network: what to call the network in the error.
         depth: number of weighted layers on the longest path, as in the network's name.
         layers_per_block: convolutions in the residual branch of a block.
-        other_layers: layers outside of the blocks that the family counts.
+        other_layers: layers outside the blocks that the family counts.
 
     Raises:
-        ValueError: if no whole number n >= 1 fits; with the formula and the two nearest depths.
+        ValueError: if there is no integer n >= 1; the message has the formula and the two nearest depths.
     """
     step = 3 * layers_per_block
     blocks = (depth - other_layers) // step
@@ -73,9 +73,9 @@ MakeBlock = Callable[[int, int, int], nn.Module]
 class CifarNetwork(nn.Module):
     """Residual network for small images: a 3x3 stem, three stages (the second and third halve the size), a linear head.
 
-    Convolutions start from N(0, 2 / (k * k * out_channels)) and norms from weight 1 and bias 0, as in all networks of
-    the DIANet authors; the classifier keeps torch's default, and families that differ there set it themselves.
-    The last pooling takes the whole map, so that images of any size from 8x8 fit; at 32x32 that is the authors' 8x8.
+    Convolutions are initialised from N(0, 2 / (k * k * out_channels)), norms to weight 1 and bias 0, as in all networks
+    of the DIANet authors; the classifier keeps torch's default unless the family sets it.
+    The last pooling is global, so images of any size from 8x8 work; at 32x32 it is the authors' 8x8.
 
     Args:
         block: makes a block from ``(input channels, output channels, stride)``.
@@ -86,8 +86,8 @@ class CifarNetwork(nn.Module):
         in_channels: channels of the images.
         preactivation: the blocks begin with norm and ReLU, so the network's own norm comes after the stages instead of
             after the stem.
-        stem_stride: stride of the stem; above 2 its kernel grows, so that no pixel is left out.
-        norm: whether the network's own norm is there.
+        stem_stride: stride of the stem; above 2 its kernel grows so that no pixel is skipped.
+        norm: whether the network has its own norm.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ def classic_network(
     stem_stride: int = 1,
     norm: bool = True,
 ) -> CifarNetwork:
-    """Build a network with the widths of He et al.: 16, 32 and 64 channels, four times that with bottlenecks."""
+    """Build a network with the widths of He et al.: 16, 32 and 64 channels, or four times that with bottlenecks."""
     require_positive(widen_factor=widen_factor)
     check_choice("block", block, ("bottleneck", "basic"))
     is_basic = block == "basic"

@@ -14,7 +14,7 @@ from dia_lightning.attention import attach
 from dia_lightning.models._build_on_meta import build_on_meta
 from dia_lightning.models._require_images import require_images
 
-#: The arms that are compared: name, attention, how it is shared.
+#: The arms of the comparison: name, attention, how it is shared.
 ARMS: tuple[tuple[str, str | None, Literal["stage", "block"]], ...] = (
     ("none", None, "stage"),
     ("se per block", "se", "block"),
@@ -30,8 +30,8 @@ class Cost:
     Args:
         attention: which kind, as in :data:`ARMS`.
         parameters: number of parameters.
-        flops: floating-point operations of one forward for one image, a multiplication and an addition counted as two.
-        latency: time of one forward relative to the plain network's, measured in turns; ``None`` if not measured.
+        flops: floating-point operations of one forward for one image; a multiply-add counts as two.
+        latency: time of one forward relative to the plain network's, measured alternately; ``None`` if not measured.
     """
 
     attention: str
@@ -47,16 +47,16 @@ def network_cost(
 
     Args:
         build: makes the plain network.
-        images: example input ``[B, C, H, W]``; its device is where time is measured, and networks are moved there.
-        repeats: rounds of timing; in each, all arms run once, one after the other, so that a machine whose speed
-            drifts does not favour any. 0 measures no time, and then nothing is allocated either.
+        images: example input ``[B, C, H, W]``; networks are moved to its device and timed there.
+        repeats: rounds of timing; in each, all arms run once in turn, so a machine whose speed drifts favours none.
+            0 measures no time and allocates nothing.
         **attention_args: further arguments of DIA-LSTM, for example ``reduction=20``.
 
     Returns:
         One entry per arm, plain first.
 
     Raises:
-        ValueError: if attention cannot be attached to the network, ``images`` are no batch of images, or ``repeats``
+        ValueError: if attention cannot be attached to the network, ``images`` is not a batch of images, or ``repeats``
             is negative.
 
     Example:

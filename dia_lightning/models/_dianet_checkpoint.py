@@ -19,12 +19,12 @@ class _Layout:
     """How one of the authors' files names things, and the arithmetic of its family.
 
     Args:
-        stage: what the names of the stages begin with.
+        stage: prefix of the names of the stages.
         norm: the network's own norm.
         step: layers that one more block per stage adds to the depth.
-        other_layers: layers of the depth that are in no block.
+        other_layers: layers of the depth outside the blocks.
         width: channels of the first stage at widen_factor 1.
-        renamed: other names that differ from this package's, inside of the blocks and outside.
+        renamed: other names that differ from this package's, inside and outside the blocks.
     """
 
     stage: str
@@ -36,7 +36,7 @@ class _Layout:
 
     @property
     def markers(self) -> tuple[str, str]:
-        """Return keys that together occur in no other family."""
+        """Return keys that only occur together in this family."""
         return f"{self.norm}.weight", f"{self.stage}1.lstm.w_ih.0.seq.0.weight"
 
 
@@ -86,20 +86,20 @@ _FIRST_CELL = {
 def load_dianet_checkpoint(path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any]) -> nn.Module:
     """Build a network with DIA-LSTM from a checkpoint of the authors' code and load its weights.
 
-    Family, depth, width, cardinality, classes, input channels, reduction and number of stacked cells are read from the
-    names and shapes. Dropout of wide networks is not in a checkpoint: it is 0 here, which changes training only.
+    Family, depth, width, cardinality, classes, input channels, reduction and number of stacked cells are inferred from
+    names and shapes. Checkpoints do not hold the dropout of wide networks: it is 0 here, which only affects training.
 
     Args:
         path_or_state_dict: a checkpoint file, the dictionary in one (``epoch``, ``state_dict``, ...), or a bare state
             dict; keys may begin with ``module.``, as ``nn.DataParallel`` writes them.
 
     Returns:
-        The network on the CPU, in training mode, with the outputs of the authors' code. float64 weights stay float64,
-        all others become float32.
+        The network on the CPU, in training mode, with the same outputs as the authors' code. float64 weights stay
+        float64, all others become float32.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no weights, or they are none of the four families'.
+        ValueError: if the file holds no weights, or not those of one of the four families.
 
     Source:
         gbup-group/DIANet, models/cifar/dia_{resnet,preresnet,wrn,resnext}.py.
@@ -118,13 +118,13 @@ def load_dianet_checkpoint(path_or_state_dict: str | os.PathLike[str] | Mapping[
         model.load_state_dict(renamed)
     except RuntimeError as error:
         options = ", ".join(f"{name}={value}" for name, value in sizes.items())
-        problem = str(error).splitlines()[-1].strip(" \t.")  # after a headline, torch has a line per problem
-        raise ValueError(f"The checkpoint looks like {family}({options}), but does not fit: {problem}.") from error
+        problem = str(error).splitlines()[-1].strip(" \t.")  # torch has a line per problem after a headline
+        raise ValueError(f"The checkpoint looks like {family}({options}), but does not match it: {problem}.") from error
     return model
 
 
 def _state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read the weights and drop what surrounds them, ``module.`` included."""
+    """Read the weights and strip what surrounds them, including ``module.``."""
     content = source if isinstance(source, Mapping) else _read(source)
     weights = content.get("state_dict", content)
     named_tensors = isinstance(weights, Mapping) and all(
@@ -185,7 +185,7 @@ def _sizes(renamed: dict[str, Tensor], family: str) -> dict[str, int]:
     layout = _LAYOUTS[family]
     stages = [_count(renamed, rf"layer{stage}\.(\d+)\.conv1\.weight") for stage in (1, 2, 3)]
     if len(set(stages)) > 1:
-        raise ValueError(f"The stages of a {family} are equally deep, but the checkpoint has {stages} blocks.")
+        raise ValueError(f"The stages of a {family} have equal depth, but the checkpoint has {stages} blocks.")
     sizes = {
         "depth": layout.step * stages[0] + layout.other_layers,
         "widen_factor": _shape(renamed, "layer1.0.dia.input_reduce.weight")[1] // layout.width,
@@ -200,18 +200,18 @@ def _sizes(renamed: dict[str, Tensor], family: str) -> dict[str, int]:
 
 def _shape(renamed: dict[str, Tensor], key: str) -> torch.Size:
     if key not in renamed:
-        raise ValueError(f"The checkpoint is incomplete: no weight in it belongs to {key}.")
+        raise ValueError(f"The checkpoint is incomplete: it has no weight for {key}.")
     return renamed[key].shape
 
 
 def _count(renamed: dict[str, Tensor], pattern: str) -> int:
-    """Return the number of different indices that the pattern's group finds."""
+    """Return the number of distinct indices matched by the pattern's group."""
     matches = (re.match(pattern, key) for key in renamed)
     return len({match[1] for match in matches if match is not None})
 
 
 def _reduction(renamed: dict[str, Tensor]) -> int:
-    """Find the ratio that gives the hidden width of every stage; its floor division alone does not tell it."""
+    """Find the ratio that gives the hidden width of every stage, which one floor division does not determine."""
     shapes = [_shape(renamed, f"layer{stage}.0.dia.input_reduce.weight") for stage in (1, 2, 3)]
     for reduction in range(1, max(channels for _, channels in shapes) + 1):
         if all(hidden == max(1, channels // reduction) for hidden, channels in shapes):

@@ -1,4 +1,4 @@
-"""Networks as files that run elsewhere."""
+"""Export networks to files that run elsewhere."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ class Exported:
 
     Args:
         path: the file or folder.
-        difference: largest difference between the outputs of the network and of the file, on the example.
+        difference: largest difference between the outputs of the network and the file on the example.
         snippet: Python code that loads the file without this package's training code.
     """
 
@@ -59,18 +59,18 @@ def export_network(
     """Write a network to a file, load the file, and compare outputs.
 
     Args:
-        network: the network, with or without attention. It is exported in evaluation mode; its own modes stay.
-        images: example input ``[B, C, H, W]``; the batch size of the file is free.
-        path: where to; the ending chooses the format: ``.onnx``, ``.pt2`` (torch.export) or ``.safetensors`` (weights
-            only).
-        metadata: what the file says about itself: ``metadata_props`` of ONNX, ``extra_files`` of torch.export (given as
+        network: the network, with or without attention. It is exported in evaluation mode; its own modes are restored.
+        images: example input ``[B, C, H, W]``; the batch size of the file is dynamic.
+        path: the file to write; its suffix selects the format: ``.onnx``, ``.pt2`` (torch.export) or ``.safetensors``
+            (weights only).
+        metadata: metadata to store in the file: ``metadata_props`` of ONNX, ``extra_files`` of torch.export (pass
             ``extra_files`` to ``torch.export.load``), ``metadata`` of safetensors.
 
     Returns:
         What was written, and how well it agrees.
 
     Raises:
-        ValueError: if the ending is unknown, ``images`` are no batch of images, or the network does not return one
+        ValueError: if the suffix is unknown, ``images`` is not a batch of images, or the network does not return one
             tensor.
         ImportError: if a package that the format needs is missing.
 
@@ -131,11 +131,11 @@ def _write_weights(network: nn.Module, images: Tensor, path: Path, metadata: dic
 
 
 def written_weights(network: nn.Module, path: Path, metadata: dict[str, str]) -> nn.Module:
-    """Write the weights to a file of safetensors, and return a copy of the network with what is in the file."""
+    """Write the weights to a safetensors file, and return a copy of the network with the weights from the file."""
     require("safetensors", by="This format")
     from safetensors.torch import load_model, save_model
 
-    save_model(network, str(path), metadata=metadata)  # a weight that two layers share is written once
+    save_model(network, str(path), metadata=metadata)  # shared weights are written once
     loaded = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in loaded.parameters():
@@ -145,7 +145,7 @@ def written_weights(network: nn.Module, path: Path, metadata: dict[str, str]) ->
 
 
 def _two(images: Tensor) -> Tensor:
-    """Return a batch of two, because torch takes a batch size of one in the example for a constant."""
+    """Return a batch of two, because torch specializes on an example batch size of one."""
     return torch.cat([images, images])[:2]
 
 

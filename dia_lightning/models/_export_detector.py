@@ -1,4 +1,4 @@
-"""Detectors as files that run elsewhere."""
+"""Export detectors to files that run elsewhere."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from dia_lightning.attention import is_attached
 from dia_lightning.models._export import written_weights
 from dia_lightning.models._exported_detector import Detection, ExportedDetector, compared
 
-_OPSET = 17  # the first that torch exports RoiAlign to as torchvision computes it is 16
+_OPSET = 17  # 16 is the first opset in which exported RoiAlign matches torchvision's
 
 _SNIPPETS = {
     ".onnx": (
@@ -44,23 +44,23 @@ def export_detector(
 ) -> ExportedDetector:
     """Write a detector to a file, load the file, and compare the objects that both find.
 
-    The ONNX file takes one image ``image [3, height, width]`` in [0, 1] of any size, and resizes and normalises it
-    itself as the detector does. It returns ``boxes [N, 4]`` in pixels of that image, ``labels [N]`` in 1..K, ``scores
-    [N]`` and of Mask R-CNN ``masks [N, 1, height, width]``. torch.export cannot follow the number of boxes, so the
-    exporter by tracing is used, and ``.pt2`` is refused.
+    The ONNX file takes one image ``image [3, height, width]`` in [0, 1] of any size, and resizes and normalises it as
+    the detector does. It returns ``boxes [N, 4]`` in pixels of that image, ``labels [N]`` in 1..K, ``scores [N]`` and
+    for Mask R-CNN ``masks [N, 1, height, width]``. torch.export cannot handle the varying number of boxes, so the
+    tracing exporter is used, and ``.pt2`` is refused.
 
     Args:
         detector: with torchvision's interface, with or without attention. It is exported in evaluation mode; its own
-            modes stay.
-        images: to trace with, the first, and to compare on, all; best real ones, in which there are objects.
-        path: where to; the ending chooses the format: ``.onnx`` or ``.safetensors`` (weights only).
-        metadata: what the file says about itself, as for :func:`export_network`.
+            modes are restored.
+        images: images to trace with (the first) and to compare on (all); preferably real ones that contain objects.
+        path: the file to write; its suffix selects the format: ``.onnx`` or ``.safetensors`` (weights only).
+        metadata: metadata to store in the file, as for :func:`export_network`.
 
     Returns:
         What was written, and how well it agrees.
 
     Raises:
-        ValueError: if the ending is unknown, there are no images ``[3, H, W]``, or the detector cannot be traced.
+        ValueError: if the suffix is unknown, there are no images ``[3, H, W]``, or the detector cannot be traced.
         ImportError: if a package that the format needs is missing.
 
     Example:
@@ -95,7 +95,7 @@ def export_detector(
 
 
 class _OneImage(nn.Module):
-    """A detector for one image that puts out tensors in a fixed order."""
+    """A detector for one image that returns tensors in a fixed order."""
 
     def __init__(self, detector: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def _write_onnx(one: _OneImage, image: Tensor, path: Path, metadata: dict[str, s
         sizes["masks"].update({2: "height", 3: "width"})
     try:
         with warnings.catch_warnings(), _exact_sizes(one.detector):
-            warnings.simplefilter("ignore")  # for whoever writes networks; what counts is the comparison
+            warnings.simplefilter("ignore")  # these address authors of networks; what counts is the comparison
             torch.onnx.export(
                 one,
                 (image,),
@@ -147,9 +147,9 @@ def _write_onnx(one: _OneImage, image: Tensor, path: Path, metadata: dict[str, s
 
 @contextmanager
 def _exact_sizes(detector: nn.Module) -> Iterator[None]:
-    """Let a detector resize images as it does, also where it is traced.
+    """Make a detector resize images the same way when it is traced.
 
-    torchvision computes the new size in float32 there, which is a pixel off for one size in six.
+    There torchvision computes the new size in float32, which is a pixel off for one size in six.
     """
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -160,7 +160,7 @@ def _exact_sizes(detector: nn.Module) -> Iterator[None]:
 
     def resize(image: Tensor, target: None = None) -> tuple[Tensor, None]:
         sides = shape_as_tensor(image)[-2:].double()
-        # vectors, because the exporter takes the double precision of single numbers away
+        # vectors, because the exporter drops the double precision of scalars
         limits = torch.tensor([transform.min_size[-1], transform.max_size], dtype=torch.float64)
         scale = (limits / torch.cat([sides.amin(0, True), sides.amax(0, True)])).amin(0, True)
         size: Any = (sides * scale).floor().long()

@@ -1,4 +1,4 @@
-"""How well the file of a detector agrees with the detector, object by object."""
+"""How well an exported file agrees with the detector, object by object."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 Detection: TypeAlias = dict[str, Tensor]
 
-#: Objects of the network and of the file are the same one if they have one label and differ by no more than this.
+#: Objects of network and file count as the same if their labels are equal and they differ by no more than this.
 PIXELS, SCORE = 0.1, 1e-3
 
 
@@ -20,12 +20,12 @@ class ExportedDetector:
 
     Args:
         path: the file.
-        images: how many were compared.
-        objects: how many the network finds in these images.
-        matched: for how many of them the file has one of the same label, with corners within 0.1 pixels and a score
+        images: number of images compared.
+        objects: number of objects the network finds in these images.
+        matched: how many of them the file also finds, with the same label, corners within 0.1 pixels and a score
             within 0.001.
-        extra: how many of the file the network does not find. Objects of almost equal scores or overlaps can be lost or
-            won by rounding.
+        extra: number of objects that only the file finds. Rounding can add or remove objects of almost equal scores or
+            overlaps.
         differences: largest difference over the matched objects, by output: ``boxes`` in pixels, ``scores``, ...
         snippet: Python code that loads the file without this package's training code.
     """
@@ -81,11 +81,11 @@ def compared(
 
 
 def matches(one: Detection, other: Detection) -> tuple[list[int], list[int]]:
-    """Return the numbers of the objects that two detections of an image have in common.
+    """Return the indices of the objects that two detections of an image have in common.
 
     Args:
         one: ``boxes [N, 4]``, ``labels [N]`` and ``scores [N]``.
-        other: the same of M objects.
+        other: the same for M objects.
     """
     distance = torch.cdist(one["boxes"].detach().double(), other["boxes"].double(), p=torch.inf)  # [N, M]
     scores = (one["scores"][:, None] - other["scores"]).abs()

@@ -1,4 +1,4 @@
-"""Networks without their classifier, with a feature pyramid on top: what torchvision's detectors call a backbone."""
+"""Networks with a feature pyramid instead of a classifier: what torchvision's detectors call a backbone."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from dia_lightning.models._build_on_meta import build_on_meta
 from dia_lightning.models._cifar_network import CifarNetwork
 from dia_lightning.models._registry import get_model
 
-_PROBE_SIZE = 128  # pixels; the deepest stages of all networks still have some there
+_PROBE_SIZE = 128  # pixels; large enough for the deepest stages of all networks
 
 _TAKE = (
     "Take a ResNet (cifar_resnet, cifar_resnext, torchvision/resnet50, ...), a torchvision network with convolutional "
-    "features such as torchvision/convnext_tiny, or such a network of timm."
+    "features such as torchvision/convnext_tiny, or such a timm network."
 )
 
 
 class Level(NamedTuple):
-    """A feature map that a network puts out."""
+    """A feature map that a network returns."""
 
     channels: int
     stride: int
@@ -37,9 +37,9 @@ class PyramidBackbone(nn.Module):
 
     Args:
         body: returns its feature maps, from fine to coarse, as a list or by name.
-        levels: what the body puts out.
+        levels: the feature maps of the body.
         out_channels: width of the pyramid.
-        extra_blocks: makes coarser maps of the last one.
+        extra_blocks: makes coarser maps from the last one.
     """
 
     def __init__(
@@ -56,21 +56,21 @@ class PyramidBackbone(nn.Module):
         if not isinstance(features, dict):
             features = OrderedDict((str(index), feature) for index, feature in enumerate(features))
         pyramid: dict[str, Tensor] = self.fpn(features)
-        if torch.is_autocast_enabled(images.device.type):  # torchvision's anchors take the precision of the maps
+        if torch.is_autocast_enabled(images.device.type):  # torchvision's anchors adopt the precision of the maps
             return {name: feature.float() for name, feature in pyramid.items()}
         return pyramid
 
 
 def feature_body(backbone: str | nn.Module, args: dict[str, Any], count: int) -> tuple[nn.Module, list[Level]]:
-    """Return a network that puts out the last feature maps of a backbone, and what they are.
+    """Return a network that returns the last feature maps of a backbone, and a description of them.
 
     Args:
         backbone: a name that ``get_model`` knows, or a network with stages ``layer1``, ``layer2``, ... or ``features``.
         args: further arguments of a named backbone.
-        count: how many feature maps, at most.
+        count: maximum number of feature maps.
 
     Raises:
-        ValueError: if the backbone has no feature maps of falling resolution.
+        ValueError: if the backbone has no feature maps of decreasing resolution.
     """
     if isinstance(backbone, str) and backbone.startswith("timm/"):
         return _timm_body(backbone, args, count)
@@ -79,16 +79,16 @@ def feature_body(backbone: str | nn.Module, args: dict[str, Any], count: int) ->
     ends = [] if stages is None else _stage_ends(stages)[-count:]
     if stages is None or len(ends) < 2:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
-        raise ValueError(f"{name} has no stages that a feature pyramid can be put on. {_TAKE}")
+        raise ValueError(f"{name} has no stages for a feature pyramid. {_TAKE}")
     body = IntermediateLayerGetter(stages, {name: str(index) for index, (name, _) in enumerate(ends)})
     return body, [level for _, level in ends]
 
 
 def freeze(body: nn.Module, trainable_layers: int) -> None:
-    """Freeze the weights of all but the last layers, counted as torchvision does: the stem and each stage are one.
+    """Freeze the weights of all but the last layers, counted as in torchvision: the stem and each stage are one.
 
     Raises:
-        ValueError: if there are not so many layers.
+        ValueError: if there are fewer layers.
     """
     layers = _layers(body)
     if not 0 <= trainable_layers <= len(layers):
@@ -102,16 +102,16 @@ def freeze(body: nn.Module, trainable_layers: int) -> None:
 
 
 def freeze_norms(body: nn.Module) -> None:
-    """Replace batch norms by ones whose statistics and weights stay as they are.
+    """Replace batch norms with ones whose statistics and weights do not change.
 
     Raises:
-        ValueError: if a norm does more than normalise, and it is not known how to keep that.
+        ValueError: if a norm does more than normalise in an unknown way.
     """
     for path, module in list(body.named_modules()):
         if type(module).__module__.startswith("timm."):
             _freeze_norm_of_timm(body, path, module)
         elif isinstance(module, nn.BatchNorm2d):
-            if type(module) != nn.BatchNorm2d:  # noqa: E721  # one that has attention equals it
+            if type(module) != nn.BatchNorm2d:  # noqa: E721  # one with attention equals it
                 raise ValueError(f"frozen_norm=True does not know {type(module).__name__} ({path}). Set it to False.")
             frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
             state = {name: value for name, value in module.state_dict().items() if name != "num_batches_tracked"}
@@ -134,9 +134,9 @@ def _timm_body(name: str, args: dict[str, Any], count: int) -> tuple[nn.Module, 
         raise ValueError(f"{name} has no feature maps for a pyramid: {error}.") from error
     strides = [level.stride for level in found]
     if strides != sorted(set(strides)) or len(found) < 2:
-        raise ValueError(f"{name} has feature maps of strides {strides}, but a feature pyramid needs rising ones.")
+        raise ValueError(f"{name} has feature maps of strides {strides}, but a feature pyramid needs increasing ones.")
     if getattr(chosen, "output_fmt", "NCHW") != "NCHW":
-        raise ValueError(f"{name} has channels last and images of one size, which no detector takes. {_TAKE}")
+        raise ValueError(f"{name} has channels last and a fixed image size, which no detector supports. {_TAKE}")
     indices = list(range(len(found)))[-count:]
     body = get_model(name, features_only=True, out_indices=indices, **args)
     return body, [found[index] for index in indices]
@@ -147,9 +147,9 @@ def _info(body: Any) -> Any:
 
 
 def _stage_container(network: nn.Module) -> nn.Module | None:
-    """Return the module whose children, called in order, make the features."""
+    """Return the module whose children, called in order, compute the features."""
     if isinstance(network, CifarNetwork) and network.preactivation:
-        return None  # the norm that ends its last stage would be missing
+        return None  # the norm that ends its last stage would be lost
     if hasattr(network, "layer1"):
         return network
     features = getattr(network, "features", None)
@@ -157,7 +157,7 @@ def _stage_container(network: nn.Module) -> nn.Module | None:
 
 
 def _stage_ends(stages: nn.Module) -> list[tuple[str, Level]]:
-    """Return the last child of each resolution, with what it puts out; the stem's own maps are left out."""
+    """Return the last child at each resolution, with its feature map; the stem's own maps are left out."""
     was_training = stages.training
     stages.eval()
     ends: list[tuple[str, Level]] = []
@@ -180,10 +180,10 @@ def _stage_ends(stages: nn.Module) -> list[tuple[str, Level]]:
 
 
 def _layers(body: nn.Module) -> list[list[nn.Module]]:
-    """Return the stem and the stages, each as the list of its modules."""
+    """Return the stem and the stages, each as a list of modules."""
     children = dict(body.named_children())
     blocks = [name for name, child in children.items() if _has_blocks(child)]
-    if len(blocks) == 1:  # one container of all stages, as timm's networks from mobile blocks have it
+    if len(blocks) == 1:  # one container of all stages, as in timm's networks of mobile blocks
         stages = children.pop(blocks[0])
         children |= {f"{blocks[0]}.{name}": child for name, child in stages.named_children()}
         blocks = [name for name in children if name.startswith(f"{blocks[0]}.")]

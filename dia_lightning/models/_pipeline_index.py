@@ -1,4 +1,4 @@
-"""What the folder of a pipeline of diffusers may name: diffusers would import whatever its files say."""
+"""Which classes the folder of a diffusers pipeline may name: diffusers would import any class its files name."""
 
 import re
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from typing import Any
 from dia_lightning._hub import read_object
 
 INDEX = "model_index.json"
-#: Classes that this package writes, and those of diffusers that it loads, by the library that an index has for them.
+#: Classes that this package writes, and diffusers classes that it loads, by the library given in the index.
 _NETWORKS = {
     "dia_lightning.models.pipelines": ("DIAUNet2DModel", "DIADiTTransformer2DModel"),
     "diffusers": ("UNet2DModel", "DiTTransformer2DModel"),
@@ -16,17 +16,17 @@ _NETWORKS = {
 
 
 def check_index(folder: Path, given: Collection[str]) -> None:
-    """Refuse a folder whose files name other classes than a network and a scheduler, before anything is imported.
+    """Refuse a folder whose files name classes other than a network and a scheduler, before anything is imported.
 
     Args:
         folder: of a pipeline.
-        given: names of the parts that the caller brings along, which are not read.
+        given: names of the parts that the caller passes, which are not read.
 
     Raises:
-        ValueError: if it names anything else, or is no folder of a pipeline.
+        ValueError: if it names anything else, or is not the folder of a pipeline.
     """
     if not (folder / INDEX).is_file():
-        raise ValueError(f"{str(folder)!r} has no {INDEX}: it is no folder of a pipeline.")
+        raise ValueError(f"{str(folder)!r} has no {INDEX}: it is not the folder of a pipeline.")
     index = read_object(folder / INDEX)
     allowed: dict[str, Any] = {"unet": _is_network, "scheduler": _is_scheduler}
     if not isinstance(index.get("_class_name", ""), str):
@@ -44,7 +44,7 @@ def check_index(folder: Path, given: Collection[str]) -> None:
 
 
 def check_network(folder: Path) -> None:
-    """Refuse a network of diffusers whose config asks for a library that would be imported to load it.
+    """Refuse a diffusers network whose config asks for a library that would be imported to load it.
 
     Raises:
         ValueError: if it does.
@@ -71,7 +71,7 @@ def _is_nothing(value: Any) -> bool:
 
 def _refuse(path: Path, name: str, value: Any) -> None:
     raise ValueError(
-        f"{str(path)!r} names {value!r:.100} as {name}, and no class is imported because a file says so, but a "
-        "UNet2DModel or DiTTransformer2DModel, with attention or without, and a scheduler of diffusers. If you trust "
-        f"it, build it and give it: DIAPipeline.from_pretrained(folder, {name}=...)."
+        f"{str(path)!r} names {value!r:.100} as {name}, but no class is imported because a file says so, except a "
+        "UNet2DModel or DiTTransformer2DModel, with or without attention, and a diffusers scheduler. If you trust "
+        f"it, build it and pass it: DIAPipeline.from_pretrained(folder, {name}=...)."
     )

@@ -1,4 +1,4 @@
-"""Networks with attention as folders, here and on the Hugging Face Hub."""
+"""Networks with attention as folders, local and on the Hugging Face Hub."""
 
 import copy
 import os
@@ -35,12 +35,12 @@ network = from_pretrained(network, "this folder or repository")
 def save_pretrained(network: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write a network to a folder: weights (``model.safetensors``), what is attached (``config.json``), a model card.
 
-    Networks of diffusers and transformers can also be saved by their own ``save_pretrained``, which writes the same of
-    the attention into their config.
+    Networks of diffusers and transformers can also be saved by their own ``save_pretrained``, which writes the same
+    description of the attention into their config.
 
     Args:
-        network: with attention, or a plain one.
-        folder: where to; files of the same names are replaced, a ``README.md`` of your own is not.
+        network: with or without attention.
+        folder: the folder to write to; replaces files of the same names, but not your own ``README.md``.
 
     Returns:
         The folder.
@@ -75,25 +75,25 @@ def from_pretrained(
     local_files_only: bool = False,
     **arguments: Any,
 ) -> Network:
-    """Attach what a folder or repository says to a plain network, and load the weights, all of them. No code is run.
+    """Attach the attention of a folder or repository to a plain network, and load all the weights. No code is run.
 
     Args:
-        network: the plain network, built as it was before it was saved; or a class of diffusers or transformers, which
-            is built from the config.
-        source: a folder that :func:`save_pretrained` or that of diffusers or transformers wrote, or a repository of the
-            Hugging Face Hub, such as ``"user/network"``.
+        network: the plain network, built as it was before saving; or a class of diffusers or transformers, which is
+            built from the config.
+        source: a folder written by :func:`save_pretrained` or that of diffusers or transformers, or a Hugging Face Hub
+            repository, such as ``"user/network"``.
         revision: branch, tag or commit of a repository.
         token: for a private repository; by default that of ``hf auth login``.
         cache_dir: where downloads are kept.
-        local_files_only: take what was downloaded before, and nothing else.
-        **arguments: of :func:`~dia_lightning.attention.attach`, in place of those in the config: attention or sites
-            that were objects and could not be saved.
+        local_files_only: only use files that are already downloaded.
+        **arguments: of :func:`~dia_lightning.attention.attach`, overriding those in the config: attention or sites that
+            were objects and could not be saved.
 
     Returns:
         The network, with attention and in evaluation mode.
 
     Raises:
-        ValueError: if the folder is damaged or of another network, or an object is missing.
+        ValueError: if the folder is damaged or holds a different network, or an object is missing.
         ImportError: if safetensors, or for a repository huggingface_hub, is not installed.
 
     Example:
@@ -106,7 +106,7 @@ def from_pretrained(
     described = _described(config, folder, arguments)
     built: Network = network if isinstance(network, nn.Module) else _build(network, config)
     if is_attached(built):
-        raise ValueError("The network has attention already. Give the plain one: the config says what is attached.")
+        raise ValueError("The network already has attention. Give the plain one: the config says what to attach.")
     try:
         _attach_all(built, described)
         _hub.load_strictly(built, _renamed(built, weights, described), str(source))
@@ -125,13 +125,13 @@ def push_to_hub(
     token: str | bool | None = None,
     commit_message: str = "Upload network with dia-lightning",
 ) -> str:
-    """Put what :func:`save_pretrained` writes into a repository of the Hugging Face Hub, which is made if need be.
+    """Push what :func:`save_pretrained` writes to a Hugging Face Hub repository, creating it if needed.
 
     Args:
-        network: with attention, or a plain one.
+        network: with or without attention.
         repo_id: name of the repository, such as ``"user/network"``.
         private: whether a new repository is private; ``None`` for the default of the account.
-        token: with the right to write; by default that of ``hf auth login``.
+        token: with write access; by default that of ``hf auth login``.
         commit_message: of the commit.
 
     Returns:
@@ -149,24 +149,24 @@ def _save(network: nn.Module, folder: Path) -> None:
 
 
 def _build(kind: Any, config: dict[str, Any]) -> Any:
-    """Build a network of diffusers or transformers from its config."""
+    """Build a diffusers or transformers network from its config."""
     try:
         if hasattr(kind, "load_config"):  # of diffusers
             return kind.from_config(_harmless(config))
         if getattr(kind, "config_class", None) is not None:  # of transformers
             return kind(kind.config_class.from_dict(_harmless(config)))
-    except Exception as error:  # a config that is none of theirs fails in many ways
+    except Exception as error:  # an invalid config fails in many ways
         raise ValueError(
             f"The config does not describe a {kind.__name__} ({type(error).__name__}: {_hub.in_one_line(error)})."
         ) from error
     raise ValueError(
         f"{getattr(kind, '__name__', kind)} is neither a network nor a class of diffusers or transformers, which are "
-        "built from a config. Give the network, built as it was before it was saved."
+        "built from a config. Give the network, built as it was before saving."
     )
 
 
 def _harmless(config: Any) -> Any:
-    """Return a config without what attention has written, and without kernels, which transformers would download."""
+    """Return a config without the entries of attention, and without kernels, which transformers would download."""
     if not isinstance(config, dict):
         return config
     left_out = (DESCRIPTION, LOADS_WITH)
@@ -178,7 +178,7 @@ def _harmless(config: Any) -> Any:
 
 
 def _described(config: dict[str, Any], folder: Path, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the arguments of ``attach`` by the path of the part that they are for."""
+    """Return the arguments of ``attach`` by the path of the part they are for."""
     found = config.get(DESCRIPTION)
     if found is None and "attention" in given:
         found = {"attention": None}
@@ -188,7 +188,7 @@ def _described(config: dict[str, Any], folder: Path, given: dict[str, Any]) -> d
             f"got {found!r:.200}. Say it as attach() takes it: from_pretrained(network, folder, attention=...)."
         )
     if given and not found:
-        raise ValueError(f"{str(folder)!r} holds a plain network. Leave {', '.join(given)} out.")
+        raise ValueError(f"{str(folder)!r} holds a plain network. Omit {', '.join(given)}.")
     is_one = "attention" in found and not isinstance(found["attention"], dict)  # as diffusers and transformers save it
     hint = "from_pretrained(network, folder, NAME=...)"
     return {path: arguments_of(words, given, hint) for path, words in ({"": found} if is_one else found).items()}
@@ -203,7 +203,7 @@ def _attach_all(network: nn.Module, described: dict[str, dict[str, Any]]) -> Non
 
 
 def _renamed(network: Any, weights: dict[str, Tensor], described: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-    """Return weights by the names that the network has; transformers writes older ones, which its own loader knows."""
+    """Return weights under the network's names; transformers writes older ones, which its own loader maps."""
     if getattr(network, "config_class", None) is None or weights.keys() == network.state_dict().keys():
         return weights
 
@@ -216,7 +216,7 @@ def _renamed(network: Any, weights: dict[str, Tensor], described: dict[str, dict
     config = copy.deepcopy(network.config)
     try:
         loaded, found = Attached.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-    except Exception:  # load_strictly says what does not fit
+    except Exception:  # load_strictly reports what does not match
         return weights
     fits = not any(found.values())
     return loaded.state_dict() if fits else weights

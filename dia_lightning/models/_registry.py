@@ -1,4 +1,4 @@
-"""Networks by name, in the manner of torchvision's registry."""
+"""Networks by name, like torchvision's registry."""
 
 import fnmatch
 import inspect
@@ -53,18 +53,18 @@ def get_model(name: str, *, num_classes: int | None = None, **args: Any) -> nn.M
 
     Args:
         name: a name from ``list_models``: one of this package, ``torchvision/NAME`` or ``timm/NAME``.
-        num_classes: number of classes; without it, the builder's own default (100 for the networks of this package,
-            1000 for the libraries).
-        **args: what the builder takes, for example ``depth``. Networks of torchvision start without weights unless
-            ``weights="DEFAULT"`` (or another name of theirs) asks for them, those of timm unless ``pretrained=True``;
-            with weights and another ``num_classes``, the classifier is replaced by a fresh one.
+        num_classes: number of classes; by default that of the builder (100 for networks of this package, 1000 for the
+            libraries).
+        **args: arguments of the builder, for example ``depth``. torchvision networks are not pretrained unless
+            ``weights="DEFAULT"`` (or another name of theirs) is given, timm networks unless ``pretrained=True``; with
+            pretrained weights and a different ``num_classes``, the classifier is replaced with a fresh one.
 
     Returns:
         The network, on the CPU and in training mode.
 
     Raises:
-        ValueError: if the name is unknown (the message has the nearest names), or the builder does not take one of the
-            arguments (the message lists those that it takes).
+        ValueError: if the name is unknown (the message suggests similar names), or the builder does not take one of the
+            arguments (the message lists those it takes).
         ImportError: if the name begins with ``timm/`` and timm is not installed.
 
     Example:
@@ -86,7 +86,7 @@ def get_model(name: str, *, num_classes: int | None = None, **args: Any) -> nn.M
     takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     for argument in args:
         if argument not in accepted and not takes_anything:
-            raise ValueError(f"{name} does not take {argument!r}, it takes: {', '.join(accepted)}.")
+            raise ValueError(f"{name} does not take {argument!r}. It takes: {', '.join(accepted)}.")
     return _BUILDERS[name](**args)
 
 
@@ -108,7 +108,7 @@ def list_models(pattern: str = "*") -> list[str]:
     names = sorted(_BUILDERS)
     start = pattern.split("*")[0].split("?")[0].split("[")[0]
     for prefix, library in LIBRARIES.items():
-        # a library that the pattern leaves out need not be imported
+        # a library excluded by the pattern need not be imported
         if start.startswith(f"{prefix}/") or f"{prefix}/".startswith(start):
             names += [f"{prefix}/{name}" for name in library.names()]
     return fnmatch.filter(names, pattern)
@@ -119,7 +119,7 @@ def _unknown(name: str) -> str:
     if slash and prefix not in LIBRARIES:
         prefixes = " or ".join(f"{library}/NAME" for library in LIBRARIES)
         return f"Unknown model {name!r}. Other libraries are reached by {prefixes}."
-    # a bare name may be meant for torchvision, whose own registry has no prefix
+    # a bare name may mean torchvision, whose registry has no prefix
     library = prefix or "torchvision"
     known = {other: f"{library}/{other}" for other in LIBRARIES[library].names()}
     if not slash:

@@ -1,10 +1,10 @@
-"""The example input that a network is looked at with."""
+"""The example input of a network."""
 
 from torch import Tensor
 
 
 def require_images(images: Tensor) -> None:
-    """Refuse what is no batch of images.
+    """Refuse anything but a batch of images.
 
     Raises:
         ValueError: if the shape is not ``[B, C, H, W]``, or a size is 0.

@@ -10,7 +10,7 @@ from dia_lightning.models._registry import register_model
 
 
 class BasicBlock(nn.Module):
-    """Twice norm, ReLU, 3x3 convolution, and a shortcut of the raw input; the branch ends with ``conv2``.
+    """Norm, ReLU and 3x3 convolution, twice, and a shortcut of the raw input; the branch ends with ``conv2``.
 
     Args:
         in_channels: channels of the input.
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three times norm, ReLU, convolution (1x1, 3x3, 1x1), and a raw shortcut; the branch ends with ``conv3``.
+    """Norm, ReLU and convolution (1x1, 3x3, 1x1), three times, and a raw shortcut; the branch ends with ``conv3``.
 
     The authors of DIANet project the raw input in the first block of a stage; He et al. project the activated one.
 

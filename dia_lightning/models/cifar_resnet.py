@@ -19,14 +19,14 @@ from dia_lightning.models._registry import register_model
 
 
 class _Block(nn.Module):
-    """What both kinds of blocks have: a shortcut that can be taken out, and a ReLU after the addition."""
+    """Base of both kinds of blocks: a removable shortcut, and a ReLU after the addition."""
 
     relu: nn.Module
     downsample: nn.Module | None
     has_shortcut = True
 
     def remove_shortcut(self) -> None:
-        """Leave only the branch, also where the shortcut is a projection."""
+        """Leave only the branch, even if the shortcut is a projection."""
         self.downsample = None
         self.has_shortcut = False
 
@@ -124,12 +124,11 @@ def cifar_resnet(
         widen_factor: multiplies the width of all stages.
         num_classes: number of classes.
         in_channels: channels of the images.
-        stem_stride: stride of the first convolution; 2 or 4 make a small backbone for larger images, as detectors
-            take them.
-        norm: whether there are batch norms. Without them, as in the papers' experiment on stability, nothing takes
-            their place: convolutions still have no bias, and training may diverge.
-        no_shortcut: stages, among 1, 2 and 3, whose blocks have no shortcut, the first block's projection included.
-            Whether the papers' experiment keeps that one is not known.
+        stem_stride: stride of the first convolution; 2 or 4 make a small backbone for larger images, as in detection.
+        norm: whether there are batch norms. Without them, as in the papers' stability experiment, nothing replaces
+            them: convolutions still have no bias, and training may diverge.
+        no_shortcut: stages, among 1, 2 and 3, whose blocks have no shortcut, including the first block's projection.
+            Whether the papers' experiment keeps that one is unknown.
 
     Returns:
         A network from images ``[B, in_channels, H, W]``, H and W at least 8, to logits ``[B, num_classes]``.
@@ -148,7 +147,7 @@ def cifar_resnet(
     """
     for stage in no_shortcut:
         if stage not in (1, 2, 3):
-            raise ValueError(f"no_shortcut takes numbers of stages, 1, 2 and 3, got {stage!r}.")
+            raise ValueError(f"no_shortcut takes stage numbers 1, 2 and 3, got {stage!r}.")
     network = classic_network(
         "cifar_resnet",
         basic=partial(BasicBlock, norm=norm),
@@ -162,7 +161,7 @@ def cifar_resnet(
         stem_stride=stem_stride,
         norm=norm,
     )
-    for stage in no_shortcut:  # afterwards, so that the other layers start with the weights that they have otherwise
+    for stage in no_shortcut:  # afterwards, so that the other layers get the same initial weights as otherwise
         for made in network.get_submodule(f"layer{stage}").children():
             made.remove_shortcut()  # type: ignore[operator]
     return network

@@ -11,7 +11,7 @@ from dia_lightning.models.cifar_preresnet import BasicBlock as PreactivationBloc
 
 
 class BasicBlock(PreactivationBlock):
-    """Twice norm, ReLU, 3x3 convolution with dropout between them; the branch ends with ``conv2``.
+    """Norm, ReLU and 3x3 convolution, twice, with dropout between them; the branch ends with ``conv2``.
 
     Where the shape changes, the shortcut is a projection of the activated input; elsewhere it is the raw input.
 

@@ -1,4 +1,4 @@
-"""Networks of diffusers that predict noise: U-Nets and diffusion transformers."""
+"""diffusers networks that predict noise: U-Nets and diffusion transformers."""
 
 import inspect
 from collections.abc import Sequence
@@ -43,28 +43,28 @@ _MADE_HERE = {
 def get_denoiser(
     name: Denoiser, *, image_shape: Sequence[int], num_classes: int | None = None, **args: Any
 ) -> nn.Module:
-    """Build a network of diffusers for images of one shape, with fresh weights.
+    """Build a diffusers network for images of one shape, with fresh weights.
 
     Args:
         name: ``"unet"``, a U-Net of any size; ``"ddpm_cifar10"`` and ``"ddpm_256"``, the U-Nets of DDPM (35.7 and 113.7
             million parameters in RGB); ``"dit"``, a transformer of any size; ``"dit_s"``, ``"dit_b"``, ``"dit_l"`` and
             ``"dit_xl"``, those of DiT.
-        image_shape: (C, H, W) of the images. A U-Net of n levels needs a height and width that 2^(n - 1) divides, a
-            transformer square images that ``patch_size`` divides.
-        num_classes: number of classes K of a conditional network, which takes labels 0..K, where K stands for no
-            class; ``None`` for an unconditional one.
-        **args: of U-Nets ``block_out_channels`` (width per level, ``(64, 128)``), ``layers_per_block`` (residual blocks
-            per level, 2), ``attention_levels`` (levels with self-attention, counted from 0 at full size, none),
-            ``norm_num_groups`` (by default a quarter of the smallest width, at most 32), and what ``UNet2DModel``
-            takes, for example ``dropout``; of transformers what ``DiTTransformer2DModel`` takes: ``num_layers``,
-            ``num_attention_heads``, ``attention_head_dim``, ``patch_size``, ...
+        image_shape: (C, H, W) of the images. A U-Net of n levels needs a height and width divisible by 2^(n - 1), a
+            transformer square images divisible by ``patch_size``.
+        num_classes: number of classes K of a conditional network, which takes labels 0..K, where K means no class;
+            ``None`` for an unconditional one.
+        **args: for U-Nets ``block_out_channels`` (width per level, ``(64, 128)``), ``layers_per_block`` (residual
+            blocks per level, 2), ``attention_levels`` (levels with self-attention, counted from 0 at full size, none),
+            ``norm_num_groups`` (by default a quarter of the smallest width, at most 32), and arguments of
+            ``UNet2DModel``, for example ``dropout``; for transformers the arguments of ``DiTTransformer2DModel``:
+            ``num_layers``, ``num_attention_heads``, ``attention_head_dim``, ``patch_size``, ...
 
     Returns:
         The network, called as ``network(images, timesteps, class_labels=labels)``; its prediction is ``.sample``.
 
     Raises:
-        ValueError: if the name is unknown, an argument does not fit, or the network does not suit the images; the
-            message names sizes that do.
+        ValueError: if the name is unknown, an argument is invalid, or the network does not suit the images; the message
+            names sizes that work.
         ImportError: if diffusers is not installed.
 
     Source:
@@ -87,7 +87,7 @@ def get_denoiser(
 
 
 def predict(network: nn.Module, images: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Return the prediction ``[B, C, H, W]`` of a network of diffusers, or of one with its interface.
+    """Return the prediction ``[B, C, H, W]`` of a diffusers network, or of one with the same interface.
 
     Args:
         network: called as ``network(images, timesteps)``, with ``class_labels=labels`` where there are labels; it
@@ -97,16 +97,16 @@ def predict(network: nn.Module, images: Tensor, timesteps: Tensor, labels: Tenso
         labels: ``[B]`` int64; ``None`` for an unconditional network.
     """
     if labels is None and "num_embeds_ada_norm" in getattr(network, "config", {}):
-        labels = timesteps.new_zeros(len(images))  # diffusers has no DiT without labels: all images are of one class
+        labels = timesteps.new_zeros(len(images))  # diffusers has no DiT without labels: all images get the same class
     output = network(images, timesteps) if labels is None else network(images, timesteps, class_labels=labels)
     prediction: Tensor = getattr(output, "sample", output)
     return prediction
 
 
 def keep_labels(network: nn.Module) -> nn.Module:
-    """Let a transformer drop no labels in training, in place, and return it.
+    """Turn off label dropout in a transformer, in place, and return it.
 
-    Every block of diffusers' would drop labels of its own; tasks drop them once for all blocks.
+    In diffusers every block would drop its own labels; tasks drop them once for all blocks.
     """
     for module in network.modules():
         if type(module).__name__ == "LabelEmbedding":
@@ -118,7 +118,7 @@ def check_image_shape(image_shape: Sequence[int] | None) -> tuple[int, int, int]
     """Return a shape (C, H, W) as a tuple.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not one.
     """
     shape = tuple(int(size) for size in image_shape or ())
     if len(shape) != 3 or min(shape) < 1:
@@ -176,8 +176,8 @@ def _check_unet_size(name: str, shape: tuple[int, int, int], *, levels: int) -> 
     fitting = [" or ".join(map(str, sizes)) for sizes in nearest]
     most = next(n for n in reversed(range(levels)) if all(size % 2**n == 0 for size in shape[1:])) + 1
     raise ValueError(
-        f"{name} has {levels} levels and halves images {levels - 1} times, which needs a height and width that "
-        f"{factor} divides, got {shape[1]}x{shape[2]}. Take {fitting[0]} for the height and {fitting[1]} for the "
+        f"{name} has {levels} levels and halves images {levels - 1} times, which needs a height and width divisible "
+        f"by {factor}, got {shape[1]}x{shape[2]}. Take {fitting[0]} for the height and {fitting[1]} for the "
         f"width, or at most {most} levels (entries of block_out_channels)."
     )
 
@@ -192,7 +192,7 @@ def _dit(
     if height != width or height % patch:
         down = height // patch * patch or patch
         raise ValueError(
-            f"{name} needs square images whose side patch_size={patch} divides, got {height}x{width}. Take "
+            f"{name} needs square images with a side divisible by patch_size={patch}, got {height}x{width}. Take "
             f"{down}x{down} or {down + patch}x{down + patch}, or another patch_size."
         )
     labels = 1 if num_classes is None else num_classes
@@ -205,4 +205,4 @@ def _check_arguments(name: str, build: type[nn.Module], given: dict[str, Any], o
     accepted = sorted({*theirs, *own})
     for argument in given:
         if argument not in accepted:
-            raise ValueError(f"{name} does not take {argument!r}, it takes: {', '.join(accepted)}.")
+            raise ValueError(f"{name} does not take {argument!r}. It takes: {', '.join(accepted)}.")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from dia_lightning.models.denoisers import predict
 
-#: How many predictions of the final image a trace has.
+#: Number of predictions of the final image in a trace.
 TRACE_LENGTH = 8
 
 
 def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that depends on all the numbers of a key (0 or more), and on nothing else."""
+    """Return a generator that depends only on the numbers of a key (0 or more)."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed) % 2**63)
 
@@ -26,13 +26,13 @@ class Denoising:
 
     Args:
         network: predicts noise, velocity or image, on the device to sample on.
-        new_scheduler: returns a scheduler whose steps are set, a new one at every call.
+        new_scheduler: returns a new scheduler at every call, with its steps set.
         guidance: weight w of the class, ``no class + w (class - no class)``.
-        no_class: label that stands for no class; ``None`` for an unconditional network.
+        no_class: label for no class; ``None`` for an unconditional network.
         seed: of the noise, 0 or more.
 
     Raises:
-        ValueError: if guidance is no number or asked of an unconditional network, or the scheduler refuses its steps.
+        ValueError: if guidance is not a number or the network is unconditional, or the scheduler refuses its steps.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Denoising:
         trace: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """Return the images ``[B, C, H, W]`` of some indices in [0, 1], or their trace ``[B, K, C, H, W]``."""
+        """Return the images ``[B, C, H, W]`` in [0, 1] of some indices, or their trace ``[B, K, C, H, W]``."""
         # one generator per image, on the CPU: the same image in every batch and on every device
         generators = [seeded_generator(self.seed, index) for index in indices] if generator is None else generator
         parameter = next(self.network.parameters())
@@ -85,14 +85,14 @@ class Denoising:
             step = scheduler.step(prediction, timestep, images, **random)
             images = step.prev_sample
             if trace and number in shown:
-                # DPM-Solver++ keeps its predictions of the image itself
+                # DPM-Solver++ itself keeps its predictions of the image
                 clean = getattr(step, "pred_original_sample", None)
                 predictions.append(scheduler.model_outputs[-1] if clean is None else clean)
             after_step()
         return ((torch.stack(predictions, 1) if trace else images) / 2 + 0.5).clamp(0, 1)
 
     def traced_steps(self) -> list[int]:
-        """Return the numbers of the steps that a trace shows, spread evenly from the first to the last."""
+        """Return the indices of the steps shown in a trace, spread evenly from the first to the last."""
         numbers: list[int] = np.linspace(0, self.steps - 1, min(TRACE_LENGTH, self.steps)).round().astype(int).tolist()
         return numbers
 
@@ -107,7 +107,7 @@ class Denoising:
 
 
 def _noise(shape: tuple[int, ...], generators: torch.Generator | Sequence[torch.Generator]) -> Tensor:
-    """Return noise of a shape, from one generator for all or one per image, as pipelines of diffusers draw it."""
+    """Return noise of a shape, from one generator for all or one per image, as diffusers pipelines draw it."""
     if isinstance(generators, torch.Generator):
         return torch.randn(shape, generator=generators, device=generators.device, dtype=torch.float32)
     return torch.stack([_noise(shape[1:], generator) for generator in generators])
@@ -118,12 +118,12 @@ def class_labels(count: int, classes: int | Sequence[int] | None, *, first: int,
 
     Args:
         count: how many images.
-        classes: one class for all or one per image; ``None`` goes round the classes, from the index ``first`` on.
+        classes: one class for all or one per image; ``None`` cycles through the classes, starting at index ``first``.
         first: index of the first image.
         no_class: number of classes; ``None`` for an unconditional network.
 
     Raises:
-        ValueError: if there are no classes to choose from, or a class is none of them.
+        ValueError: if there are no classes to choose from, or a class is not among them.
     """
     if no_class is None:
         if classes is not None:
@@ -144,7 +144,7 @@ def ddpm_variance(steps: int, total: int) -> str:
     """Return which of DDPM's two variances suits a number of steps.
 
     Source:
-        arXiv 2010.02502 (DDIM), table 1: the larger one is better with all the steps, and much worse with few.
+        arXiv 2010.02502 (DDIM), table 1: the larger one is better with all steps and much worse with few.
     """
     return "fixed_large" if steps == total else "fixed_small"
 
@@ -162,13 +162,13 @@ def check_least(name: str, value: int, least: int) -> None:
 def check_divides(steps: int, timesteps: int, *, sampler: str, otherwise: str) -> None:
     """Refuse numbers of steps that DDIM and DDPM cannot spread over all timesteps.
 
-    diffusers would round the distance of the steps down and begin where part of the image should be seen.
+    diffusers would round the step size down and start at a noise level where part of the image should be visible.
 
     Args:
         steps: how often the network runs per image.
         timesteps: number of noise levels T.
-        sampler: what the message calls the sampler.
-        otherwise: the way out beside other numbers, for the message.
+        sampler: name of the sampler in the message.
+        otherwise: the alternative to other numbers, for the message.
 
     Raises:
         ValueError: if ``steps`` is less than 2 or does not divide ``timesteps``.

@@ -1,4 +1,4 @@
-"""Detectors of torchvision on any backbone of the factory."""
+"""torchvision detectors on any backbone of ``get_model``."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def get_detector(
     representation_size: int = 1024,
     **detector_args: Any,
 ) -> nn.Module:
-    """Build a detector of torchvision on a backbone, with fresh weights unless ``backbone_args`` ask for others.
+    """Build a torchvision detector on a backbone, with fresh weights unless ``backbone_args`` ask for others.
 
     With ``torchvision/resnet50`` and the defaults, the network and the names of its weights are those of torchvision's
     ``fasterrcnn_resnet50_fpn``, ``maskrcnn_resnet50_fpn``, ``retinanet_resnet50_fpn`` and ``fcos_resnet50_fpn``.
@@ -53,27 +53,27 @@ def get_detector(
     Args:
         detector: ``"fasterrcnn"``, ``"maskrcnn"`` (with masks), ``"retinanet"``, ``"fcos"``, or ``"ssdlite"``, which
             torchvision builds on ``torchvision/mobilenet_v3_large`` and 320x320 pixels only.
-        backbone: a name that :func:`get_model` knows and that has stages of falling resolution, or such a network, or a
-            module with ``out_channels`` that returns feature maps by name, which is then used as it is.
-        num_classes: number of kinds of objects, K, without the background.
+        backbone: the name of a :func:`get_model` network with stages of decreasing resolution, or such a network, or a
+            module with ``out_channels`` that returns feature maps by name, which is used unchanged.
+        num_classes: number of object classes, K, without the background.
         backbone_args: further arguments of a named backbone, for example ``{"weights": "DEFAULT"}``.
-        trainable_layers: how many layers of the backbone are trained, counted from the end as torchvision does: each
-            stage is one and the stem is one. ``None`` trains all.
-        frozen_norm: keep the statistics and weights of the backbone's batch norms as they are; usual with pretrained
-            backbones and batches of few images.
+        trainable_layers: how many layers of the backbone to train, counted from the end as in torchvision: each stage
+            is one and the stem is one. ``None`` trains all.
+        frozen_norm: freeze the statistics and weights of the backbone's batch norms; usual with pretrained backbones
+            and small batches.
         fpn_channels: width of the feature pyramid.
-        anchor_sizes: sides of the anchors in pixels, per map of the pyramid. ``None`` takes them from the strides: 8
+        anchor_sizes: sides of the anchors in pixels, per map of the pyramid. ``None`` derives them from the strides: 8
             strides for R-CNNs, 4 strides and two sizes between for RetinaNet, the stride for FCOS.
         representation_size: width of the two linear layers of an R-CNN's box head.
-        **detector_args: what torchvision's class takes, for example ``min_size``, ``max_size``,
+        **detector_args: arguments of torchvision's class, for example ``min_size``, ``max_size``,
             ``box_detections_per_img`` (R-CNNs) or ``score_thresh`` (others).
 
     Returns:
-        A network that maps a list of images ``[3, H, W]`` in [0, 1], and in training targets, to losses (training) or
+        A network that maps a list of images ``[3, H, W]`` in [0, 1], and targets in training, to losses (training) or
         detections. Labels are 1..K.
 
     Raises:
-        ValueError: if a name is unknown, or an argument does not fit.
+        ValueError: if a name is unknown, or an argument is invalid.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ def get_detector(
         _refuse_unused(given, [name for name in given if name != "backbone_args"], "ssdlite")
         return decode_in_full_precision(_ssdlite(backbone, num_classes, backbone_args or {}, detector_args))
     if isinstance(backbone, nn.Module) and hasattr(backbone, "out_channels"):
-        _refuse_unused(given, list(given), "a backbone with out_channels, which is used as it is")
+        _refuse_unused(given, list(given), "a backbone with out_channels, which is used unchanged")
         return decode_in_full_precision(_CLASSES[detector](backbone, num_classes + 1, **detector_args))
     if not is_rcnn:
         _refuse_unused(given, ["representation_size"], detector)
@@ -115,7 +115,7 @@ def get_detector(
     if is_rcnn:
         parts = {"rpn_anchor_generator": anchors, **_pooling(detector, len(levels))}
         network = _CLASSES[detector](pyramid, num_classes + 1, **parts, **detector_args)
-        if representation_size != 1024:  # what torchvision has fixed
+        if representation_size != 1024:  # fixed in torchvision
             heads: Any = network.roi_heads
             heads.box_head = TwoMLPHead(fpn_channels * 7**2, representation_size)
             heads.box_predictor = FastRCNNPredictor(representation_size, num_classes + 1)
@@ -125,7 +125,7 @@ def get_detector(
 
 
 def _pooling(detector: Detector, levels: int) -> dict[str, nn.Module]:
-    """Return torchvision's pooling of regions, from all maps but the one that the extra block adds."""
+    """Return torchvision's region pooling over all maps except the one added by the extra block."""
     names = [str(index) for index in range(levels)]
     pools = {"box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)}
     if detector == "maskrcnn":
@@ -139,11 +139,11 @@ def _ssdlite(
     if backbone != _SSDLITE_BACKBONE:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
         raise ValueError(
-            f"ssdlite is built by torchvision on {_SSDLITE_BACKBONE} only, got {name}. Take that backbone, or another "
+            f"ssdlite is built by torchvision on {_SSDLITE_BACKBONE} only, got {name}. Use that backbone or another "
             "detector."
         )
     if set(backbone_args) - {"weights"}:
-        raise ValueError(f"ssdlite takes weights as backbone_args and nothing else, got {', '.join(backbone_args)}.")
+        raise ValueError(f"ssdlite takes only weights in backbone_args, got {', '.join(backbone_args)}.")
     network: nn.Module = ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=backbone_args.get("weights"), num_classes=num_classes + 1, **args
     )
@@ -151,9 +151,9 @@ def _ssdlite(
 
 
 def _anchors(detector: Detector, levels: Sequence[Level], sizes: Sequence[Sequence[int]] | None) -> AnchorGenerator:
-    """Return torchvision's anchors, which grow with the strides."""
+    """Return torchvision's anchors, sized by the strides."""
     strides = [level.stride for level in levels]
-    coarser = 1 if detector in ("fasterrcnn", "maskrcnn") else 2  # maps that the extra blocks add
+    coarser = 1 if detector in ("fasterrcnn", "maskrcnn") else 2  # maps added by the extra blocks
     strides += [strides[-1] * 2 ** (step + 1) for step in range(coarser)]
     if detector == "fcos":
         chosen = [[stride] for stride in strides]
@@ -176,11 +176,11 @@ def _check_arguments(detector: Detector, given: dict[str, Any]) -> None:
     accepted = [name for name in inspect.signature(_CLASSES[detector]).parameters if name not in _MADE_HERE]
     for name in given:
         if name not in accepted:
-            raise ValueError(f"{detector} does not take {name!r}, it takes: {', '.join(accepted)}.")
+            raise ValueError(f"{detector} does not take {name!r}. It takes: {', '.join(accepted)}.")
 
 
 def _refuse_unused(given: dict[str, Any], unused: Sequence[str], kind: str) -> None:
     defaults = inspect.signature(get_detector).parameters
     for name in unused:
         if given[name] != defaults[name].default:
-            raise ValueError(f"{name} is not for {kind}, got {given[name]}. Leave it out.")
+            raise ValueError(f"{name} is not for {kind}, got {given[name]}. Omit it.")

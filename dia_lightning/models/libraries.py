@@ -1,6 +1,6 @@
-"""Classification networks of torchvision and timm, imported when they are asked for.
+"""Classification networks of torchvision and timm, imported on demand.
 
-For the factory here, and for tasks and the command line, which ask what a name or its arguments would read.
+Used by ``get_model``, and by tasks and the command line to find out what a name or its arguments would read.
 """
 
 import inspect
@@ -28,7 +28,7 @@ class Library(Protocol):
         """Build the network."""
 
 
-#: Heads that turn the output into a tuple in training; the networks here come without them unless asked for.
+#: Heads that make the output a tuple in training; networks are built without them unless requested.
 _AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 
 
@@ -37,7 +37,7 @@ class Torchvision:
 
     def names(self) -> list[str]:
         models = _torchvision_models()
-        return list(models.list_models(module=models))  # without the detection, segmentation and video networks
+        return list(models.list_models(module=models))  # excluding the detection, segmentation and video networks
 
     def has(self, name: str) -> bool:
         return name in self.names()
@@ -56,10 +56,10 @@ class Torchvision:
             short = options["weights"].removeprefix(f"{known.__name__}.")
             if short not in known.__members__:
                 members = ", ".join(known.__members__)
-                raise ValueError(f"torchvision/{name} has no weights {short!r}, it has: {members}.")
+                raise ValueError(f"torchvision/{name} has no weights {short!r}. Available: {members}.")
             options["weights"] = known[short]
         if name in _AUXILIARY_HEADS and not options["aux_logits"]:
-            del options["aux_logits"]  # weights are loaded with these heads, and torchvision refuses False
+            del options["aux_logits"]  # loading weights needs these heads: torchvision refuses False
         model = _call(f"torchvision/{name}", models.get_model, name, options)
         heads = [model]
         for auxiliary in _AUXILIARY_HEADS.get(name, ()):
@@ -110,19 +110,19 @@ LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
 def is_elsewhere(name: object) -> bool:
     """Return whether a name makes a library read a folder or repository: ``timm/hf-hub:NAME``, ``timm/local-dir:PATH``.
 
-    Such a name is not taken from a file, which nobody may vouch for.
+    Such a name is not accepted from an untrusted file.
     """
     return isinstance(name, str) and ":" in name.partition("/")[2]
 
 
 def without_weights(name: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments that build the same network with fresh weights, so that nothing is read or downloaded."""
+    """Return arguments that build the same network with fresh weights, without reading or downloading anything."""
     weights = args.get("weights")
     loading = ("weights", "weights_backbone", "pretrained", "checkpoint_path")
     kept = {argument: value for argument, value in args.items() if argument not in loading}
     prefix, _, rest = name.partition("/")
     if prefix == "torchvision" and isinstance(weights, str) and LIBRARIES[prefix].has(rest):
-        if rest.startswith("vit_"):  # torchvision lets weights choose what follows, too
+        if rest.startswith("vit_"):  # in torchvision, weights also determine what follows
             known = _torchvision_models().get_model_weights(rest).__members__
             chosen = known.get(weights.rpartition(".")[2], known["DEFAULT"])
             kept.setdefault("image_size", chosen.meta["min_size"][0])
@@ -132,7 +132,7 @@ def without_weights(name: str, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def replace_head(model: nn.Module, num_classes: int) -> None:
-    """Replace the classifier, which is the last linear layer or convolution, by a fresh one of the same input."""
+    """Replace the classifier, the last linear or convolutional layer, with a fresh one for the same input."""
     path, head = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     bias = head.bias is not None
     fresh = (
@@ -150,16 +150,16 @@ def _call(full_name: str, build: Callable[..., nn.Module], name: str, args: dict
         if "unexpected keyword argument" not in str(error):
             raise
         accepted = ", ".join(_options(build, name))
-        raise ValueError(f"{full_name}: {error}; besides its library's own options it takes: {accepted}.") from error
-    except AssertionError as error:  # of timm, which has no text
+        raise ValueError(f"{full_name}: {error}. Besides the options of its library it takes: {accepted}.") from error
+    except AssertionError as error:  # timm's have no text
         raise ValueError(
-            f"{full_name} cannot be built with {args}: {str(error) or 'an assertion of its library fails'}. Leave out "
-            "options that are for another network; --model.backbone_args null takes away those of a config."
+            f"{full_name} cannot be built with {args}: {str(error) or 'an assertion of its library fails'}. Omit "
+            "options of other networks; --model.backbone_args null clears those of a config."
         ) from error
 
 
 def _options(build: Callable[..., nn.Module], name: str) -> list[str]:
-    """Return what a network takes; builders are open for any keyword, so it shows only in the class that they build."""
+    """Return the arguments of a network, from the class that is built, because builders accept any keyword."""
     model = build_on_meta(partial(build, name))
     parameters = inspect.signature(type(model).__init__).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]

@@ -1,6 +1,6 @@
-"""Trained denoisers as pipelines of diffusers, which one line loads.
+"""Trained denoisers as diffusers pipelines, which load in one line.
 
-diffusers writes the path of this module into the folders of its pipelines, and finds the classes here again.
+diffusers writes the path of this module into its pipeline folders, and finds the classes here again.
 """
 
 import inspect
@@ -39,15 +39,15 @@ with needed_by("Diffusion"):
 _OUTPUT_TYPES = ("pil", "np", "pt")
 
 
-class _Attached(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is typed in part only
-    """What networks of diffusers with attention have in common: a config that holds the arguments of ``attach``."""
+class _Attached(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is only partly typed
+    """Base of diffusers networks with attention: the config holds the arguments of ``attach``."""
 
     def __init__(self, *, dia: Mapping[str, Any] | None = None, dia_loads_with: str = "", **network: Any) -> None:
-        super().__init__(**network)  # `dia_loads_with` speaks to who loads with a class that leaves attention out
+        super().__init__(**network)  # `dia_loads_with` is for users of a class that leaves attention out
         if dia is None:
             raise ValueError(
-                f"{type(self).__name__} needs the arguments of attach, as dia={{'attention': 'dia-lstm'}}; a network "
-                "without has none in its config. Load it with the class of diffusers and call attach(network, ...)."
+                f"{type(self).__name__} needs the arguments of attach, as dia={{'attention': 'dia-lstm'}}; the config "
+                "of a plain network has none. Load it with the diffusers class and call attach(network, ...)."
             )
         attach(self, **arguments_of(dia, {}, f"{type(self).__name__}.from_pretrained(folder, dia={{'NAME': ...}})"))
         self.register_to_config(dia=descriptions(self)[""])
@@ -60,36 +60,36 @@ class _Attached(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is 
 
     @staticmethod
     def _get_init_keys(network: type) -> set[str]:
-        """Return which entries of a config are arguments; diffusers itself looks at the last class alone."""
+        """Return which config entries are arguments; diffusers itself only looks at the last class."""
         return {name for kind in network.__mro__ for name in inspect.signature(kind.__init__).parameters}  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, output_loading_info: bool = False, **options: Any) -> Any:
-        """Load a network from a folder, as diffusers does, and refuse a file that does not have all of its weights.
+        """Load a network from a folder, as diffusers does, and refuse a file that lacks some of its weights.
 
         Args:
             path: the folder.
-            output_loading_info: whether to return also what diffusers noticed.
-            **options: as ``ModelMixin.from_pretrained`` takes them, for example ``torch_dtype``.
+            output_loading_info: whether to also return the loading info of diffusers.
+            **options: options of ``ModelMixin.from_pretrained``, for example ``torch_dtype``.
 
         Raises:
-            ValueError: if the file has no weights of the attention, or others than the network has.
+            ValueError: if the file lacks the weights of the attention, or does not match the network.
         """
         check_network(Path(path, options.get("subfolder") or ""))
         options = {"use_safetensors": True, **options}  # others may hold code
         network, found = super().from_pretrained(path, output_loading_info=True, **options)
         strange = sorted({*found["missing_keys"], *found["unexpected_keys"]})
-        if strange:  # memory that nobody has written to would be left in what is missing
+        if strange:  # missing weights would be left as uninitialised memory
             raise ValueError(
                 f"The weights in {str(path)!r} are not those of a {cls.__name__} with dia={network.config.dia} "
-                f"({len(strange)} differ, the first: {strange[0]}). Load plain weights with the class of diffusers, "
+                f"({len(strange)} differ, the first: {strange[0]}). Load plain weights with the diffusers class, "
                 "then call attach(network, ...)."
             )
         return (network, found) if output_loading_info else network
 
 
 class DIAUNet2DModel(_Attached, UNet2DModel):  # type: ignore[misc]
-    """diffusers' ``UNet2DModel`` with attention, which is saved and loaded as that is.
+    """diffusers' ``UNet2DModel`` with attention, saved and loaded in the same way.
 
     Args:
         dia: arguments of :func:`~dia_lightning.attention.attach`: ``{"attention": "dia-lstm", "share": "stage", ...}``.
@@ -112,9 +112,9 @@ class DIAUNet2DModel(_Attached, UNet2DModel):  # type: ignore[misc]
 
 
 class DIADiTTransformer2DModel(_Attached, DiTTransformer2DModel):  # type: ignore[misc]
-    """diffusers' ``DiTTransformer2DModel`` with attention, which is saved and loaded as that is.
+    """diffusers' ``DiTTransformer2DModel`` with attention, saved and loaded in the same way.
 
-    In training it drops no labels by itself.
+    It does not drop labels in training.
 
     Args:
         dia: arguments of :func:`~dia_lightning.attention.attach`: ``{"attention": "dia-lstm", "share": "stage", ...}``.
@@ -136,30 +136,30 @@ class DIADiTTransformer2DModel(_Attached, DiTTransformer2DModel):  # type: ignor
         keep_labels(self)
 
 
-#: Classes of diffusers, and those that load them with the attention that their config tells of.
+#: diffusers classes, with those that load them with the attention described in their config.
 _ATTACHED = {UNet2DModel: DIAUNet2DModel, DiTTransformer2DModel: DIADiTTransformer2DModel}
 
 
 class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Makes images with a trained denoiser, with or without attention, conditional or not.
+    """Generates images with a trained denoiser, with or without attention, conditional or not.
 
-    ``dia-lightning export`` writes the folders that it loads. It gives the images of
-    :meth:`~dia_lightning.tasks.DiffusionTask.sample` and takes its arguments by the names that diffusers' pipelines
-    have.
+    ``dia-lightning export`` writes the folders it loads. It produces the images of
+    :meth:`~dia_lightning.tasks.DiffusionTask.sample` and takes the same arguments under the names used by diffusers
+    pipelines.
 
     Samplers are swapped as in diffusers: ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(
-    pipe.scheduler.config, timestep_spacing="linspace")``. A scheduler that does not know ``clip_sample``, but
-    ``thresholding``, is used with thresholding at 1, whatever it says: without, pixels go astray at high noise levels.
+    pipe.scheduler.config, timestep_spacing="linspace")``. A scheduler with ``thresholding`` but no ``clip_sample``
+    always runs with thresholding at 1: otherwise pixels drift off at high noise levels.
 
     Args:
         unet: the network, a U-Net or a transformer.
-        scheduler: a scheduler of diffusers with the noise that the network was trained with. A ``DDPMScheduler``
+        scheduler: a diffusers scheduler with the noise schedule that the network was trained with. A ``DDPMScheduler``
             becomes a ``DDIMScheduler``, as in ``DDIMPipeline``; for ancestral sampling set ``pipe.scheduler``.
-        id2label: of a conditional network, names of its K classes by number 0..K - 1.
+        id2label: for a conditional network, names of its K classes by number 0..K - 1.
         supports_guidance: whether a conditional network was also trained without the class.
 
     Raises:
-        ValueError: if ``id2label`` does not fit the network.
+        ValueError: if ``id2label`` does not match the network.
         ImportError: if diffusers is not installed.
 
     Example:
@@ -185,38 +185,38 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         supports_guidance: bool = True,
     ) -> None:
         super().__init__()
-        # JSON makes texts of the numbers
+        # JSON turns the numbers into strings
         names = {int(label): name for label, name in (id2label or {}).items()}
         _check_names(names, unet.config)
         if unet.config.get("dia") and not is_attached(unet):
             raise ValueError(
                 f"This {type(unet).__name__} was loaded without the attention that its config describes "
-                f"(dia={unet.config.dia}). Load it with dia_lightning.models.from_pretrained, and give it: unet=..."
+                f"(dia={unet.config.dia}). Load it with dia_lightning.models.from_pretrained and pass it: unet=..."
             )
         if isinstance(scheduler, DDPMScheduler):
             scheduler = DDIMScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
         kind = _ATTACHED.get(plain_class(unet))
-        if kind is not None and is_attached(unet):  # the class of diffusers would leave the attention out
+        if kind is not None and is_attached(unet):  # the diffusers class would leave the attention out
             self.register_to_config(unet=(kind.__module__, kind.__name__))
-        if id2label is not None:  # other pipelines warn of entries that they do not know
+        if id2label is not None:  # other pipelines warn about unknown entries
             self.register_to_config(id2label=names, supports_guidance=supports_guidance)
-        #: Numbers of the classes by name.
+        #: Class numbers by name.
         self.labels = {name: label for label, name in names.items()}
         self.no_class = len(names) or None
         self.supports_guidance = supports_guidance
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Any:
-        """Load a pipeline, as diffusers does, with attention also where a pipeline of diffusers has saved it.
+        """Load a pipeline, as diffusers does, including attention saved by a diffusers pipeline.
 
         Args:
-            path: the folder, or a repository of the Hugging Face Hub.
-            **options: as ``DiffusionPipeline.from_pretrained`` takes them, for example ``torch_dtype``.
+            path: the folder, or a Hugging Face Hub repository.
+            **options: options of ``DiffusionPipeline.from_pretrained``, for example ``torch_dtype``.
 
         Raises:
-            ValueError: if the weights of the network are not those of its config, or the folder names other classes
-                than those that this package writes, diffusers' networks and its schedulers.
+            ValueError: if the weights do not match the network's config, or the folder names classes other than those
+                written by this package, diffusers' networks and its schedulers.
         """
         folder = _fetched(path, options)
         check_index(folder, options)
@@ -240,28 +240,28 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Any:
-        """Make images.
+        """Generate images.
 
         Args:
-            batch_size: how many images, all at once; by default one per class label, or 1.
-            class_labels: of a conditional network, the class of all images or of each, by number or name; ``None`` goes
-                round the classes.
-            guidance_scale: weight of the class: 1 is none, more makes images more typical and less diverse, 0 ignores
-                the class. Other values than 1 run the network twice.
+            batch_size: number of images, all at once; by default one per class label, or 1.
+            class_labels: for a conditional network, the class of all images or of each, by number or name; ``None``
+                cycles through the classes.
+            guidance_scale: weight of the class: 1 is no guidance, more makes images more typical and less diverse, 0
+                ignores the class. Values other than 1 run the network twice.
             num_inference_steps: how often the network runs per image; for DDIM and DDPM a divisor of the number of
                 timesteps.
-            seed: 0 or more. Image i depends on ``seed`` and i alone, as in ``DiffusionTask.sample``: the images are the
-                same in batches of any size and on any device, up to rounding.
+            seed: 0 or more. Image i depends only on ``seed`` and i, as in ``DiffusionTask.sample``: the images are the
+                same for any batch size and device, up to rounding.
             output_type: ``"pil"``, ``"np"`` (``[B, H, W, C]`` in [0, 1]) or ``"pt"`` (``[B, C, H, W]`` in [0, 1]).
-            return_dict: whether to return an ``ImagePipelineOutput``, or a tuple that holds the images.
-            generator: source of the noise in place of ``seed``, as pipelines of diffusers take it: one for all images,
-                or a list of one per image.
+            return_dict: whether to return an ``ImagePipelineOutput`` or a tuple of the images.
+            generator: source of the noise instead of ``seed``, as in diffusers pipelines: one for all images, or a list
+                of one per image.
 
         Returns:
             The images, as ``.images`` or as the first item.
 
         Raises:
-            ValueError: if a number is out of its range or does not fit the network.
+            ValueError: if a number is out of range or does not suit the network.
         """
         shape = image_shape_of(self.unet)
         _check_output_type(output_type, channels=shape[0])
@@ -303,7 +303,7 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
         if label in self.labels:
             return self.labels[str(label)]
         try:
-            return operator.index(label)  # type: ignore[arg-type]  # numbers of numpy and torch too
+            return operator.index(label)  # type: ignore[arg-type]  # also numpy and torch numbers
         except TypeError:
             names = ", ".join(self.labels)
             raise ValueError(f"class_labels must be numbers or some of {names}, got {label!r}.") from None
@@ -329,17 +329,17 @@ class DIAPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def _fetched(path: str | os.PathLike[str], options: dict[str, Any]) -> Path:
-    """Return the folder of a pipeline, from the Hub if need be, and take the options for that out."""
+    """Return the folder of a pipeline, downloaded if needed, and remove the download options."""
     where: dict[str, Any] = {name: options.pop(name, None) for name in ("revision", "token", "cache_dir")}
     is_local = bool(options.pop("local_files_only", False))
     return _hub.fetch(path, **where, local_files_only=is_local, patterns=["*.json", "*.safetensors"])
 
 
 def image_shape_of(network: Any) -> tuple[int, int, int]:
-    """Return the shape (C, H, W) of the images of a network of diffusers, from its config.
+    """Return the shape (C, H, W) of the images of a diffusers network, from its config.
 
     Raises:
-        ValueError: if the config does not have it.
+        ValueError: if the config lacks it.
     """
     channels, size = network.config.in_channels, network.config.sample_size
     if size is None:
@@ -355,10 +355,10 @@ def _check_names(names: Mapping[int, str], config: Mapping[str, Any]) -> None:
         return
     if sorted(names) != list(range(classes)):
         raise ValueError(
-            f"id2label must give the names of the network's {classes} classes by number from 0 on, got {dict(names)}."
+            f"id2label must name the network's {classes} classes by number, starting at 0, got {dict(names)}."
         )
     if len(set(names.values())) < len(names):
-        raise ValueError(f"id2label must give every class a name of its own, got {dict(names)}.")
+        raise ValueError(f"id2label must give every class a different name, got {dict(names)}.")
 
 
 def _checked(generator: Any, count: int) -> torch.Generator | list[torch.Generator] | None:

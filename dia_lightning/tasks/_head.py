@@ -1,4 +1,4 @@
-"""The classifier of any network, and dropout before it."""
+"""The classifier of any network and dropout before it."""
 
 from collections.abc import Set
 from typing import Any
@@ -9,11 +9,11 @@ from torch import nn
 
 
 def classifiers(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[nn.Module]:
-    """Return the modules that a network ends with: several in distilled networks, none where there is no layer.
+    """Return the modules that end a network: several in distilled networks, none if there is no layer.
 
     Args:
-        network: one of timm, which knows its classifiers; of others it is the last linear or convolutional layer.
-        left_out: parameters of attention, whose layers are no classifier.
+        network: timm networks know their classifiers; in others it is the last linear or convolutional layer.
+        left_out: parameters of attention, whose layers are not classifiers.
     """
     get: Any = getattr(network, "get_classifier", None)
     found = get() if callable(get) else None
@@ -28,7 +28,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
 
 
 class DropoutLinear(nn.Linear):
-    """A linear layer that drops values of its input in training."""
+    """A linear layer with dropout on its input in training."""
 
     dropout: float
 
@@ -38,17 +38,17 @@ class DropoutLinear(nn.Linear):
 
 
 def drop_before_head(network: nn.Module, outputs: int, dropout: float) -> None:
-    """Let the last linear layer, or layers, drop values of their input in training, in place.
+    """Add dropout to the input of the last linear layer or layers in training, in place.
 
-    A layer stays the object it is, with its weights and their names; only its type becomes a subclass.
+    A layer remains the same object, with its weights and their names; only its type becomes a subclass.
 
     Args:
-        network: without attention yet, whose layers could come last.
-        outputs: of the network.
+        network: still without attention, whose layers could come last.
+        outputs: number of outputs of the network.
         dropout: probability in [0, 1).
 
     Raises:
-        ValueError: if the probability is out of its range, or the network does not end in a linear layer.
+        ValueError: if the probability is out of range, or the network does not end in a linear layer.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
@@ -58,7 +58,7 @@ def drop_before_head(network: nn.Module, outputs: int, dropout: float) -> None:
     wrong = [head for head in heads if type(head) is not nn.Linear or head.out_features != outputs]
     if wrong or not heads:
         raise ValueError(
-            f"dropout={dropout} needs a network whose last layer is a linear one with {outputs} output(s), but that of "
+            f"dropout={dropout} needs a network whose last layer is linear with {outputs} output(s), but that of "
             f"{type(network).__name__} is {wrong[0] if wrong else 'none'}. Use an option of its own: backbone_args."
         )
     for head in heads:

@@ -56,7 +56,7 @@ class Task(LightningModule): ...
         ),
         (["--model.backbone", "cifar_resnat"], "Unknown model 'cifar_resnat'. Did you mean 'cifar_resnet'"),
         (["--model.backbone_args.depth", "12"], "depth"),
-        (["--model.backbone_args.deph", "11"], "cifar_resnet does not take 'deph', it takes: depth"),
+        (["--model.backbone_args.deph", "11"], "cifar_resnet does not take 'deph'. It takes: depth"),
         (["--model.optimizer", "adma"], "'adma' is none of 'sgd', 'adamw', and no path of a class"),
         (["--model.optimizer", "adamw", "--model.optimizer.lr", "1"], "--model.optimizer.lr: what is given by a short"),
         (

@@ -179,7 +179,7 @@ def test_ssdlite_is_that_of_torchvision_and_trains_with_attention() -> None:
     [
         ({"detector": "yolo"}, r"detector must be one of fasterrcnn, maskrcnn, retinanet, fcos, ssdlite, got 'yolo'"),
         ({"num_classes": 0}, "num_classes must be 1 or more, without the background, got 0"),
-        ({"score_thresh": 0.1}, "fasterrcnn does not take 'score_thresh', it takes: min_size, max_size, "),
+        ({"score_thresh": 0.1}, "fasterrcnn does not take 'score_thresh'. It takes: min_size, max_size, "),
         ({"num_class": 3}, "fasterrcnn does not take 'num_class'"),
         ({"detector": "fcos", "box_score_thresh": 0.1}, "fcos does not take 'box_score_thresh'"),
         ({"detector": "retinanet", "representation_size": 64}, "representation_size is not for retinanet, got 64"),
@@ -210,9 +210,9 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
         ({"frozen_norm": True}, "frozen_norm is not for ssdlite, got True"),
         ({"trainable_layers": 2}, "trainable_layers is not for ssdlite, got 2"),
         ({"fpn_channels": 64}, "fpn_channels is not for ssdlite, got 64"),
-        ({"score_tresh": 0.1}, "ssdlite does not take 'score_tresh', it takes: image_mean, image_std, score_thresh"),
+        ({"score_tresh": 0.1}, "ssdlite does not take 'score_tresh'. It takes: image_mean, image_std, score_thresh"),
         ({"min_size": 64}, "ssdlite does not take 'min_size'"),
-        ({"backbone_args": {"width_mult": 0.5}}, "ssdlite takes weights as backbone_args and nothing else"),
+        ({"backbone_args": {"width_mult": 0.5}}, "ssdlite takes only weights in backbone_args"),
     ],
 )
 def test_ssdlite_refuses_what_it_has_not(options: dict[str, Any], message: str) -> None:

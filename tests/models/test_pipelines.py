@@ -392,9 +392,9 @@ def test_pictures_need_one_or_three_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [None, {0: "cat"}, {1: "a", 2: "b", 3: "c"}])
 def test_names_have_to_fit_the_network(kind: str, names: dict[int, str] | None) -> None:
     network, _ = networks(kind)
-    with pytest.raises(ValueError, match="names of the network's 3 classes by number from 0 on"):
+    with pytest.raises(ValueError, match="name the network's 3 classes by number, starting at 0"):
         DIAPipeline(network, DDIMScheduler(), id2label=names)
-    with pytest.raises(ValueError, match="a name of its own"):
+    with pytest.raises(ValueError, match="every class a different name"):
         DIAPipeline(network, DDIMScheduler(), id2label={0: "a", 1: "a", 2: "b"})
 
 

@@ -179,7 +179,7 @@ def words(**arguments: Any) -> dict[str, Any]:
         (words(plug=[1]), "plug has 1 entries, but the network has 6 blocks"),
         (words(example={"tensor": [10**9] * 3, "dtype": "float32"}), "an invalid example"),
         (words(example={"tensor": [1], "dtype": "save"}), "an invalid example"),
-        (words(share="block"), "holds another network: .* weights are missing"),
+        (words(share="block"), "holds a different network: .* weights are missing"),
     ],
 )
 def test_a_config_that_is_none_is_refused_and_the_network_stays_plain(
@@ -203,7 +203,7 @@ def test_files_that_are_damaged_or_of_another_network_are_refused(tmp_path: Path
     saved(tmp_path)
     assert "fc.weight" in message(get_model("cifar_resnet", depth=20, num_classes=4))
     assert "weights are missing" in message(get_model("cifar_resnet", depth=29, num_classes=3))
-    assert "has attention already" in message(attach(resnet(), "se"))
+    assert "already has attention" in message(attach(resnet(), "se"))
     assert "neither a network nor a class of diffusers" in message(nn.Linear)
     assert "not describe a UNet2DModel" in message(UNet2DModel, saved(tmp_path, block_out_channels=3))
     for source in (tmp_path / "missing", str(tmp_path / "missing"), tmp_path / "config.json", "./here", "a/b/c"):
@@ -219,7 +219,7 @@ def test_files_that_are_damaged_or_of_another_network_are_refused(tmp_path: Path
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     assert "has no weight_map" in message()
     (tmp_path / "config.json").write_text("{")
-    assert "is no JSON" in message()
+    assert "is not JSON" in message()
     (tmp_path / "config.json").write_text("[]")
     assert "must hold a JSON object, got a list" in message()
 
@@ -283,10 +283,10 @@ def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("404\n\nRepository Not Found")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"'me/net' is no folder, and .* \(OSError: 404 Repository Not Found\)"):
+    with pytest.raises(ValueError, match=r"'me/net' is not a folder, and .* \(OSError: 404 Repository Not Found\)"):
         from_pretrained(resnet(), "me/net")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
-    with pytest.raises(ValueError, match=r"does not take 'me/net' \(OSError: 404 .*hf auth login"):
+    with pytest.raises(ValueError, match=r"refuses 'me/net' \(OSError: 404 .*hf auth login"):
         push_to_hub(resnet(), "me/net")
 
 

@@ -102,5 +102,5 @@ def test_an_identity_start_leaves_outputs_as_they_are() -> None:
 
 @pytest.mark.parametrize("stages", [[0], [4], [1, "2"]])
 def test_stages_that_are_not_there_are_refused(stages: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"no_shortcut takes numbers of stages, 1, 2 and 3, got"):
+    with pytest.raises(ValueError, match=r"no_shortcut takes stage numbers 1, 2 and 3, got"):
         build(no_shortcut=stages)

@@ -50,9 +50,7 @@ def test_a_distilled_network_drops_before_both_of_its_classifiers() -> None:
 
 
 def test_a_network_without_a_linear_classifier_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"last layer is a linear one with 7 output.*SqueezeNet is Conv2d.*backbone_args"
-    ):
+    with pytest.raises(ValueError, match=r"last layer is linear with 7 output.*SqueezeNet is Conv2d.*backbone_args"):
         drop_before_head(get_model("torchvision/squeezenet1_1", num_classes=7), 7, 0.1)
     with pytest.raises(ValueError, match="with 3 output"):
         drop_before_head(get_model("cifar_resnet", depth=11, num_classes=7), 3, 0.1)
