@@ -1,8 +1,8 @@
 """Dense-and-Implicit Attention: one attention module per stage, shared by its blocks, for any vision network.
 
-Importing this package imports nothing heavy. `dia_lightning.attach(model, "dia-lstm")` puts attention into a network,
-`dia_lightning.detach(model)` takes it out, and `dia_lightning.check(model, example_input)` checks what holds on a
-network with attention; take the rest from `dia_lightning.attention`, `dia_lightning.models`, `dia_lightning.tasks`,
+Importing this package imports nothing heavy. `dia_lightning.attach(model, "dia-lstm")` attaches attention to a network,
+`dia_lightning.detach(model)` removes it, and `dia_lightning.check(model, example_input)` checks what holds on a
+network with attention; import the rest from `dia_lightning.attention`, `dia_lightning.models`, `dia_lightning.tasks`,
 `dia_lightning.datamodules` and `dia_lightning.callbacks`.
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dia_lightning.attention import check as check
     from dia_lightning.attention import detach as detach
 
-_OF_ATTENTION = ("attach", "check", "detach")  # imported when they are asked for: torch takes seconds
+_OF_ATTENTION = ("attach", "check", "detach")  # imported on demand: torch takes seconds
 
 __all__ = ["__version__", "attach", "check", "detach"]
 

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: written whole, with a digest at the end, and read only if they are what was written."""
+"""Checkpoints on disk: written atomically, with a digest at the end, and read only if intact."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import torch
 from dia_lightning._checkpoint_kind import WrongCheckpointError, kind_of
 from dia_lightning._whole_files import written_whole
 
-# The comment of the zip file that torch writes: torch skips it, and a copy of the file has it too.
+# The comment of the zip file that torch writes: torch skips it, and copies of the file keep it.
 _MARK = b"dia-lightning sha256 "
 _SIZE = len(_MARK) + 64
 
@@ -27,7 +27,7 @@ class DamagedFileError(ValueError):
 
     Attributes:
         reason: as given.
-        instead: a sentence that names the newest older checkpoint that is whole, with a blank before it; "" without.
+        instead: a sentence that names the newest older intact checkpoint, with a leading space; "" if there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
@@ -41,7 +41,7 @@ class DamagedFileError(ValueError):
 
 
 def load(path: str | os.PathLike[str], *, map_location: Any = "cpu", weights_only: bool = True) -> Any:
-    """Read a file of ``torch.save`` after a look at its digest, or else at the checksums that every such file has.
+    """Read a ``torch.save`` file after verifying its digest, or else the checksums that every such file has.
 
     Args:
         path: of the file.
@@ -49,7 +49,7 @@ def load(path: str | os.PathLike[str], *, map_location: Any = "cpu", weights_onl
         weights_only: ``False`` would run code from the file.
 
     Raises:
-        DamagedFileError: if the file is not what was written, or holds more than weights.
+        DamagedFileError: if the file was altered since it was written, or holds more than weights.
         FileNotFoundError: if there is none.
     """
     try:
@@ -74,20 +74,20 @@ def read_checkpoint(
 
     Args:
         source: path or open file.
-        map_location: as ``torch.load`` takes it; without a GPU, the CPU by default.
+        map_location: as for ``torch.load``; without a GPU, the CPU by default.
         hparams_file: refused.
-        weights_only: refused where it is ``False``.
+        weights_only: refused if ``False``.
 
     Returns:
-        What it holds, and a name of the file for messages.
+        Its contents, and a name of the file for messages.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds more than plain data, or an option asks for more than that.
+        ValueError: if it is damaged or holds more than plain data, or an option asks for more than that.
     """
     if weights_only is False:
         raise ValueError(
-            "weights_only=False would run code from the checkpoint. Leave it out: checkpoints are read as data."
+            "weights_only=False would run code from the checkpoint. Omit it: checkpoints are read as data."
         )
     if hparams_file is not None:
         raise ValueError(
@@ -98,7 +98,7 @@ def read_checkpoint(
     path = Path(source) if isinstance(source, os.PathLike) else source
     name = str(path) if isinstance(path, str | Path) else "The checkpoint"
     try:
-        # said and not left to the default, which an environment variable changes
+        # explicit, because an environment variable changes the default
         if isinstance(path, str | Path):
             content = load(path, map_location=place)
         else:
@@ -111,16 +111,16 @@ def read_checkpoint(
         ) from error
     if not isinstance(content, dict):
         raise WrongCheckpointError(
-            f"{name} is no checkpoint of a training run: it holds {kind_of(content)}. Give a .ckpt that fit wrote."
+            f"{name} is not the checkpoint of a training run: it holds {kind_of(content)}. Give a .ckpt written by fit."
         )
     return content, name
 
 
 def save(content: Any, path: str | os.PathLike[str]) -> None:
-    """Write a file of ``torch.save`` with a digest; under its name there is never a part of one.
+    """Write a ``torch.save`` file with a digest; a partial file never appears under its name.
 
     Raises:
-        OSError: if it cannot be written; the file of before is still there.
+        OSError: if it cannot be written; the previous file is kept.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
             torch.save(content, file)
             _seal(file)
     except (OSError, RuntimeError) as error:
-        # torch closes its archive, which fails too
+        # torch then closes its archive, which also fails
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -136,30 +136,30 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
 
 
 def damage_of(path: str | os.PathLike[str]) -> str | None:
-    """Say what is wrong with a file; ``None`` where nothing is, or it is of a torch without checksums."""
+    """Return what is wrong with a file; ``None`` if nothing is, or if a torch without checksums wrote it."""
     with open(path, "rb") as file:
         start = file.read(256)
         if not start.strip(b"\0"):
             return "it is empty" if not start else "it is full of zeros"
         if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-            return "it is a page of the web, html, in place of a file"
+            return "it is an HTML page instead of the file"
         if start.startswith(b"\x80"):
-            return None  # of torch before 1.6, without checksums
+            return None  # from torch before 1.6, without checksums
         if not start.startswith(b"PK\x03\x04"):
-            return "it does not begin as a file of torch does"
+            return "it does not start like a torch file"
         try:
             with ZipFile(file) as archive:
                 if archive.comment:
                     same = archive.comment == _comment(file)
-                    return None if same else "its content is not what its digest says"
+                    return None if same else "its content does not match its digest"
                 wrong = archive.testzip()
-        except Exception as error:  # zipfile raises anything too
+        except Exception as error:  # zipfile also raises anything
             return f"it was cut off, or its table of contents is wrong ({type(error).__name__})"
-    return None if wrong is None else f"the content of {wrong} is not what its checksum says"
+    return None if wrong is None else f"the content of {wrong} does not match its checksum"
 
 
 def newest_older(path: Path, candidates: Iterable[Path]) -> Path | None:
-    """Return the newest whole checkpoint that is not newer than a file; one beside it counts before all others."""
+    """Return the newest intact checkpoint no newer than a file; those next to it take precedence."""
     if not path.is_file():
         return None
     time = {place: place.stat().st_mtime_ns for place in {path, *candidates} if place.is_file()}
@@ -176,7 +176,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _neighbours(path: Path) -> list[Path]:
-    """Return the checkpoints beside one, and those of the runs beside its own."""
+    """Return the checkpoints next to one, and those of the runs next to its own."""
     found = list(path.parent.glob("*.ckpt"))
     return found if path.parent.name != "checkpoints" else [*found, *path.parents[2].glob("*/checkpoints/*.ckpt")]
 
@@ -184,7 +184,7 @@ def _neighbours(path: Path) -> list[Path]:
 def _left(path: Path) -> str:
     files = sorted(path.parent.glob("*.ckpt"), key=lambda place: place.lstat().st_mtime_ns)
     advice = "Make room, or give another folder."
-    return f"{advice} The last one is whole: go on with --ckpt_path {files[-1]}." if files else advice
+    return f"{advice} The last one is intact: continue with --ckpt_path {files[-1]}." if files else advice
 
 
 def _seal(file: BinaryIO) -> None:
@@ -197,7 +197,7 @@ def _seal(file: BinaryIO) -> None:
 
 
 def _comment(file: BinaryIO) -> bytes:
-    """Return the comment for the file, computed of all that comes before it."""
+    """Return the comment for the file, computed from everything before it."""
     left = file.seek(0, os.SEEK_END) - _SIZE
     digest = hashlib.sha256()
     file.seek(0)

@@ -8,7 +8,7 @@ from dia_lightning._extras import missing
 
 
 def coco_backend() -> Literal["faster_coco_eval", "pycocotools"]:
-    """Return the name of the implementation, as torchmetrics takes it.
+    """Return the name of the implementation, as torchmetrics expects it.
 
     Raises:
         ImportError: if neither is installed.

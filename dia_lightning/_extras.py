@@ -1,11 +1,11 @@
-"""What parts of this package need beyond torch and torchvision, and how to install it where it is missing."""
+"""What parts of this package need beyond torch and torchvision, and how to install it if missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-#: The extra (see pyproject.toml) that brings a package.
+#: The extra (see pyproject.toml) that includes a package.
 _EXTRA_OF = {
     **dict.fromkeys(("lightning", "matplotlib", "sklearn", "torchmetrics", "tqdm", "wandb", "yaml"), "lightning"),
     "jsonargparse": "cli",
@@ -17,17 +17,17 @@ _EXTRA_OF = {
 
 
 def require(*packages: str, by: str) -> Any:
-    """Import packages, before a part of this one that needs them.
+    """Import packages before a part of this package that needs them.
 
     Args:
         packages: their names, or those of modules in them.
         by: what needs them, the subject of the message.
 
     Returns:
-        The module of the last name.
+        The last module.
 
     Raises:
-        ImportError: if one is not there, with what to install.
+        ImportError: if one is missing, with what to install.
     """
     with needed_by(by):
         return [import_module(package) for package in packages][-1]
@@ -35,13 +35,13 @@ def require(*packages: str, by: str) -> Any:
 
 @contextmanager
 def needed_by(part: str) -> Iterator[None]:
-    """Say which extra to install if an import inside fails because a package is not there.
+    """State which extra to install if an import inside fails because a package is missing.
 
     Args:
         part: what needs the package, the subject of the message.
 
     Raises:
-        ImportError: in place of the error about the package.
+        ImportError: instead of the error about the package.
 
     Example:
         >>> with needed_by("FID"):
@@ -60,5 +60,5 @@ def needed_by(part: str) -> Iterator[None]:
 
 
 def missing(part: str, packages: str, extra: str) -> ImportError:
-    """Return the error that says what a part needs and which extra brings it."""
+    """Return the error that states what a part needs and which extra includes it."""
     return ImportError(f'{part} needs {packages}: pip install "dia-lightning[{extra}]".')

@@ -1,6 +1,6 @@
-"""Hyperparameters that every checkpoint can hold, and what of them may come back from one.
+"""Hyperparameters that any checkpoint can hold, and which of them may be restored from one.
 
-Whoever wrote a file chose what is in it: values from files are data, and nothing in them may be imported or called.
+The author of a file chose its contents: values from files are data, and nothing in them may be imported or called.
 """
 
 import inspect
@@ -11,11 +11,11 @@ from typing import Any
 
 #: Marks a hyperparameter that was an object and cannot be kept in a checkpoint.
 OBJECT = "object:"
-#: Stands for a secret in all that is written.
+#: Replaces a secret in everything that is written.
 MASK = "***"
-#: How Lightning and jsonargparse know a dictionary that stands for an object; either may read it out of a text, too.
+#: How Lightning and jsonargparse recognize a dictionary that stands for an object; either may also read it from text.
 _CODE = ("class_path", "init_args", "dict_kwargs", "_instantiator")
-#: More levels or values than these are no options, but a list that holds itself, or something made to fill the memory.
+#: More levels or values than these are not options but a list that contains itself, or an attempt to fill the memory.
 _MOST_LEVELS, _MOST_VALUES = 20, 100_000
 
 
@@ -33,12 +33,12 @@ def check_is_no_mark(name: str, value: Any) -> None:
 
 
 def primitive(value: Any) -> Any:
-    """Return a copy made of what ``torch.load(weights_only=True)`` accepts, or a mark."""
+    """Return a copy made of what ``torch.load(weights_only=True)`` accepts, or the mark."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, Real):  # numbers of numpy would not load
+    if isinstance(value, Real):  # numpy numbers would not load
         return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, list | tuple):
         return [primitive(item) for item in value]
@@ -49,25 +49,26 @@ def primitive(value: Any) -> Any:
 
 
 def from_file(found: object, source: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Part hyperparameters from a file into plain data and the rest.
+    """Split hyperparameters from a file into plain data and the rest.
 
-    Plain are ``None``, booleans, numbers and texts, and lists and dictionaries of them that name no code at any depth.
+    Plain data is ``None``, booleans, numbers, strings, and lists and dictionaries of these that name no code at any
+    depth.
 
     Args:
-        found: what the file holds as hyperparameters.
+        found: the hyperparameters in the file.
         source: the file, for messages.
 
     Returns:
         Plain values by name; and by name, what is wrong with each of the others. Names that begin with ``_`` are
-        Lightning's own, which would run what they say, and are in neither.
+        Lightning's own, which would run what they name, and are in neither.
 
     Raises:
-        ValueError: if it is no dictionary of names.
+        ValueError: if it is not a dictionary of names.
     """
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ValueError(
-            f"{source} is no checkpoint of a task: its hyper_parameters must be a dictionary of names, got "
-            f"{found!r:.100}. Give another file, or its weights alone to init_from."
+            f"{source} is not a checkpoint of a task: its hyper_parameters must be a dictionary of names, got "
+            f"{found!r:.100}. Give another file, or only its weights to init_from."
         )
     own = {name: value for name, value in found.items() if not name.startswith("_")}
     strange = {name: wrong for name, value in own.items() if (wrong := _strange_in(value)) is not None}
@@ -75,16 +76,16 @@ def from_file(found: object, source: str) -> tuple[dict[str, Any], dict[str, str
 
 
 def arguments_of(kind: type, found: object, given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the arguments of a constructor that a file holds, followed by those that are given in their place.
+    """Return the constructor arguments in a file, followed by those given to override them.
 
     Args:
-        kind: the class that is built.
-        found: what the file holds as hyperparameters.
+        kind: the class to build.
+        found: the hyperparameters in the file.
         given: arguments by name.
         source: the file, for messages.
 
     Raises:
-        ValueError: if one is no plain data and not given.
+        ValueError: if one is not plain data and not given.
     """
     plain, strange = from_file(found, source)
     for name, what in strange.items():
@@ -99,7 +100,7 @@ def arguments_of(kind: type, found: object, given: Mapping[str, Any], source: st
 
 
 def _strange_in(value: Any) -> str | None:
-    """Return what in a value is no plain data; ``None`` if all is."""
+    """Return what in a value is not plain data; ``None`` if all is."""
     pending, count = [(value, 0)], 0
     while pending:
         item, level = pending.pop()
@@ -107,7 +108,7 @@ def _strange_in(value: Any) -> str | None:
         if level > _MOST_LEVELS or count > _MOST_VALUES:
             return f"more than {_MOST_LEVELS} levels or {_MOST_VALUES} values"
         if isinstance(item, str):
-            # a text with escapes may spell a word in another way
+            # a string with escapes may spell a word differently
             if any(word in item for word in _CODE) or ('"' in item and "\\" in item):
                 return f"the text {item[:60]!r}"
             if MASK in item:

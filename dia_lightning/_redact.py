@@ -1,4 +1,4 @@
-"""Configs, command lines and messages without secrets: what a run writes is made to be shown to others."""
+"""Configs, command lines and messages without secrets: what a run writes is meant to be shared."""
 
 import json
 import re
@@ -7,25 +7,25 @@ from typing import Any
 
 from dia_lightning._hyperparameters import MASK
 
-#: Parts of a name that tell a secret, such as ``token`` and ``hftoken``. As a number they are counts, as in max_tokens.
+#: Parts of a name that mark a secret, such as ``token`` and ``hftoken``. Numbers are counts, as in max_tokens.
 _OF_A_SECRET = re.compile(r"\w*(?:key|token|signature|cookie)s?|bearer|auth|authorization|dsn|jwt|pat|pem|sas|sig")
-#: These are a secret as a whole number too, and those after them wherever they are in a name, as any number.
+#: These are also secret as an integer, and those after them anywhere in a name, as any number.
 _OR_WHOLE_NUMBER = frozenset({"pass", "pin", "pw", "pwd"})
 _OR_NUMBER = re.compile(r"secret|passw|passphrase|credential", re.IGNORECASE)
-#: Last parts of names of something else about a key, a token or a pass: ``token_mixers``, ``key_dim``, ``pw_ratio``.
+#: Last parts of names that are about a key, token or pass but not secret: ``token_mixers``, ``key_dim``, ``pw_ratio``.
 _OF_SOMETHING_ELSE = re.compile(
     r"act|activation|bias|depth|device|dims?|drop|dropout|embed|filter|funcs?|heads?|init|kernel|layers?|mask|memory"
     r"|mixers?|mode|name|norm|only|pool|pooling|predictor|proj|ratio|scale|size|types?"
 )
-_OTHER_WORDS = frozenset({"donkey", "hockey", "jockey", "monkey", "turkey", "whiskey"})  # classes have names, too
+_OTHER_WORDS = frozenset({"donkey", "hockey", "jockey", "monkey", "turkey", "whiskey"})  # classes also have names
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s?#\"']+@")
-#: ``password=abc`` in the query of a URL, in the words of a database, or in a header; folders have such names, too.
+#: ``password=abc`` in the query of a URL, in a database string, or in a header; folders also have such names.
 _NAMED_IN_TEXT = re.compile(
     r"""(?<![\w./\\-])(?P<name>[\w.-]+)(?P<sign>=|: ?(?:Bearer|Basic|Token) )(?P<value>'[^']*'|"[^"]*"|[^&;,\s"']+)"""
 )
 _NUMBERS = {int: re.compile(r"-?\d+"), float: re.compile(r"-?\d*\.\d+(?:e-?\d+)?")}
-#: What services give out, by its form; and keys as files.
+#: Tokens issued by services, by their form; and key files.
 _OF_A_SERVICE = re.compile(
     r"\b(?:(?:hf|gh[a-z])_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]*[A-Za-z0-9]{16,}[\w-]*"
     r"|xox[a-z]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
@@ -36,11 +36,11 @@ _OF_A_SERVICE = re.compile(
 def redact(value: Any, kinds: tuple[type, ...] = ()) -> Any:
     """Return the same config with every text below a key such as ``api_key``, ``token`` or ``password`` replaced.
 
-    So is, in any text, the user of a URL, what is given as ``token=...``, and what has the form of a service's token.
+    In any text, so are the user of a URL, the value of ``token=...``, and anything with the form of a service's token.
 
     Args:
         value: the config, or a part of it.
-        kinds: what is replaced in any case.
+        kinds: what is always replaced.
 
     Example:
         >>> redact({"wandb": {"api_key": "abc", "project": "dia"}, "password": 1234})
@@ -58,7 +58,7 @@ def redact(value: Any, kinds: tuple[type, ...] = ()) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """Return a text, of several lines or one, without what looks like a secret by itself.
+    """Return a text of one or several lines without anything that looks like a secret.
 
     Example:
         >>> redact_text("cannot read s3://me:abc@bucket/x")
@@ -86,11 +86,11 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _redact_argument(name: str, value: str) -> str:
-    import yaml  # of the extras; a message of the program does without
+    import yaml  # of an extra; the program's messages do not need it
 
     try:
         given = yaml.safe_load(value)
-    except (yaml.YAMLError, RecursionError):  # no value of an option either
+    except (yaml.YAMLError, RecursionError):  # also not the value of an option
         return MASK if any(map(_kinds_below, re.findall(r"[\w-]+", f"{name} {value}"))) else redact_text(value)
     if not isinstance(given, dict | list):
         given = value if not isinstance(given, int | float) else given
@@ -107,7 +107,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _kinds_below(key: str) -> tuple[type, ...]:
-    """Return of which types a value is a secret below a key."""
+    """Return the types for which a value below a key is a secret."""
     if _OR_NUMBER.search(key):
         return (str, int, float)
     words = [word.lower() for word in _PARTS.findall(key)]

@@ -1,11 +1,11 @@
-"""Text files as editors and shells of any system write them."""
+"""Text files as written by editors and shells on any system."""
 
 import codecs
 from pathlib import Path
 
 
 def read_text(path: str | Path) -> str:
-    """Read a file in UTF-8, with or without a mark at its start, or in UTF-16 with one, as PowerShell's ``>`` writes.
+    """Read a file in UTF-8, with or without a byte order mark, or in UTF-16 with one, as written by PowerShell's ``>``.
 
     Raises:
         OSError: if it cannot be opened.
@@ -17,6 +17,6 @@ def read_text(path: str | Path) -> str:
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
         ) from None
     return text.replace("\r\n", "\n")

@@ -1,4 +1,4 @@
-"""Import this before torchvision: a pair of torch and torchvision that does not fit is one line, not a stack trace."""
+"""Import this before torchvision: a mismatch of torch and torchvision then gives one line, not a traceback."""
 
 from importlib import metadata
 
@@ -20,8 +20,8 @@ def _check_pair() -> None:
         import torch
         import torchvision  # noqa: F401
 
-        # Versions alone do not tell: pip accepts any pair, and a CPU build of one with a CUDA build of the other.
-        # The compiled operators load only where the pair fits.
+        # Versions alone do not show it: pip accepts any pair, and a CPU build of one with a CUDA build of the other.
+        # The compiled operators only load if the two match.
         fits = hasattr(torch.ops.torchvision, "nms")
     except (ImportError, OSError, RuntimeError):  # RuntimeError: "operator torchvision::nms does not exist"
         fits = False

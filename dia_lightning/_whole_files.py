@@ -1,4 +1,4 @@
-"""Files that appear under their names when they are complete, whatever happens to the program or the disk."""
+"""Files that appear under their names only once complete, whatever happens to the program or the disk."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where nobody can remove a file that is open
+except ImportError:  # Windows, where open files cannot be removed
     fcntl = None  # type: ignore[assignment]
 
 _PART = re.compile(r"\..*\.\d+\.part")
@@ -18,15 +18,15 @@ _PART = re.compile(r"\..*\.\d+\.part")
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; what is there at the end of the context takes the place of ``path``.
+    """Yield a path next to ``path`` to write to; at the end of the context the file there replaces ``path``.
 
-    After an error, a signal or a power cut ``path`` is what it was. What SIGKILL leaves is for :func:`remove_parts`.
+    After an error, a signal or a power cut ``path`` is unchanged. :func:`remove_parts` removes what SIGKILL leaves.
 
     Raises:
-        OSError: if the folder or the disk does not take the file.
+        OSError: if the file cannot be written to the folder or disk.
     """
     target = Path(path)
-    part = target.with_name(f".{target.name[:50]}.{os.getpid()}.part")  # short: names of files have limits
+    part = target.with_name(f".{target.name[:50]}.{os.getpid()}.part")  # short: file names have limits
     with _claimed(part):
         try:
             yield part
@@ -36,15 +36,15 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def put_in_place(part: Path, target: Path) -> None:
-    """Rename a complete file of the same folder or disk, so that after a power cut there is the old one or the new one.
+    """Rename a complete file within a folder or disk, so that a power cut leaves the old one or the new one.
 
     Raises:
-        OSError: if the disk does not take it.
+        OSError: if it cannot be written to the disk.
     """
     with open(part, "r+b") as file:
         os.fsync(file.fileno())
     os.replace(part, target)
-    if fcntl is not None:  # Windows opens no folders
+    if fcntl is not None:  # Windows cannot open folders
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -54,13 +54,13 @@ def put_in_place(part: Path, target: Path) -> None:
 
 @contextmanager
 def written_with_others(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path of the same name in a folder beside ``path``, for writers that choose a format by the name.
+    """Yield a path of the same name in a folder next to ``path``, for writers that choose a format by the name.
 
-    At the end of the context all that is in that folder is put in place, ``path`` last: some formats keep large weights
-    in other files.
+    At the end of the context everything in that folder is moved into place, ``path`` last: some formats keep large
+    weights in other files.
 
     Raises:
-        OSError: if the folder or the disk does not take a file.
+        OSError: if a file cannot be written to the folder or disk.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def written_with_others(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_parts(roots: Iterable[Path]) -> list[Path]:
-    """Remove what programs that were killed have left below some folders; what is being written stays.
+    """Remove what killed programs have left below some folders, but not what is being written.
 
     Returns:
         What was removed.
@@ -83,14 +83,14 @@ def remove_parts(roots: Iterable[Path]) -> list[Path]:
 
 @contextmanager
 def _claimed(part: Path) -> Iterator[None]:
-    """Make a file and lock it as long as the process lives, whose number may be used again, or on another machine."""
+    """Create a file and lock it for the life of the process, whose id may be reused, also on another machine."""
     while True:
         file = open(part, "wb")  # noqa: SIM115  several ways out
         if fcntl is None:
             file.close()
             break
         _lock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:  # else it was removed in between
+        if os.fstat(file.fileno()).st_nlink:  # otherwise it was removed in between
             break
         file.close()
     with file:
@@ -105,7 +105,7 @@ def _is_removed(part: Path) -> bool:
             if fcntl is not None:
                 part.unlink()
         part.unlink(missing_ok=True)
-    except OSError:  # of somebody else, or gone
+    except OSError:  # someone else's, or gone
         return False
     return True
 
@@ -113,6 +113,6 @@ def _is_removed(part: Path) -> bool:
 def _lock(file: BinaryIO, how: int) -> bool:
     try:
         fcntl.flock(file, how)
-    except OSError:  # held, or a disk without locks
+    except OSError:  # held, or the disk has no locks
         return False
     return True

@@ -58,7 +58,7 @@ def test_a_file_of_another_program_loads_unless_a_weight_is_flipped(tmp_path: Pa
     damaged[damaged.index(weight) + 7] ^= 64
     path.write_bytes(damaged)
     assert not same(torch.load(path))
-    with pytest.raises(DamagedFileError, match=r"the content of .* is not what its checksum says"):
+    with pytest.raises(DamagedFileError, match=r"the content of .* does not match its checksum"):
         load(path)
 
 
@@ -72,12 +72,12 @@ def test_files_of_old_torch_load(tmp_path: Path) -> None:
     [
         (lambda whole: b"", "it is empty"),
         (lambda whole: bytes(len(whole)), "it is full of zeros"),
-        (lambda whole: b"\n<!DOCTYPE html><title>404</title>", "it is a page of the web"),
-        (lambda whole: b"not found", "it does not begin as a file of torch does"),
+        (lambda whole: b"\n<!DOCTYPE html><title>404</title>", "it is an HTML page"),
+        (lambda whole: b"not found", "it does not start like a torch file"),
         (lambda whole: whole[: len(whole) // 2], "it was cut off"),
-        (lambda whole: whole[:-1], "it was cut off|not what its digest says"),
+        (lambda whole: whole[:-1], "it was cut off|does not match its digest"),
         (lambda whole: whole[:-120], "it was cut off"),
-        (lambda whole: whole + b"more", "not what its digest says"),
+        (lambda whole: whole + b"more", "does not match its digest"),
     ],
 )
 def test_damage_is_named_with_the_newest_older_file_that_is_whole(
@@ -123,7 +123,7 @@ def limited(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("room", [0, 100, 1000, 1800])
 def test_a_full_disk_leaves_the_last_whole_file_and_nothing_else(written: Path, room: int) -> None:
     before = written.read_bytes()
-    message = rf"last\.ckpt cannot be written \(.*go on with --ckpt_path {re.escape(str(written))}\.$"
+    message = rf"last\.ckpt cannot be written \(.*continue with --ckpt_path {re.escape(str(written))}\.$"
     with limited(room), pytest.raises(OSError, match=message):
         save({**CONTENT, "epoch": 4}, written)
     assert written.read_bytes() == before

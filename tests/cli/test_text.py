@@ -53,4 +53,4 @@ def test_configs_are_read_in_the_encodings_that_shells_and_editors_write(workpla
 
 def test_other_encodings_are_refused_in_a_line(fails: Callable[..., str]) -> None:
     Path("latin.yaml").write_bytes("trainer: {default_root_dir: größer}".encode("latin-1"))
-    assert "latin.yaml is no text in UTF-8" in fails("fit", "-c", "tiny.yaml", "-c", "latin.yaml")
+    assert "latin.yaml is not UTF-8 text" in fails("fit", "-c", "tiny.yaml", "-c", "latin.yaml")

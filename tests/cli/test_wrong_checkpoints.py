@@ -26,8 +26,8 @@ def of_another_module(content: dict[str, Any]) -> dict[str, Any]:
 
 #: A file made of a good checkpoint, and what is said of it by commands that load a task; the last only by some.
 FILES: dict[str, tuple[Change, str]] = {
-    "weights": (lambda content: content["state_dict"], "it holds weights alone"),
-    "nested": (lambda content: {"model": content["state_dict"]}, "it holds weights that another program wrote"),
+    "weights": (lambda content: content["state_dict"], "it holds only weights"),
+    "nested": (lambda content: {"model": content["state_dict"]}, "it holds weights written by another program"),
     "empty": (lambda content: {}, "it holds an empty dictionary"),
     "list": (lambda content: [1], "it holds a list"),
     "tensor": (lambda content: torch.zeros(2), "it holds a Tensor"),
@@ -41,8 +41,8 @@ FILES: dict[str, tuple[Change, str]] = {
     "weight": (lambda content: {**content, "state_dict": {"x": 1}}, "differ, the first: "),
 }
 WRITTEN: dict[str, tuple[bytes, str]] = {
-    "html": (b"<!doctype html>", "a page of the web"),
-    "text": (b"hello", "does not begin as a file of torch does"),
+    "html": (b"<!doctype html>", "an HTML page"),
+    "text": (b"hello", "does not start like a torch file"),
 }
 
 

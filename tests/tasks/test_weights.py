@@ -76,7 +76,7 @@ def test_a_checkpoint_of_something_else_is_no_task(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'nowhere\.ckpt'"):
         load_task("nowhere.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other\.ckpt is no checkpoint of a task .* holds weights that another"):
+    with pytest.raises(ValueError, match=r"other\.ckpt is not a checkpoint of a dia-lightning task: .* weights"):
         load_task(tmp_path / "other.ckpt")
     later = {"dia_task": "SegmentationTask", "state_dict": {}, "hyper_parameters": {}}
     torch.save(later, tmp_path / "later.ckpt")
