@@ -1,4 +1,4 @@
-"""Names that users give, compared with those there are."""
+"""Names given by users, compared with the known ones."""
 
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
@@ -6,15 +6,15 @@ from typing import Any
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Check an option that is one of some words.
+    """Check that an option has one of the allowed values.
 
     Args:
         name: of the option, for the message.
-        value: as the user gave it.
-        choices: all there are.
+        value: as given by the user.
+        choices: the allowed values.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if it is not one of them.
 
     Example:
         >>> check_choice("share", "blok", ("stage", "block"))
@@ -22,7 +22,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         ...
         ValueError: share must be one of stage, block, got 'blok'. Did you mean 'block'?
     """
-    if value not in list(choices):  # not a dict, which takes no unhashable value
+    if value not in list(choices):  # not a dict, which does not accept unhashable values
         hint = did_you_mean(near(value, choices)) if isinstance(value, str) else ""
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
 
@@ -35,18 +35,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def near(name: str, known: Iterable[str], *, likeness: float = 0.6) -> list[str]:
-    """Return up to three names that somebody may have meant, the nearest first, whatever their letter case.
+    """Return up to three names that the user may have meant, nearest first, ignoring case.
 
     Args:
-        name: as it was given.
-        known: all there are.
-        likeness: the least, in 0..1; lower for short names, which a user may have cut.
+        name: as given.
+        known: all known names.
+        likeness: minimum likeness, in 0..1; lower for short names, which a user may have cut.
     """
     folded = {other.lower(): other for other in known}
     return [folded[match] for match in get_close_matches(name.lower(), folded, cutoff=likeness)]
 
 
 def did_you_mean(names: Iterable[str]) -> str:
-    """Return the question that names them, with a blank before it; nothing if there are none."""
+    """Return a question that names them, with a leading space; empty if there are none."""
     question = " or ".join(f"'{name}'" for name in names)
     return question and f" Did you mean {question}?"

@@ -158,7 +158,7 @@ def take_apart(module: nn.Module) -> None:
 def is_attached(network: nn.Module) -> bool:
     """Return whether a network, or a part of it, has attention attached.
 
-    Attention modules that a network has of its own do not count.
+    The network's own attention modules do not count.
 
     Args:
         network: any network.

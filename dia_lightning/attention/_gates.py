@@ -107,7 +107,7 @@ class _Notes:
         self._blocks.append((backward_task(), kept))
 
     def taken(self) -> list[Tensor]:
-        """Return and forget the notes of this backward pass, block by block; empty if there are none."""
+        """Return and forget the notes of this backward pass, concatenated over the blocks; empty if there are none."""
         task = backward_task()
         noted = [tensors for of, tensors in self._blocks if of == task]
         self._blocks = [block for block in self._blocks if block[0] != task]

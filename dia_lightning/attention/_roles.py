@@ -24,7 +24,7 @@ class Role(nn.Module):
     #: The role of the highest rank comes first in the method resolution order.
     rank: ClassVar[int]
     #: Whether the class equals the plain one, so that tables keyed by ``type(module)``, as in counters, quantizers and
-    #: fusers, still find it. Not for roles that would be lost where such a table replaces the class, as in FSDP.
+    #: fusers, still find it. Not for roles that would be lost where such a table maps to subclasses, as in FSDP.
     equals_plain: ClassVar[bool] = False
     #: Further attributes of the class, by a base of the plain class.
     attributes: ClassVar[Mapping[type[nn.Module], Mapping[str, Any]]] = {}

@@ -22,7 +22,7 @@ Obstacles = dict[Slot, str]
 
 
 def attached_slots(network: nn.Module) -> list[tuple[AttentionLayer, Slot]]:
-    """Return the layers that attention is attached to, each with its slot, in the order in which they run in a stage.
+    """Return the layers with attention, each with its slot, in the order in which they run in a stage.
 
     Raises:
         ValueError: if there are none.
@@ -60,8 +60,8 @@ def keep_remembered(network: nn.Module, remembering: Set[Slot], obstacles: Obsta
 
     Args:
         network: with attention.
-        remembering: slots after which the unit hands on a state.
-        obstacles: at all slots; those that are found are added.
+        remembering: slots after which the unit passes on a state.
+        obstacles: at all slots; the ones found are added.
     """
     for chain in _chains(network):
         slots = sorted((slot for link in chain.links for slot in link.slots), key=lambda slot: slot.layer)

@@ -137,7 +137,8 @@ def watched_layers(network: nn.Module, own: bool | None, example: Any) -> list[W
             stages = own_stages(network, example)
         except ValueError as error:
             raise ValueError(
-                f"No attention is attached to this network (call attach(network, ...) first), nor its own: {error}"
+                "No attention is attached to this network (call attach(network, ...) first), and none of its own was "
+                f"found: {error}"
             ) from error
         return [
             (AttentionLayer(site.path, number, site.block), network.get_submodule(site.path))
