@@ -1,4 +1,4 @@
-"""The look at installed packages before a release: what counts as a finding, and what as not knowing."""
+"""The audit of installed packages before a release: what counts as a finding, and what as unknown."""
 
 import json
 import runpy
@@ -16,7 +16,7 @@ Find = Callable[..., list[tuple[str, bool]]]
 
 @pytest.fixture
 def find(monkeypatch: pytest.MonkeyPatch) -> Find:
-    """Audit a release of which the index says what is given; an error is raised in place of an answer."""
+    """Audit a release with a given answer from the index; an error is raised instead of an answer."""
 
     def find(files: Any, vulnerabilities: Any, excepted: dict[str, date] | None = None) -> list[tuple[str, bool]]:
         def answer(path: str) -> Any:
@@ -39,7 +39,7 @@ def file(name: str = "some_package-1.2-py3-none-any.whl", days: float = 30, yank
 HOLE = {"id": "GHSA-1", "aliases": ["CVE-1"], "fixed_in": ["1.3"], "link": "https://x", "withdrawn": None}
 
 
-def test_an_old_release_without_known_holes_is_no_finding(find: Find) -> None:
+def test_an_old_release_without_known_holes_is_not_a_finding(find: Find) -> None:
     others = [file("some-package-1.20.tar.gz", days=0), file("some_package_more-1.2.tar.gz", days=0, yanked=True)]
     assert find([file(), file("some.package-1.2.tar.gz"), *others], [HOLE | {"withdrawn": "2026-01-01"}]) == []
 

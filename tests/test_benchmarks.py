@@ -1,4 +1,4 @@
-"""The benchmarks: what they count and compare is right, and the pages are written from what they have measured."""
+"""The benchmarks count and compare correctly, and the pages are written from what they measured."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ OWN = {PLAIN, SE_PER_BLOCK, SE_SHARED, DIA}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a rehearsal of both commands has written."""
+    """A folder with the output of a rehearsal of both commands."""
     folder = tmp_path_factory.mktemp("measured")
     pytest.importorskip("pytorchcv")  # its networks are among the arms
     threads = torch.get_num_threads()
@@ -44,7 +44,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def docs(tmp_path: Path) -> Path:
-    """The two pages, before anything was measured."""
+    """The two pages before anything was measured."""
     (tmp_path / "pictures").mkdir()
     for page in report.PLACES:
         (tmp_path / page).write_text((Path(__file__).parents[1] / "docs" / page).read_text())
@@ -143,10 +143,10 @@ def test_saved_bytes_count_each_activation_once_and_no_parameter() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     images = torch.randn(5, 3)
     saved = saved_bytes(lambda: network(images).sum(), network.parameters())
-    assert saved == 4 * (5 * 3 + 5 * 4)  # the input; what ReLU puts out, which two layers keep
+    assert saved == 4 * (5 * 3 + 5 * 4)  # the input, and the output of ReLU, which two layers save
 
 
-def test_kernels_are_operations_that_are_no_views() -> None:
+def test_views_do_not_count_as_kernels() -> None:
     numbers = torch.randn(6, requires_grad=True)
     forward: Callable[[], Tensor] = lambda: (numbers.view(2, 3).t() * 2).relu().sum()  # noqa: E731
     assert count_kernels(forward, CPU) == 3

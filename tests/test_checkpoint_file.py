@@ -96,7 +96,7 @@ def test_damage_is_named_with_the_newest_older_file_that_is_whole(
         load(written)
 
 
-def test_a_file_of_the_same_run_counts_before_a_newer_one_of_another(tmp_path: Path) -> None:
+def test_a_file_of_the_same_run_takes_precedence_over_a_newer_one_of_another(tmp_path: Path) -> None:
     places = [tmp_path / run / "checkpoints" / name for run, name in (("b", "last"), ("b", "best"), ("a", "last"))]
     for age, place in enumerate(places):
         save(CONTENT, place.with_suffix(".ckpt"))
@@ -107,7 +107,7 @@ def test_a_file_of_the_same_run_counts_before_a_newer_one_of_another(tmp_path: P
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """Let no file become larger, as on a full disk."""
+    """Prevent files from growing, as on a full disk."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -159,7 +159,7 @@ def test_a_disk_without_locks_takes_files_too(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fcntl.flock", no_locks)
     with written_whole(tmp_path / "a.csv") as part:
         part.write_text("1,2\n")
-        assert remove_parts([tmp_path]) == []  # it could be somebody else's
+        assert remove_parts([tmp_path]) == []  # it could be someone else's
     assert (tmp_path / "a.csv").read_text() == "1,2\n"
 
 

@@ -26,7 +26,7 @@ OVERLAYS = sorted([*(CONFIGS / "logger").glob("*.yaml"), *(CONFIGS / "trainer").
 DIGITS = CONFIGS / "classification" / "digits.yaml"
 SMOKE = CONFIGS / "trainer" / "smoke.yaml"
 
-# A network of the same family and interface, small enough for a test. The real ones are counted below.
+# A network of the same family and interface, small enough for a test. The tests below count the real ones.
 SMALL = {
     "resnet164": ("cifar_resnet", {"depth": 11}),
     "preresnet164": ("cifar_preresnet", {"depth": 11}),

@@ -1,4 +1,4 @@
-"""Attention and models need torch and torchvision alone; all else says in one line which extra to install."""
+"""Attention and models need only torch and torchvision; everything else states in one line which extra to install."""
 
 import subprocess
 import sys

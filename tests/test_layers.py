@@ -1,4 +1,4 @@
-"""Imports point downwards only, and the lower layers do without the upper ones' packages."""
+"""Imports only point downwards, and the lower layers do not need the packages of the upper ones."""
 
 import ast
 import re
@@ -40,9 +40,9 @@ BELOW = {
         *("_redact", "_strict_yaml", "_text", "_torchvision_guard", "_whole_files"),
     },
 }
-# ... and within the command line, what its parts may import of it.
+# ... and what the parts of the command line may import from it.
 OF_CLI = {"parsing": {"COMMANDS", "_errors"}, "runs": {"parsing", "_errors"}}
-# ... and which of the other packages it must do without.
+# ... and which other packages it must not need.
 UPPER = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "matplotlib", "jsonargparse", "timm", "diffusers"}
 WITHOUT = {
     "attention": UPPER | {"torchvision", "numpy", "sklearn"},
@@ -55,7 +55,7 @@ FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorte
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """Yield the full names of what a file imports, in functions too: modules, and names from modules."""
+    """Yield the full names of what a file imports, also inside functions: modules, and names from modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -76,7 +76,7 @@ def test_imports_point_downwards(path: Path) -> None:
         assert own - {layer, "__version__"} <= BELOW[layer]
     elif layer == "__main__.py":
         assert own <= {"cli", "__version__", "_choices", "_extras", "_version", "_torchvision_guard"}
-    elif layer == "__init__.py":  # attention is imported when it is asked for
+    elif layer == "__init__.py":  # attention is imported on demand
         assert own <= {"_version", "__version__", "attention"}
     elif layer == "_checkpoint_file.py":
         assert own <= {"_checkpoint_kind", "_whole_files"}
@@ -123,6 +123,6 @@ def test_the_wheel_has_every_package() -> None:
     assert sorted(listed) == sorted({*found, "dia_lightning.configs"})
 
 
-def test_every_extra_that_a_message_names_is_there() -> None:
+def test_every_extra_named_in_a_message_exists() -> None:
     extras = (PACKAGE.parent / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     assert all(re.search(rf"^{name} = \[", extras, re.MULTILINE) for name in {*_EXTRA_OF.values(), "detection"})

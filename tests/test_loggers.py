@@ -1,4 +1,4 @@
-"""Weights & Biases without an account: what a run's own files say, and what happens when something is wrong."""
+"""Weights & Biases without an account: the contents of a run's files, and what happens when something is wrong."""
 
 import csv
 import json
@@ -212,7 +212,7 @@ def test_with_an_unreachable_server_a_run_is_offline(tmp_path: Path) -> None:
 
 
 class FakeRun(SimpleNamespace):
-    """Keeps what it is told."""
+    """Keeps what it is given."""
 
     def __init__(self, sweep_id: str | None = None) -> None:
         super().__init__(id="run-1", sweep_id=sweep_id, defined={}, logged=[], settings=SimpleNamespace(sync_dir=""))
@@ -226,7 +226,7 @@ class FakeRun(SimpleNamespace):
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments of each start of a run that is none."""
+    """The arguments of each start of a fake run."""
     calls: list[dict[str, Any]] = []
 
     def init(**arguments: Any) -> FakeRun:
@@ -239,7 +239,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_wandb_gets_what_was_given_and_no_none(started: list[dict[str, Any]]) -> None:
+def test_wandb_gets_what_was_given_without_none(started: list[dict[str, Any]]) -> None:
     _ = WandbLogger(id="abc", tags=["x"], config={"token": "secret"}).experiment
     (arguments,) = started
     assert arguments.pop("settings").init_timeout == 10
@@ -247,7 +247,7 @@ def test_wandb_gets_what_was_given_and_no_none(started: list[dict[str, Any]]) ->
     assert arguments == {"project": "dia-lightning", "dir": os.getcwd(), "resume": "allow", **given}
 
 
-def test_settings_of_the_user_count_before_ours(started: list[dict[str, Any]]) -> None:
+def test_user_settings_take_precedence_over_ours(started: list[dict[str, Any]]) -> None:
     _ = WandbLogger(settings={"init_timeout": 60}).experiment
     assert started[0]["settings"].init_timeout == 60
 
@@ -282,7 +282,7 @@ def test_in_a_sweep_the_monitored_metric_stays_one_number(
     assert run.defined.get("val/acc") == (None if expected is None else {**axis, **expected})
 
 
-def test_histograms_come_every_so_many_steps_of_training_and_after_a_backward_pass(
+def test_histograms_come_at_an_interval_of_training_steps_and_after_a_backward_pass(
     started: list[dict[str, Any]],
 ) -> None:
     network = nn.Linear(2, 1)

@@ -32,7 +32,7 @@ def outputs(notebook: Any) -> Iterator[Any]:
 
 
 def kinds(notebook: Any) -> list[set[str]]:
-    """Return per cell what it shows: text, errors, pictures."""
+    """Return what each cell shows: text, errors, figures."""
     return [
         {kind for output in cell.outputs for kind in output.get("data", [output.output_type])}
         for cell in code_cells(notebook)
@@ -47,16 +47,16 @@ def test_there_are_five_notebooks() -> None:
 @each_notebook
 def test_it_runs_and_shows_what_is_kept(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "jupyter"))  # no settings of the user's, and nothing left behind
+        monkeypatch.setenv(name, str(tmp_path / "jupyter"))  # without the user's settings, and leaving nothing behind
     folder = tmp_path / "folder"
     folder.mkdir()
     notebook = read(path)
     for cell in code_cells(notebook):
-        cell.source = re.sub(r"max_epochs=\d+", "max_epochs=1", cell.source)  # further epochs run no other code
+        cell.source = re.sub(r"max_epochs=\d+", "max_epochs=1", cell.source)  # more epochs run the same code
     place = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources=place).execute()  # raises what a cell raises
     assert kinds(notebook) == kinds(read(path))
-    assert list(folder.iterdir()) == []  # whoever runs a notebook gets no files beside it
+    assert list(folder.iterdir()) == []  # running a notebook leaves no files next to it
 
 
 @each_notebook
@@ -98,7 +98,7 @@ def test_it_is_small_enough_for_a_web_page(path: Path) -> None:
 
 
 @each_notebook
-def test_what_it_names_of_the_repository_is_there(path: Path) -> None:
+def test_files_of_the_repository_that_it_names_exist(path: Path) -> None:
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     links = [path.parent / target for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
     names = [path.parents[1] / name for name in re.findall(r"\b(?:configs|docs)/[\w/]+\.\w+", text)]

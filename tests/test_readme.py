@@ -1,4 +1,4 @@
-"""Commands of the README and of the pages run as they are written. Their Python examples are doctests."""
+"""Commands of the README and the pages run as written. Their Python examples are doctests."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ from dia_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-#: In the order of the commands: each may use what those before it have left.
+#: In the order of the commands: each may use the results of those before it.
 PAGES = [
     README,
     *(
@@ -43,7 +43,7 @@ PAGES = [
         )
     ),
 ]
-#: Measured over hours, or on other machines: what their commands name has to be there.
+#: Measured over hours, or on other machines: the files their commands name must exist.
 MEASURED = [ROOT / "docs" / f"{name}.md" for name in ("networks", "performance", "reliability", "results")]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in (*PAGES, *MEASURED)}
 
@@ -131,7 +131,7 @@ def test_fine_tuning_in_python_leaves_the_body_alone(workplace: Path, capsys: py
     assert [group["name"] for group in task.optimizers().param_groups] == ["main", "attention"]
 
 
-def test_the_configs_that_the_pages_name_are_there() -> None:
+def test_the_configs_named_on_the_pages_exist() -> None:
     for names in re.findall(r"^\| (`.*?`) \|", "\n".join(TEXTS[page] for page in PAGES), re.MULTILINE):
         for name in re.findall(
             r"`((?:classification|detection|diffusion|scores|reproduce|sweeps|logger|trainer)/[\w*.]+)`", names
@@ -155,7 +155,7 @@ def test_every_block_is_of_a_kind_that_runs() -> None:
         assert line.startswith(("dia-lightning ", "python3 -m venv ", "# ")), line
 
 
-def test_what_measured_commands_name_is_there() -> None:
+def test_files_named_by_measured_commands_exist() -> None:
     text = "\n".join(blocks("sh", MEASURED))
     for name in set(re.findall(r"configs/[\w/.]+\.yaml", text)):
         assert (ROOT / name).is_file(), name

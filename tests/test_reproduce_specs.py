@@ -1,4 +1,4 @@
-"""The shipped specifications of comparisons, and the sweeps: every command is one that the program takes."""
+"""The shipped specifications of comparisons, and the sweeps: the program accepts every command."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SPECS = sorted((ROOT / "configs" / "reproduce").glob("*.yaml"))
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
-#: Parameters of the networks, in millions, as far as those of the papers' networks are known.
+#: Parameters of the papers' networks in millions, as far as they are known.
 PARAMETERS = {
     "aaai_reduction": {"plain": 1.73, "r=1": 2.59, "r=4": 1.95, "r=8": 1.84, "r=16": 1.78},
     "aaai_depth": {

@@ -1,4 +1,4 @@
-"""The jobs and templates under ``.github`` are what they say, as far as can be told without GitHub."""
+"""The jobs and templates under ``.github`` are correct, as far as can be checked without GitHub."""
 
 import os
 import re

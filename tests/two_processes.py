@@ -1,4 +1,4 @@
-"""Two processes on this machine's CPU, which have imported beforehand what `conftest.py` names."""
+"""Two processes on this machine's CPU, which have already imported what `conftest.py` names."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -10,7 +10,7 @@ from torch.multiprocessing.spawn import start_processes
 
 
 class _OwnWeights(DDPStrategy):
-    """Gives each process weights of its own, which Lightning does for the start method "spawn" only."""
+    """Gives each process its own weights, which Lightning only does for the start method "spawn"."""
 
     @torch.no_grad()
     def setup_environment(self) -> None:
@@ -23,7 +23,7 @@ class _OwnWeights(DDPStrategy):
 def on_two_processes() -> dict[str, Any]:
     """Return the options that make a trainer on the CPU run on both.
 
-    They know nothing of this process's seeds and flags, nor of environment variables that it set after the first use.
+    They do not see this process's seeds and flags, nor environment variables that it set after the first use.
     """
     return {"devices": 2, "strategy": _OwnWeights(start_method="forkserver")}
 

@@ -269,7 +269,7 @@ def test_a_unit_without_state_has_none_to_record() -> None:
         network(torch.randn(2, 3, 16, 16))
 
 
-def test_mistakes_are_said() -> None:
+def test_mistakes_raise_clear_errors() -> None:
     network = attach(get_model("cifar_resnet", depth=20, block="basic"), "se")
     with pytest.raises(ValueError, match="replicates must be 0 or more, got -1"):
         MapRecorder(network, replicates=-1)

@@ -158,7 +158,7 @@ def test_shortcuts_come_back_after_an_error_and_those_that_were_out_stay_out() -
         pass
 
 
-def test_mistakes_are_said() -> None:
+def test_mistakes_raise_clear_errors() -> None:
     with pytest.raises(ValueError, match="No attention is attached"):
         relative_change(chain(2.0), lambda: None)
     network = chain(2.0)

@@ -68,7 +68,7 @@ def test_a_single_layer_has_no_importance() -> None:
     assert stage.matrix.tolist() == [[0]]
 
 
-def test_mistakes_are_said() -> None:
+def test_mistakes_raise_clear_errors() -> None:
     stages = recorded([independent()], keep=IMAGES).stages
     with pytest.raises(ValueError, match="layout must be one of values, images, got 'rows'"):
         map_importance(stages, "rows")  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def test_a_block_with_several_sites_is_plugged_as_a_whole() -> None:
     attach(detach(vit), "se", plug=found.plug)
 
 
-def test_mistakes_are_said() -> None:
+def test_mistakes_raise_clear_errors() -> None:
     given = correlations(blocks(4), blocks(4), blocks(4))
     for threshold in (0, 1.5, np.nan):
         with pytest.raises(ValueError, match="threshold must be above 0 and at most 1, got"):

@@ -36,5 +36,5 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _as_large_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small features take the way of large ones."""
+    """Treat small features like large ones."""
     monkeypatch.setattr(recalibration, "SMALL_ON_CPU", 0)

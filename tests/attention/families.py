@@ -1,6 +1,6 @@
 """One network of every family of timm: the smallest whose blocks share a unit, if there are several."""
 
-#: Family -> network, and the number of sites in each stage. They follow from the depths that timm's code gives.
+#: Family -> network, and the number of sites in each stage, derived from the depths in timm's code.
 FAMILIES = {
     "beit": ("beit_base_patch16_224", "24"),
     "byoanet": ("halonet26t", "2+2+2+2"),

@@ -19,7 +19,7 @@ def dense(name: str) -> Callable[[], nn.Module]:
     return partial(models.get_model, name, weights=None, weights_backbone=None, num_classes=3)
 
 
-#: Name -> how to build the network, and the shape of what goes in.
+#: Name -> how to build the network, and the shape of its input.
 FOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cait": (of_timm("cait_xxs24_224", depth=2, img_size=32), (3, 32, 32)),
     "convmixer": (of_timm("convmixer_768_32"), (3, 32, 32)),

@@ -1,4 +1,4 @@
-"""Small networks of torchvision, timm and diffusers that between them hold every block class of the site table."""
+"""Small networks of torchvision, timm and diffusers that together cover every block class of the site table."""
 
 from collections.abc import Callable
 from functools import partial
@@ -152,7 +152,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inputs]:
-    """Return a network in evaluation mode, its norms, scales and gates far from where they start, and its inputs."""
+    """Return a network in evaluation mode, with norms, scales and gates far from initialization, and its inputs."""
     make, (args, kwargs) = NETWORKS[name]
     torch.manual_seed(0)
     network = make().eval()
@@ -168,7 +168,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inp
 
 
 def output(network: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the tensor that a network puts out; those of diffusers wrap it."""
+    """Return the output tensor of a network; diffusers networks wrap it."""
     args, kwargs = inputs
     value = network(*args, **kwargs)
     tensor: Tensor = value if isinstance(value, Tensor) else value.sample

@@ -1,4 +1,4 @@
-"""Small residual networks, and an independent forward of a network with DIA-LSTM that hands its state on by hand."""
+"""Small residual networks, and an independent forward of a network with DIA-LSTM that threads the state by hand."""
 
 import copy
 import re
@@ -46,7 +46,7 @@ class TinyNet(nn.Module):
 
 
 def randomised(model: Network, seed: int = 0) -> Network:
-    """Give every parameter and statistic a random value at which each of them matters, attention state included."""
+    """Give every parameter and statistic a random value at which it matters, including those of the attention."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def lstm_step(weights: Weights, features: Tensor, state: Any) -> tuple[Tensor, A
 
 
 def branch_and_shortcut(block: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a block of torchvision up to the addition."""
+    """Run a torchvision block up to the addition."""
     shortcut = features if block.downsample is None else block.downsample(features)
     branch = F.relu(block.bn1(block.conv1(features)))
     branch = block.bn2(block.conv2(branch))
@@ -125,7 +125,7 @@ def stages(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
 def threaded(
     plain: Any, units: dict[str, Weights], batch: Tensor, mask: Sequence[int] | None = None, *, restart: bool = False
 ) -> Tensor:
-    """Run a plain network and hand the state of each stage's unit on by hand.
+    """Run a plain network and thread the state of each stage's unit by hand.
 
     Args:
         plain: network without attention.
@@ -162,7 +162,7 @@ def total(losses: Iterable[Tensor]) -> Tensor:
 
 @contextmanager
 def exact_or_refused(message: str) -> Iterator[None]:
-    """Let a clear error, or the compiler's own refusal, pass; what is computed is for the caller to check."""
+    """Let a clear error, or the compiler's own refusal, pass; the caller checks what is computed."""
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException:
@@ -199,7 +199,7 @@ def largest_difference(first: Weights, second: Weights) -> float:
 
 
 def outstanding() -> int:
-    """Return how many calls of blocks and of their owners are under way in this thread."""
+    """Return how many calls of blocks and of their owners are in progress in this thread."""
     frame, scope, count = RUNNING.frame, RUNNING.scope, 0
     while frame is not None:
         frame, count = frame.outer, count + 1
@@ -214,7 +214,7 @@ def plain_keys(model: nn.Module) -> list[str]:
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, type]], list[str]]:
-    """What a network is made of: the type of every module, and its keys."""
+    """Return what a network consists of: the type of every module, and its keys."""
     return [(name, type(module)) for name, module in model.named_modules()], list(model.state_dict())
 
 

@@ -78,7 +78,7 @@ class PredRNN(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """Map a video [B, T, C, H, W] to the next frame of each."""
-        memory = torch.zeros_like(self.embed(video[:, 0]))  # of the last layer, goes to the first of the next frame
+        memory = torch.zeros_like(self.embed(video[:, 0]))  # from the last layer to the first one at the next frame
         states = [(memory, memory) for _ in self.layers]
         frames = []
         for frame in video.unbind(1):
@@ -237,7 +237,7 @@ class HMAViT(nn.Module):
         self.positions = nn.Parameter(0.1 * torch.randn(1, (size // 4) ** 2 + 1, width))
         self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.labels = nn.Embedding(classes + 1, label_width)  # the last one says that the label is unknown
+        self.labels = nn.Embedding(classes + 1, label_width)  # the last one means that the label is unknown
         self.queue: Tensor
         self.register_buffer("queue", F.normalize(torch.randn(8, width + label_width), dim=1))
         self.read_queue = MemoryRead(width + label_width, heads)
@@ -277,7 +277,7 @@ class SpectralNet(nn.Module):
 
 
 class Spike(torch.autograd.Function):
-    """Step function with the derivative of an arc tangent, as spiking networks are trained (arXiv 2010.14619)."""
+    """Step function with the derivative of an arc tangent, as used to train spiking networks (arXiv 2010.14619)."""
 
     @staticmethod
     def forward(ctx: Any, potential: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ class Spike(torch.autograd.Function):
         return gradient
 
 
-#: At 1, the weight of a shortcut, a branch of new weights would decide by nothing but its sign.
+#: At 1, the weight of a shortcut, only the sign of an untrained branch would matter.
 THRESHOLD = 0.5
 
 

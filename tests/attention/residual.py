@@ -1,4 +1,4 @@
-"""Small residual networks whose branches end in a layer of choice, with attention, and their plain formulation."""
+"""Small residual networks whose branches end in a chosen layer, with attention, and their plain formulation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from .networks import backward
 
 
 class Residual(nn.Module):
-    """A block whose branch ends in a layer of choice."""
+    """A block whose branch ends in a chosen layer."""
 
     def __init__(self, body: nn.Module, last: nn.Module) -> None:
         super().__init__()

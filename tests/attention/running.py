@@ -1,4 +1,4 @@
-"""Ways to run a small network, and what its gradients should then be."""
+"""Ways to run a small network, and its expected gradients."""
 
 from collections.abc import Callable
 

@@ -223,7 +223,7 @@ def test_a_network_without_known_blocks_asks_for_an_example() -> None:
 
 
 class NoStart(AttentionUnit):
-    """A unit that does not tell what makes its map constant."""
+    """A unit that does not state what makes its map constant."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ def test_a_unit_that_fails_in_a_late_stage_leaves_the_network_alone() -> None:
 
 
 class BlockWithDia(BasicBlock):  # type: ignore[misc]
-    """A block of somebody who uses the name already."""
+    """A custom block that already uses the name."""
 
     dia = "taken"
 
@@ -402,7 +402,7 @@ def test_attach_offers_exactly_the_units_of_the_papers_by_name() -> None:
     ]
 
 
-def test_the_bias_of_a_users_own_unit_is_left_alone() -> None:
+def test_the_bias_of_a_custom_unit_is_left_alone() -> None:
     class Open(nn.Module):
         def __init__(self, channels: int) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""check() says what does not hold."""
+"""check() reports what does not hold."""
 
 import time
 from collections.abc import Callable
@@ -23,11 +23,11 @@ def test_check_refuses_a_network_whose_output_is_not_finite() -> None:
         check(network, torch.randn(2, 3, 16, 16))
 
 
-# One unit per row that breaks what the row looks at. They stand for what users write.
+# One unit per row that breaks what the row checks, as a user might write it.
 
 
 class Unit(SqueezeExcitation):
-    """Without a bottleneck, in which little would pass."""
+    """Without a bottleneck, which would let little through."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, reduction=1)
@@ -213,7 +213,7 @@ def test_what_cannot_be_checked_is_neither_right_nor_wrong() -> None:
     pytest.importorskip("safetensors")  # else that is a third row
 
     class Local(BasicBlock):  # type: ignore[misc]
-        """A block that cannot be pickled, with attention or without."""
+        """A block that cannot be pickled, with or without attention."""
 
     report = check(attach(blocks(Local), "se"), torch.randn(1, 4, 6, 5))
     unchecked = {row.name: row.note for row in report.rows if row.note.startswith("not checked")}

@@ -139,7 +139,7 @@ def test_a_single_reentrantly_checkpointed_block_is_refused(tiny: Pair, block: i
 
 
 def test_offloading_with_checkpointed_blocks_is_exact(tiny: Pair) -> None:
-    """The block is given a copy of its input, which autograd still knows."""
+    """The block gets a copy of its input that autograd still knows."""
     with save_on_cpu():
         loss = by_block(tiny[1], images(), checkpointed(reentrant=False)).square().sum()
     assert_gradients(tiny, loss, images())
@@ -200,7 +200,7 @@ def test_a_forward_inside_a_backward_changes_nothing(tiny: Pair, with_grad: bool
     assert outstanding() == 0
 
 
-def test_the_private_function_that_tells_a_backward_pass_is_still_there() -> None:
+def test_the_private_function_that_detects_a_backward_pass_still_exists() -> None:
     seen = []
     value = torch.ones(1, requires_grad=True)
     ForwardInBackward.apply(value, lambda: seen.append(torch._C._current_graph_task_id())).backward()

@@ -1,4 +1,4 @@
-"""Compilers and exporters: an attached network computes the same through them."""
+"""Compilers and exporters: an attached network computes the same with them."""
 
 import copy
 import warnings
@@ -40,7 +40,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def tiny() -> Pair:
-    """A smaller network than elsewhere, because compiling takes its time."""
+    """A smaller network than elsewhere, because compiling is slow."""
     return pair(TinyNet(blocks=(3, 1), widths=(8, 12)).double().eval())
 
 

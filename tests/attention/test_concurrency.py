@@ -107,7 +107,7 @@ def test_a_forward_between_two_blocks_of_another_changes_neither(tiny: Pair) -> 
 
 
 def replicated(network: TinyNet) -> TinyNet:
-    """Return a replica as nn.DataParallel makes it, with parameters of its own."""
+    """Return a replica like those of nn.DataParallel, with its own parameters."""
     replicas: dict[Any, Any] = {
         module: module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         for module in network.modules()

@@ -1,4 +1,4 @@
-"""Networks that others take apart, convert, transform or trace."""
+"""Networks that other code takes apart, converts, transforms or traces."""
 
 import copy
 import warnings
@@ -31,7 +31,7 @@ from .networks import (
 )
 from .running import Pair, assert_gradients
 
-# networks that others take apart or convert
+# networks that other code takes apart or converts
 
 
 def own_parameters(model: nn.Module) -> int:

@@ -34,7 +34,7 @@ def per_stage(stages: Stages) -> str:
     return "+".join(str(len(stage)) for stage in stages)
 
 
-def test_every_family_of_timm_is_looked_at() -> None:
+def test_every_family_of_timm_is_covered() -> None:
     families = {module.rpartition(".")[2] for module in _model_to_module.values()}
     assert families <= {*FAMILIES, *NO_BRANCH}
     assert len(FAMILIES) >= 88
@@ -53,7 +53,7 @@ def test_the_page_of_networks_has_the_same_sites() -> None:
 
 
 @pytest.mark.parametrize("family", NO_BRANCH)
-def test_families_of_timm_without_residual_branches_are_told_apart(family: str) -> None:
+def test_families_of_timm_without_residual_branches_are_recognised(family: str) -> None:
     name, _ = NO_BRANCH[family]
     assert find_sites(build_on_meta(partial(timm.create_model, name))) == []
 
@@ -131,7 +131,7 @@ def test_all_kinds_of_residual_networks_of_torchvision_have_sites() -> None:
 @pytest.mark.parametrize(
     "name", ["alexnet", "vgg11", "squeezenet1_1", "densenet121", "googlenet", "inception_v3", "shufflenet_v2_x0_5"]
 )
-def test_networks_of_torchvision_without_residual_branches_are_told_apart(name: str) -> None:
+def test_networks_of_torchvision_without_residual_branches_are_recognised(name: str) -> None:
     assert of_torchvision(name) == []
 
 
@@ -156,7 +156,7 @@ def test_the_branches_of_a_network_of_diffusers_are_found(name: str) -> None:
     assert per_stage(find_sites(build_on_meta(make))) == expected
 
 
-# ---- what is found and what the table says
+# ---- found sites and the table
 
 WITH_RULES = [name for name in NETWORKS if any(rule_of(module)[0] for module in build(name)[0].modules())]
 

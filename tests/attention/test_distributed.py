@@ -20,7 +20,7 @@ NETWORKS: dict[str, dict[str, Any]] = {"plain": {"cells": 1, "plug": None}, "sta
 
 
 def network(cells: int, plug: str | None) -> TinyNet:
-    """Return the same network in every process; its norms use their running statistics, which DDP does not average."""
+    """Return the same network in every process; norms use their running statistics, which DDP does not average."""
     return pair(TinyNet(blocks=(2, 1, 1)).double().eval(), cells=cells, plug=plug, dropout=0.0)[1]
 
 
@@ -51,7 +51,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what two processes have trained."""
+    """Folder with the results of training in two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     run_on_two_processes(run_rank, str(folder))
     return folder

@@ -1,4 +1,4 @@
-"""Residual branches found by running networks that are written by hand."""
+"""Residual branches found by running hand-written networks."""
 
 import random
 from typing import Any
@@ -81,7 +81,7 @@ def test_encoder_and_decoder_share_nothing_however_long_their_sequences_are(exam
 
 
 class AddingLayer(nn.Module):
-    """A layer that adds what it is given, as the output layers of some transformers do."""
+    """A layer that adds its input, as the output layers of some transformers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,11 +115,11 @@ def test_a_branch_that_a_part_of_a_block_adds_belongs_to_the_block() -> None:
     assert torch.equal(attach(model, "dia-lstm", example=tokens(), identity=True)(tokens()), plain)
 
 
-# What stays as it is
+# What does not change
 
 
 class Drawing(nn.Module):
-    """A network that draws random numbers and skips blocks by them, also in evaluation mode."""
+    """A network that skips blocks at random, also in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_a_network_that_draws_numbers_runs_twice_alike_and_leaves_the_generators
 
 
 class ParallelBranches(nn.Module):
-    """Attention and layers beside it, both of the same normed features, as in GPT-J."""
+    """Attention and parallel layers on the same normed features, as in GPT-J."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_channels_are_followed_where_tokens_are_mixed() -> None:
 
 
 class Scaled(nn.Module):
-    """A branch with a layer scale and a gate that comes from outside, as in a DiT."""
+    """A branch with a layer scale and an external gate, as in a DiT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ def test_scales_dropout_and_activations_come_after_the_site() -> None:
 
 
 class Arms(nn.Module):
-    """Additions that end no residual branch."""
+    """Additions that do not end a residual branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,10 +285,10 @@ def test_other_additions_are_left_out_with_the_reason() -> None:
         assert sum(reason in each for each in reasons) == 1, reasons
 
 
-# A layer that several blocks have
+# A layer shared by several blocks
 
 
-def test_a_layer_that_several_blocks_have_is_no_site_of_one() -> None:
+def test_a_layer_shared_by_several_blocks_is_not_a_site() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     network = nn.Sequential(*(Residual(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), shared)) for _ in range(3)))
     images = features(2, 4, 6, 6)
@@ -298,7 +298,7 @@ def test_a_layer_that_several_blocks_have_is_no_site_of_one() -> None:
     assert torch.equal(attach(network, "se", example=images, identity=True)(images), plain)
 
 
-# The network stays as it is
+# The network does not change
 
 
 def test_the_network_and_its_hooks_are_left_alone() -> None:
@@ -318,7 +318,7 @@ def test_the_network_and_its_hooks_are_left_alone() -> None:
 
 
 class TwoConvolutions(nn.Module):
-    """A residual block whose forward looks at numbers, which meta tensors do not have, and writes into a buffer."""
+    """A residual block whose forward reads values, which meta tensors lack, and writes into a buffer."""
 
     calls: Tensor
 
@@ -367,7 +367,7 @@ def test_a_latent_ends_a_stage() -> None:
         (lambda: torch.compile(TwoConvolutions()), features(2, 4, 6, 6), "already wrapped"),
     ],
 )
-def test_mistakes_are_said(make: Any, example: Any, message: str) -> None:
+def test_mistakes_raise_clear_errors(make: Any, example: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_sites(make(), example)
 

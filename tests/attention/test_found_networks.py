@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*serve a single block")
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    """Return a network in evaluation mode, its norms and scales far from where they start, and what goes in."""
+    """Return a network in evaluation mode, with norms and scales far from initialization, and its input."""
     make, shape = FOUND[name]
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -40,7 +40,7 @@ def output(network: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", FOUND)
 def test_attention_is_exact_and_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_places, "find_sites", cache(find_sites))  # most of the time is spent on searching it thrice
+    monkeypatch.setattr(_places, "find_sites", cache(find_sites))  # most of the time goes into searching it three times
     network, images = build(name)
     plain = copy.deepcopy(network).state_dict()
     with torch.no_grad():

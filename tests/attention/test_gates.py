@@ -1,4 +1,4 @@
-"""Gradients of a recurrent unit's weights, made of all blocks at once, are those that autograd makes one by one."""
+"""Gradients of a recurrent unit's weights, computed for all blocks at once, equal those of autograd block by block."""
 
 import copy
 import gc
@@ -268,7 +268,7 @@ def test_steps_that_are_recomputed_give_the_same(reentrant: bool) -> None:
     assert_equal(gradients(unit), expected(unit, run))
 
 
-def test_weights_that_do_not_train_and_layers_of_somebody_else_are_left_to_autograd() -> None:
+def test_frozen_weights_and_foreign_layers_are_left_to_autograd() -> None:
     class Low(nn.Linear):
         """As of LoRA."""
 
@@ -310,7 +310,7 @@ def test_autocast_is_as_exact_as_autograd() -> None:
 def test_memory_is_free_after_backward_and_after_a_graph_that_was_dropped() -> None:
     unit = unit_of("dia-lstm")
     gc.collect()
-    gc.disable()  # reference counts alone must do
+    gc.disable()  # reference counts alone must suffice
     try:
         for goes_back in (True, False):
             seen = features()

@@ -1,4 +1,4 @@
-"""A network with attention is the plain network plus ``dia``: names, types, attributes, weights, whoever looks."""
+"""A network with attention is the plain network plus ``dia``: names, types, attributes, weights."""
 
 import copy
 import pickle
@@ -99,7 +99,7 @@ def test_an_average_by_the_names_of_parameters_loads_whole(tiny: Pair) -> None:
 
 
 def test_walks_over_children_find_every_attention_once() -> None:
-    """Of diffusers: a layer that was listed twice took the wrong processor."""
+    """From diffusers: a layer that was listed twice took the wrong processor."""
     plain: Any = conditional_unet()
     processors = list(plain.attn_processors)
     assert list(attach(plain, "se", branches=["conv", "attention"]).attn_processors) == processors
@@ -119,7 +119,7 @@ def test_hooks_on_every_module_see_tensors(attention: str) -> None:
     assert shapes["layer1.0.bn2"] == [(2, 64, 16, 16)] * 2
 
 
-def test_a_hook_on_a_site_may_replace_what_the_layer_puts_out(tiny: Pair) -> None:
+def test_a_hook_on_a_site_may_replace_the_output_of_the_layer(tiny: Pair) -> None:
     def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return 2 * output
 
@@ -130,7 +130,7 @@ def test_a_hook_on_a_site_may_replace_what_the_layer_puts_out(tiny: Pair) -> Non
 
 
 @pytest.mark.parametrize("who", ["site", "block"])
-def test_a_forward_that_others_put_on_an_instance_is_used(tiny: Pair, who: str) -> None:
+def test_a_forward_set_on_an_instance_is_used(tiny: Pair, who: str) -> None:
     """As accelerate, bitsandbytes and many tutorials do."""
     expected = tiny[1](images())
     module = tiny[1].stage1[1] if who == "block" else tiny[1].stage1[1].bn2
@@ -255,7 +255,7 @@ def test_weights_that_are_mapped_from_a_file_are_assigned(tiny: Pair, tmp_path: 
     assert torch.equal(network(images()), tiny[1](images()))
 
 
-# When attention comes too late, or into something that cannot take it
+# When attention comes too late, or into something that does not support it
 
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
@@ -291,7 +291,7 @@ def test_scripting_is_refused_with_what_to_use(tiny: Pair) -> None:
 
 
 class Named(BasicBlock):  # type: ignore[misc]
-    """A block that has a norm of that name."""
+    """A block with a norm of that name."""
 
     def __init__(self) -> None:
         super().__init__(8, 8)
@@ -328,7 +328,7 @@ def test_roles_of_one_module_add_up_and_come_apart() -> None:
         assert type(module) is BasicBlock
 
 
-# Blocks of every make
+# Blocks of every kind
 
 
 class Residual(nn.Sequential):
@@ -398,7 +398,7 @@ def test_blocks_in_checkpoint_wrappers_share_as_without() -> None:
     network(images(dtype=torch.float32)).sum().backward()
 
 
-def test_a_network_whose_blocks_share_nothing_is_warned_of() -> None:
+def test_a_network_whose_blocks_share_nothing_gives_a_warning() -> None:
     network = nn.Sequential(*(nn.Sequential(BasicBlock(8, 8), nn.Dropout()) for _ in range(3)))
     with pytest.warns(UserWarning, match=r"3 of 3 units serve a single block.*0\.0\.bn2 \(8 channels\), 1\.0"):
         attach(network, "dia-lstm")
@@ -424,7 +424,7 @@ def test_what_a_compiler_has_kept_runs_plain_after_detaching(tiny: Pair, what: s
     assert torch.equal(run(images()), plain(images()))
 
 
-# Units of every make
+# Units of every kind
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_a_unit_that_returns_something_else_is_refused(result: Any, message: str
         network(torch.randn(2, 8, 6, 6))
 
 
-def test_a_unit_that_is_put_in_the_place_of_another_one_is_used(tiny: Pair) -> None:
+def test_a_unit_that_replaces_another_one_is_used(tiny: Pair) -> None:
     other = copy.deepcopy(tiny[1])
     fresh = DIALSTM(8).double()
     other.stage1[0].dia = fresh

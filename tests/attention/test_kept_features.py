@@ -1,4 +1,4 @@
-"""Features that somebody else keeps, sees or changes stay what they were: units, hooks, modes, checkpoints."""
+"""Features that other code keeps, sees or changes are not overwritten: units, hooks, modes, checkpoints."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ def test_norms_that_selective_checkpointing_keeps_are_left_alone() -> None:
 
 
 class WantsMore(AttentionUnit):
-    """Says that the mean is enough for it, and differentiates the features beside it."""
+    """Claims to need only the mean, but differentiates the features too."""
 
     takes_mean = True
 
@@ -57,7 +57,7 @@ def test_a_unit_that_wants_more_than_the_mean_is_exact_or_refused(of: Callable[[
 
 
 class WithoutMean(DIALSTM):
-    """Made of a unit of the package, before units took the mean."""
+    """Derived from a unit of the package before units took the mean."""
 
     def forward(self, features: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:  # type: ignore[override]
         return super().forward(features.abs(), state)
@@ -81,7 +81,7 @@ class OneValue(AttentionUnit):
         return torch.sigmoid(mean.mean(1))[:, None, None, None], None
 
 
-def test_a_map_of_another_shape_is_multiplied_as_ever() -> None:
+def test_a_map_of_another_shape_is_still_multiplied() -> None:
     model = network("batch norm", lambda channels: OneValue())
     batch = features().requires_grad_()
     with plain_formulation():
@@ -106,7 +106,7 @@ def replaced(patch: pytest.MonkeyPatch) -> AbstractContextManager[Any]:
 
 
 @pytest.mark.parametrize("change", [lambda patch: Twice(), replaced], ids=["mode", "forward"])
-def test_functions_and_layers_that_somebody_changes_stay_changed(
+def test_functions_and_layers_changed_by_others_stay_changed(
     change: Callable[[pytest.MonkeyPatch], AbstractContextManager[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = network("batch norm")
@@ -159,7 +159,7 @@ def test_without_autograd_the_output_is_the_same_and_one_that_a_hook_keeps_is_le
 
 
 class Remembers(AttentionUnit):
-    """Its state is the features of the block before."""
+    """Its state is the features of the previous block."""
 
     def forward(self, features: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         seen = features if state is None else features + state
@@ -167,7 +167,7 @@ class Remembers(AttentionUnit):
 
 
 class RemembersBesideTheMean(Remembers):
-    """Takes the mean, too."""
+    """Also takes the mean."""
 
     takes_mean = True
 

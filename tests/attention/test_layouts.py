@@ -1,4 +1,4 @@
-"""Where channels, samples and positions lie: sequences, tokens, volumes, padding, layouts that cannot be told apart."""
+"""Where channels, samples and positions lie: sequences, tokens, volumes, padding, ambiguous layouts."""
 
 import copy
 from typing import Any
@@ -91,7 +91,7 @@ def test_other_numbers_of_axes_are_refused(unit: Any) -> None:
 
 
 class Attention(nn.Module):
-    """A transformer block that takes tokens first, as torch's attention does unless it is told otherwise."""
+    """A transformer block that takes tokens first, as torch's attention does by default."""
 
     def __init__(self, batch_first: bool) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_tokens_first_and_samples_first_are_the_same_attention(name: str) -> Non
     torch.testing.assert_close(found[:1], first(tokens[:1]), rtol=0, atol=1e-12)
 
 
-def test_where_samples_lie_beside_a_layer_that_takes_tokens_first_is_not_guessed() -> None:
+def test_the_sample_axis_next_to_a_layer_that_takes_tokens_first_is_not_guessed() -> None:
     with pytest.raises(ValueError, match=r"whether .* come first at 0\.outer, because 'attn' takes tokens first"):
         attach(nn.Sequential(Attention(batch_first=False)), "se", sites="*.outer")
     network = randomised(attach(nn.Sequential(Attention(batch_first=False)).double(), "se", sites="*.attn"))
@@ -180,7 +180,7 @@ def test_units_that_would_count_padding_refuse_it(name: str) -> None:
 
 
 class Masked(nn.Module):
-    """A block on tokens that is given a mask."""
+    """A block on tokens that takes a mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def test_masks_are_read_as_their_libraries_write_them(kind: str) -> None:
 
 
 class Patterned(Masked):
-    """A block whose mask is called as in torch and timm."""
+    """A block whose mask is named as in torch and timm."""
 
     def forward(self, tokens: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         return super().forward(tokens)
@@ -241,27 +241,27 @@ class Patterned(Masked):
 
 @pytest.mark.parametrize("size", [2, 7])
 @pytest.mark.parametrize("mask", [torch.ones(7, 7).tril().bool(), torch.zeros(7, 7), torch.ones(1, 1, 7, 7).bool()])
-def test_a_pattern_of_pairs_under_the_name_of_torch_is_no_padding(mask: Tensor, size: int) -> None:
+def test_a_pattern_of_pairs_under_the_name_of_torch_is_not_padding(mask: Tensor, size: int) -> None:
     network: Any = randomised(attach(nn.Sequential(Patterned()).double(), "se", sites="*.outer"))
     tokens = torch.randn(size, 7, 16, dtype=torch.float64)
     torch.testing.assert_close(network[0](tokens, mask), network[0](tokens), rtol=0, atol=1e-12)
 
 
 class Strange(Masked):
-    """A block whose mask has a name that does not tell what it marks."""
+    """A block whose mask has a name that does not show what it marks."""
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         return super().forward(tokens)
 
 
-def test_a_mask_of_samples_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_mask_of_samples_is_refused() -> None:
     network: Any = attach(nn.Sequential(Strange()), "se", sites="*.outer")
     with pytest.raises(RuntimeError, match="does not know whether 'mask' of a Strange marks padded tokens"):
         network[0](torch.randn(2, 7, 16), REAL)
 
 
 class Flagged(Masked):
-    """A block that is told by something else which tokens are real."""
+    """A block that marks real tokens in some other way."""
 
     def forward(self, tokens: Tensor, valid: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         return super().forward(tokens)
@@ -293,7 +293,7 @@ def test_what_stands_in_the_padding_does_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("mask", [torch.ones(7, 7).tril().bool(), torch.zeros(7, 7), torch.ones(1, 1, 7, 7).bool()])
-def test_a_pattern_of_attention_that_all_samples_have_is_no_padding(mask: Tensor) -> None:
+def test_an_attention_pattern_common_to_all_samples_is_not_padding(mask: Tensor) -> None:
     network: Any = randomised(attach(nn.Sequential(Masked()).double(), "cbam", sites="*.outer"))
     tokens = torch.randn(2, 7, 16, dtype=torch.float64)
     assert torch.equal(network[0](tokens, mask), network[0](tokens))
@@ -325,7 +325,7 @@ def test_a_sample_of_naflexvit_does_not_depend_on_the_padding_of_its_batch() -> 
 
 
 class Normed(nn.Module):
-    """A block that ends in a norm of channels, which lie second."""
+    """A block that ends in a norm over the channels, which come second."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -387,5 +387,5 @@ def test_an_export_takes_images_of_every_size(name: str) -> None:
 
 
 def test_every_unit_of_the_package_is_tested_here() -> None:
-    own = {name for name in list_attention() if "-" not in name or name == "dia-lstm"}  # others are of other tests
+    own = {name for name in list_attention() if "-" not in name or name == "dia-lstm"}  # others belong to other tests
     assert own == set(every_unit.args[1])

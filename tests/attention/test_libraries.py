@@ -154,12 +154,12 @@ def test_every_block_class_of_the_table_exists_and_is_tested() -> None:
         assert name in tested, f"no network of the tests has a {name}"
 
 
-# ---- what survives in the networks that users bring: see check()
+# ---- what survives in networks of users: see check()
 
 
 @pytest.mark.parametrize("name", ["torchvision resnet18", "timm resnet18", "timm vit", "diffusers unet"])
 @pytest.mark.parametrize("attention", ["dia-lstm", "se", "cbam"])
-def test_everything_holds_that_check_looks_at(name: str, attention: str) -> None:
+def test_every_check_holds(name: str, attention: str) -> None:
     network, (args, kwargs) = build(name)
     report = check(attach(network, attention), kwargs or args)
     assert report.ok, f"\n{report}"

@@ -1,6 +1,6 @@
 """Situations in which state could be lost or mixed, in networks of timm and diffusers.
 
-``test_state.py`` has the same, and more, for torchvision.
+``test_state.py`` covers the same, and more, for torchvision.
 """
 
 import copy
@@ -24,7 +24,7 @@ NAMES = ("timm resnet18", "timm vit", "diffusers unet")
 
 @pytest.fixture(params=NAMES)
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Inputs, Tensor]:
-    """A network with attention that matters, its inputs, and what it computes."""
+    """A network with attention that matters, its inputs and its output."""
     plain, inputs = build(request.param, torch.float64)
     with torch.no_grad():
         without = output(plain, inputs)
@@ -211,7 +211,7 @@ def test_forwards_that_are_given_up_hold_no_more_than_one_state(case: tuple[nn.M
     def give_up(*_: object) -> None:
         raise GivenUpError
 
-    # A hook on what comes after the first block: the block itself has finished and handed its state on.
+    # A hook on what comes after the first block: the block itself has finished and left its handover.
     follower = list(blocks(network))[1]
     handle = follower.register_forward_pre_hook(give_up)
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Attention modules that networks have of their own: found, watched, replaced and shared."""
+"""Attention modules that networks come with: found, watched, replaced and shared."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from .networks import backward, randomised
 
 
 class Gate(nn.Module):
-    """Squeeze-and-excitation as somebody may write it."""
+    """Squeeze-and-excitation as a user may write it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ChannelsThenPositions(nn.Module):
 
 
 class Scaled(nn.Module):
-    """No attention: what it multiplies by does not depend on the features, or has no weights."""
+    """Not attention: the factor does not depend on the features, or has no weights."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_steps_that_follow_one_another_are_one_module() -> None:
     assert [layer.block for layer in layers] == ["0", "1", "2"]
 
 
-def test_norms_and_scales_are_no_attention() -> None:
+def test_norms_and_scales_are_not_attention() -> None:
     with pytest.raises(ValueError, match=r"no attention modules of its own"):
         attention_layers(gated(Scaled), example=IMAGES)
 
@@ -235,7 +235,7 @@ def test_maps_of_a_shared_module_are_watched() -> None:
 
 
 @pytest.mark.parametrize(("attention", "how"), [("dia-lstm", "replace"), (None, "share"), ("se", "share")])
-def test_everything_holds_that_check_looks_at(attention: str | None, how: Any) -> None:
+def test_every_check_holds(attention: str | None, how: Any) -> None:
     network = attach(gated(Gate), attention, existing=how, example=IMAGES)
     report = check(network, IMAGES)
     assert report.ok, f"\n{report}"
@@ -298,7 +298,7 @@ class GateAndMap(Gate):
         return features * scale, scale
 
 
-def test_a_module_that_puts_out_more_than_features_is_left_alone() -> None:
+def test_a_module_that_returns_more_than_features_is_left_alone() -> None:
     class Block(GatedBlock):
         def forward(self, features: Tensor) -> Tensor:
             result: Tensor = features + self.last(self.gate(self.conv(features))[0])
@@ -308,7 +308,7 @@ def test_a_module_that_puts_out_more_than_features_is_left_alone() -> None:
         attach(nn.Sequential(Block(GateAndMap), Block(GateAndMap)), "se", existing="replace", example=IMAGES)
 
 
-def test_a_module_that_blocks_have_together_already_is_left_alone() -> None:
+def test_a_module_already_shared_by_blocks_is_left_alone() -> None:
     network = gated(Gate)
     network[1].gate = network[2].gate = network[0].gate
     with pytest.raises(ValueError, match=r"0\.gate' is used by several blocks"):
@@ -316,7 +316,7 @@ def test_a_module_that_blocks_have_together_already_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["dia", "dia_2"])
-def test_a_name_in_use_is_said_before_anything_changes(name: str) -> None:
+def test_a_name_in_use_is_reported_before_anything_changes(name: str) -> None:
     network = gated(Gate)
     setattr(network[0], name, 3)
     with pytest.raises(ValueError, match=f"already has an attribute '{name}'"):
@@ -334,7 +334,7 @@ def test_a_part_gives_its_attention_back_alone_only_if_it_can() -> None:
     assert not hasattr(detach(other[1]), "dia_link")
 
 
-def test_a_layer_that_was_put_into_the_place_of_a_module_stays() -> None:
+def test_a_layer_that_replaced_a_module_stays() -> None:
     network = attach(gated(Gate), "se", existing="replace", example=IMAGES)
     network[1].gate = nn.ReLU()
     network(IMAGES)

@@ -1,4 +1,4 @@
-"""The functions for squeeze and recalibration: the plain formulation's results, and what they keep for backward."""
+"""The functions for squeeze and recalibration: the plain formulation's results, and what they save for backward."""
 
 import copy
 from contextlib import nullcontext
@@ -55,7 +55,7 @@ def test_few_positions_are_enough(kind: str, positions: int) -> None:
     reference = copy.deepcopy(model)
     with plain_formulation():
         go_back(reference(batch))
-    for _ in range(3):  # the same, whatever lies around in memory
+    for _ in range(3):  # the same, whatever uninitialised memory holds
         model.zero_grad()
         go_back(model(batch))
         assert largest_difference(gradients(model), gradients(reference)) <= 1e-11

@@ -93,7 +93,7 @@ def test_equals_pytorchcvs_network_under_mapped_weights(
 ) -> None:
     networks = pytest.importorskip(f"pytorchcv.models.{module}")
     reference = randomised(getattr(networks, their_name)(num_classes=100)).train(training)
-    reference.features.final_pool = nn.AdaptiveAvgPool2d(1)  # theirs takes images of one size only
+    reference.features.final_pool = nn.AdaptiveAvgPool2d(1)  # theirs only takes images of one size
     attached = attach(make_plain(), "dia-lstm", reduction=4).train(training)
     load_from_pytorchcv(attached, reference)
     assert sum(p.numel() for p in attached.parameters()) == sum(p.numel() for p in reference.parameters())

@@ -12,8 +12,8 @@ from dia_lightning.attention import attach, attention_layers, check, detach, fin
 from .networks import backward
 from .related_networks import RELATED
 
-#: Name -> patterns of the layers that end residual branches. The other branches end in no layer: those inside of ISTA
-#: and of HMA's attention to the memory.
+#: Name -> patterns of the layers that end residual branches. The other branches do not end in a layer: those inside
+#: ISTA and HMA's attention to the memory.
 SITES: dict[str, list[str]] = {
     "predrnn": ["layers.*.cell"],
     "ccdepth": ["encoder.*.conv2", "blocks.*.mssa.merge"],
@@ -78,7 +78,7 @@ def test_everything_holds(name: str) -> None:
     network, example = build(name)
     report = check(attach(network, "dia-lstm", example=example, reduction=2), example)
     assert report.ok, f"\n{report}"
-    # HMA lets the images of a batch attend to each other, with attention of ours or without.
+    # HMA lets the images of a batch attend to each other, with or without our attention.
     expected = ["batch mates do not matter"] if name == "hma" else []
     assert [row.name for row in report.rows if "the plain network fails too" in row.note] == expected, str(report)
 
@@ -99,7 +99,7 @@ def test_a_network_without_shortcuts_is_refused(attention: str) -> None:
 
 
 def maps_by_hand(units: list[nn.Module], features: list[Tensor], restarts: int) -> list[Tensor]:
-    """Return the maps of units that take turns, with a new state at every so many of them."""
+    """Return the maps of units called in turn, with a new state at regular intervals."""
     maps, state = [], None
     for number, seen in enumerate(features):
         attention_map, state = units[number % len(units)](seen, state if number % restarts else None)

@@ -1,4 +1,4 @@
-"""Attached networks save, load and come apart again."""
+"""Attached networks save, load and detach."""
 
 import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_plain_weights_load_with_exactly_the_units_keys_missing(name: str, optio
     loaded = attached.load_state_dict(plain.state_dict(), strict=False)
     assert loaded.unexpected_keys == []
     own = [key for key in attached.state_dict() if key not in plain.state_dict()]
-    counters = {key for key in own if key.endswith("num_batches_tracked")}  # torch fills those of new norms in itself
+    counters = {key for key in own if key.endswith("num_batches_tracked")}  # torch itself fills in those of new norms
     assert set(loaded.missing_keys) | counters == set(own)
     assert own
     assert all(".dia." in key or ".unit_norm." in key for key in own)

@@ -71,7 +71,7 @@ def test_kernels_may_differ_between_batch_sizes_but_hardly(resnet18_pair: tuple[
 
 
 class Interruption(BaseException):
-    """Like KeyboardInterrupt, no Exception."""
+    """Like KeyboardInterrupt, not an Exception."""
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Interruption])
@@ -336,7 +336,7 @@ def test_a_network_that_runs_a_site_outside_of_its_block_is_refused(share: Any) 
 
 
 class GuidedBlock(BasicBlock):  # type: ignore[misc]  # torchvision is typed in part only
-    """A block that is called with something else first, as blocks with masks or time embeddings are."""
+    """A block whose first argument is something else, as in blocks with masks or time embeddings."""
 
     def forward(self, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = super().forward(features) * mask
@@ -364,7 +364,7 @@ def test_a_tensor_that_all_blocks_are_given_first_carries_no_state(between: floa
     plain.load_state_dict({key.removeprefix("blocks."): v for key, v in guided.state_dict().items() if key != "mask"})
     first, second = (torch.randn(size, 8, 6, 6, dtype=torch.float64) for size in (2, 3))
     for features in (first, second, first):
-        if between is None:  # the very tensor that the block before returned
+        if between is None:  # the very tensor that the previous block returned
             found = features
             for block in guided.blocks:
                 found = block(guided.mask, found)

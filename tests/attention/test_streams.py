@@ -1,4 +1,4 @@
-"""The state follows the residual stream, whatever else blocks are given, skip, or checkpoint inside."""
+"""The state follows the residual stream, whatever else blocks take, skip, or checkpoint inside."""
 
 import copy
 import inspect
@@ -40,7 +40,7 @@ def features(seed: int = 0, size: int = 6) -> Tensor:
 
 
 def by_hand(network: Any, stream: Tensor, run: tuple[int, ...], weights: Any = None) -> Tensor:
-    """Run some of the blocks of a chain, the state handed on by hand."""
+    """Run some of the blocks of a chain, threading the state by hand."""
     weights = weights or next(iter(unit_weights(network).values()))
     state = None
     for index in run:
@@ -55,7 +55,7 @@ def by_hand(network: Any, stream: Tensor, run: tuple[int, ...], weights: Any = N
 
 
 class Conditioned(BasicBlock):  # type: ignore[misc]  # torchvision is typed in part only
-    """A block that is given something else first."""
+    """A block whose first argument is something else."""
 
     def forward(self, context: Tensor, stream: Tensor) -> Tensor:
         output: Tensor = super().forward(stream + context)
@@ -87,7 +87,7 @@ def test_a_context_that_all_blocks_are_given_carries_no_state(grad: bool) -> Non
 
 
 def test_gradients_with_a_shared_context_and_checkpointed_blocks_are_exact() -> None:
-    """Both forwards leave their state beside the same context before one backward."""
+    """Both forwards leave their state next to the same context before one backward."""
     network: Any = randomised(attach(Refiner().double().eval(), "dia-lstm"))
     context = features(5).requires_grad_()
 
@@ -111,7 +111,7 @@ class Crossed(BasicBlock):  # type: ignore[misc]
 
 
 class NamedCrossed(BasicBlock):  # type: ignore[misc]
-    """Such a block that calls the stream what its known base class calls it."""
+    """Such a block that names the stream like its known base class."""
 
     def forward(self, other: Tensor, x: Tensor) -> Tensor:
         output: Tensor = super().forward(x + 0.1 * other)
@@ -162,7 +162,7 @@ def test_streams_that_look_at_each_other_are_exact_where_their_name_is_known(gra
 
 
 class ListBlock(BasicBlock):  # type: ignore[misc]
-    """A block that is given and returns a list."""
+    """A block that takes and returns a list."""
 
     def forward(self, stream: list[Tensor]) -> list[Tensor]:
         return [super().forward(stream[0])]
@@ -218,7 +218,7 @@ def test_skipped_blocks_hand_the_state_on_unchanged_and_the_first_cannot_be_skip
 
 
 class Early(BasicBlock):  # type: ignore[misc]
-    """A block that may return what it was given, as stochastic depth inside of blocks does."""
+    """A block that may return its input, as with stochastic depth inside blocks."""
 
     off = False
 
@@ -236,7 +236,7 @@ def test_a_block_that_returns_what_it_was_given_hands_the_state_on_unchanged(off
 
 
 class EarlyCopy(Early):
-    """A block that leaves before its branch ends, with something new."""
+    """A block that returns before its branch ends, with something new."""
 
     def forward(self, stream: Tensor) -> Tensor:
         output: Tensor = stream * 2 if self.off else super().forward(stream)
@@ -278,7 +278,7 @@ def test_a_checkpoint_inside_of_a_block_is_refused_in_backward_with_the_cause() 
 
 
 class Layer(BasicBlock):  # type: ignore[misc]
-    """Checkpoints itself when it is called, as the layers of transformers do."""
+    """Checkpoints itself when called, as transformers layers do."""
 
     reentrant: bool | None = None
 
@@ -308,7 +308,7 @@ def test_blocks_that_checkpoint_their_own_call_are_exact_or_refused(reentrant: b
 
 
 class Recomputing(torch.autograd.Function):
-    """A checkpoint of somebody else, which copies what it is given."""
+    """A third-party checkpoint that copies its inputs."""
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, block: nn.Module) -> Tensor:
@@ -377,7 +377,7 @@ def test_the_state_moves_to_the_precision_of_the_next_block() -> None:
 
 
 class LeftAndTaken(nn.Module):
-    """One stream leaves after the first block, another one comes in behind it."""
+    """One stream leaves after the first block, another one enters after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,7 +395,7 @@ def test_a_stream_does_not_take_what_another_one_has_left_in_the_same_forward() 
 
 
 class Passing(BasicBlock):  # type: ignore[misc]
-    """A block that returns beside the stream what it was given beside it."""
+    """A block that returns its other argument along with the stream."""
 
     def forward(self, stream: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(stream + bias), bias
@@ -404,7 +404,7 @@ class Passing(BasicBlock):  # type: ignore[misc]
 def test_a_buffer_that_blocks_pass_through_keeps_nothing() -> None:
     network: Any = attach(nn.ModuleList(Passing(8, 8) for _ in range(2)).double().eval(), "dia-lstm", sites="*.bn2")
     for block in network:
-        block.dia_links[0].stream = 0  # as a rule or an example would tell
+        block.dia_links[0].stream = 0  # as a rule or an example would state
     bias, stream = features(3), features(1)
     for block in network:
         stream, _ = block(stream, bias)
@@ -563,7 +563,7 @@ def test_the_last_block_in_another_precision_uses_the_unit_in_its_own(last: torc
 
 @dataclass
 class Carried:
-    """What blocks hand on, with the stream in it."""
+    """What blocks pass on, including the stream."""
 
     stream: Tensor
     step: int
@@ -587,7 +587,7 @@ def test_a_stream_in_a_dataclass_carries_the_state() -> None:
 
 
 class Stepping(nn.Module):
-    """Runs its blocks in methods of other names too, as modules of Lightning do."""
+    """Also runs its blocks in methods of other names, as Lightning modules do."""
 
     def __init__(self) -> None:
         super().__init__()

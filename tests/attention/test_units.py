@@ -1,4 +1,4 @@
-"""Every attention module against a formula of its own, and what all of them have in common."""
+"""Every attention module against its formula, and what all of them have in common."""
 
 import math
 import re

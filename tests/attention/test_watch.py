@@ -1,4 +1,4 @@
-"""Attention maps as they are made: complete, in order, and without changing anything."""
+"""Attention maps as they are computed: complete, in order, and without changing anything."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def test_stages_are_those_of_the_network_whatever_is_shared(share: str) -> None:
     assert [layer.path for layer in layers[:4]] == ["layer1.0.bn2", "layer1.1.bn2", "layer1.2.bn2", "layer2.0.bn2"]
 
 
-def test_blocks_without_attention_are_no_layers() -> None:
+def test_blocks_without_attention_are_not_listed() -> None:
     layers = attention_layers(network(plug="101|001|111"))
     assert [layer.stage for layer in layers] == [0, 0, 1, 2, 2, 2]
 

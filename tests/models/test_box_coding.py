@@ -1,4 +1,4 @@
-"""Boxes and anchors do not lose their pixels to the short numbers of autocast."""
+"""Boxes and anchors keep their pixels in the low precision of autocast."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def small(detector: Detector) -> Any:
 
 
 def decoded(detector: Detector) -> list[Tensor]:
-    """What a box becomes whose offset from itself the network gives as zero, in bfloat16."""
+    """Return what becomes of a box for a predicted offset of zero, in bfloat16."""
     network = small(detector)
     nothing = torch.zeros(1, 4, dtype=torch.bfloat16)
     if detector == "fcos":

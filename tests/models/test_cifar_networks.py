@@ -161,7 +161,7 @@ def test_dropout_acts_in_training_only_and_only_when_asked_for() -> None:
 
 
 def copy_in_order(source: nn.Module, target: nn.Module) -> None:
-    """Copies a state dict whose entries come in the same order under other names."""
+    """Copies a state dict with the same order of entries but other names."""
     keys, weights = list(target.state_dict()), list(source.state_dict().values())
     target.load_state_dict(dict(zip(keys, weights, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Denoisers: diffusers' networks for images of one shape, and one line on what does not fit."""
+"""Denoisers: diffusers networks for images of one shape, and one-line errors."""
 
 import sys
 from typing import Any
@@ -73,7 +73,7 @@ def test_attention_levels_have_attention_on_the_way_down_and_up() -> None:
 
 
 class Echo(nn.Module):
-    """A user's own network, which returns a tensor."""
+    """A custom network, which returns a tensor."""
 
     def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:
         return images * timesteps[:, None, None, None]
@@ -91,13 +91,13 @@ def test_a_network_may_return_a_bare_tensor() -> None:
             "unet",
             (1, 9, 8),
             UNET,
-            "height and width that 2 divides, got 9x8. Take 8 or 10 for the height and 8 for the",
+            "height and width divisible by 2, got 9x8. Take 8 or 10 for the height and 8 for the",
         ),
         (
             "unet",
             (1, 28, 28),
             {"block_out_channels": (8, 8, 8, 8)},
-            "4 levels and halves images 3 times, which needs a height and width that 8 divides, got 28x28. "
+            "4 levels and halves images 3 times, which needs a height and width divisible by 8, got 28x28. "
             "Take 24 or 32 for the height and 24 or 32 for the width, or at most 3 levels",
         ),
         ("ddpm_cifar10", (3, 28, 28), {}, "Take 24 or 32 for the height"),
@@ -113,7 +113,7 @@ def test_a_network_may_return_a_bare_tensor() -> None:
         ("unet", (1, 8, 8), {**UNET, "num_classes": 0}, "num_classes must be 1 or more, or None"),
     ],
 )
-def test_what_does_not_fit_is_said_with_what_does(name: Any, shape: Any, args: dict[str, Any], message: str) -> None:
+def test_misfits_are_refused_with_what_fits(name: Any, shape: Any, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_denoiser(name, image_shape=shape, **args)
 

@@ -1,4 +1,4 @@
-"""Detectors on the backbones of the factory, against those that torchvision builds itself."""
+"""Detectors on the backbones of ``get_model``, against those that torchvision builds itself."""
 
 from typing import Any
 
@@ -141,11 +141,11 @@ def test_a_network_object_becomes_the_body() -> None:
     assert "fc" not in body
 
 
-def test_a_backbone_with_feature_maps_of_its_own_is_used_as_it_is() -> None:
+def test_a_backbone_with_its_own_feature_maps_is_used_unchanged() -> None:
     backbone: Any = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     detector = get_detector("fasterrcnn", backbone, num_classes=3, min_size=64)
     assert detector.get_submodule("backbone") is backbone
-    with pytest.raises(ValueError, match=r"frozen_norm is not for a backbone with out_channels.*got True\. Leave"):
+    with pytest.raises(ValueError, match=r"frozen_norm is not for a backbone with out_channels.*got True\. Omit"):
         get_detector("fasterrcnn", backbone, num_classes=3, frozen_norm=True)
     with pytest.raises(ValueError, match=r"trainable_layers is not for a backbone with out_channels.*got 0"):
         get_detector("fasterrcnn", backbone, num_classes=3, trainable_layers=0)
@@ -171,7 +171,7 @@ def test_ssdlite_is_that_of_torchvision_and_trains_with_attention() -> None:
         assert [len(found["boxes"]) for found in task.eval()(tiny_batch(1)[0])] == [10]
 
 
-# ---- what does not fit
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,6 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
         ({"backbone_args": {"width_mult": 0.5}}, "ssdlite takes only weights in backbone_args"),
     ],
 )
-def test_ssdlite_refuses_what_it_has_not(options: dict[str, Any], message: str) -> None:
+def test_ssdlite_refuses_options_it_lacks(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_detector("ssdlite", "torchvision/mobilenet_v3_large", num_classes=3, **options)

@@ -81,7 +81,7 @@ def test_file_with_data_parallel_keys_loads_like_the_bare_state_dict(tmp_path: P
     wrapped = {f"module.{key}": weight for key, weight in state.items()}
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9).state_dict()
     checkpoint = {"epoch": 3, "state_dict": wrapped, "acc": 0.5, "best_acc": torch.tensor(0.6), "optimizer": optimizer}
-    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)  # as torch before 1.6 wrote it
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)  # as written by torch before 1.6
     images = deterministic_weights.images()
     expected = load_dianet_checkpoint(state).eval()(images)
     assert torch.equal(load_dianet_checkpoint(path).eval()(images), expected)

@@ -1,4 +1,4 @@
-"""Exported detectors find what the detector finds, in images of other sizes too."""
+"""Exported detectors find what the detector finds, also in images of other sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ OTHER_SIZES = [torch.rand(3, *size) for size in ((90, 50), (41, 47), (40, 74))]
 
 
 def detector_of(kind: str) -> nn.Module:
-    """A detector whose scores differ, so that their order does not hang on rounding."""
+    """A detector whose scores differ, so that their order does not depend on rounding."""
     special: dict[str, dict[str, Any]] = {
         "ssdlite": {"backbone": "torchvision/mobilenet_v3_large", "backbone_args": None},
         "fcos": {"detector_args": {"fpn_channels": 64}},  # its norms refuse one value per group

@@ -1,4 +1,4 @@
-"""Backbones under a feature pyramid, against those that torchvision makes."""
+"""Backbones with a feature pyramid, against those that torchvision builds."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def trained(module: nn.Module) -> set[str]:
 
 
 def shake_norms(module: nn.Module) -> None:
-    """Give norms statistics and weights that show whether they are used."""
+    """Give norms statistics and weights that reveal whether they are used."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             for tensor in (part.weight, part.bias, part.running_mean, part.running_var):
@@ -109,7 +109,7 @@ def test_frozen_norms_compute_what_those_of_torchvision_compute() -> None:
     ],
 )
 @pytest.mark.parametrize("count", [3, 4])
-def test_the_maps_have_the_widths_and_strides_that_are_said(
+def test_the_maps_have_the_stated_widths_and_strides(
     name: str, args: dict[str, Any], strides: list[int], count: int
 ) -> None:
     body, levels = feature_body(name, args, count=count)

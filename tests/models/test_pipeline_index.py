@@ -1,4 +1,4 @@
-"""The folder of a pipeline names classes of this package and of diffusers; whatever else it names is not imported."""
+"""The folder of a pipeline may name classes of this package and of diffusers; no other class is imported."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pipeline, beside a module that must not be imported."""
+    """A pipeline, next to a module that must not be imported."""
     (tmp_path / "planted.py").write_text("class Unit: ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -94,7 +94,7 @@ def test_weights_that_may_hold_code_are_not_read(folder: Path, monkeypatch: pyte
     assert not Path("exploded").exists()
 
 
-def test_what_the_caller_gives_is_not_looked_at(folder: Path) -> None:
+def test_what_the_caller_gives_is_not_checked(folder: Path) -> None:
     change(folder / "model_index.json", scheduler=["planted", "Unit"])
     check_index(folder, ["scheduler"])
     with pytest.raises(ValueError, match="as scheduler"):

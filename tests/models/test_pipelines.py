@@ -1,4 +1,4 @@
-"""Pipelines of diffusers: folders that give the images of the task they were exported from."""
+"""diffusers pipelines: folders that produce the images of the task they were exported from."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ DIA: dict[str, Any] = {"attention": "dia-lstm"}
 
 
 def tiny_task(backbone: Any = "unet", **options: Any) -> DiffusionTask:
-    """A task whose weights all differ from where they start."""
+    """A task whose weights all differ from their initial values."""
     torch.manual_seed(0)
     arguments = {"backbone_args": {"unet": UNET, "dit": DIT}.get(backbone) if isinstance(backbone, str) else None}
     task = DiffusionTask(backbone, 3, **{"image_shape": [1, 8, 8], **arguments, **options})
@@ -142,7 +142,7 @@ def test_images_come_as_pictures_arrays_and_tensors(channels: int, mode: str, tm
     assert torch.equal(pixels, (torch.from_numpy(arrays) * 255).round().byte())
 
 
-def test_half_precision_is_asked_for_as_usual(tmp_path: Path) -> None:
+def test_half_precision_is_requested_as_usual(tmp_path: Path) -> None:
     task = tiny_task(attention="dia-lstm", conditional=True)
     export_pipeline(task, tmp_path / "model")
     pipeline = quiet(DIAPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16))
@@ -202,7 +202,7 @@ def test_a_sampler_of_another_scale_is_run_as_in_a_loop_with_its_scheduler(tmp_p
 
 
 class Perfect(UNet2DModel):  # type: ignore[misc]
-    """The best possible network for a single image: it knows the image, so that sampling has to end there."""
+    """The best possible network for a single image: it knows the image, so sampling must end there."""
 
     def forward(self, noisy: Tensor, timesteps: Tensor, *args: Any) -> Any:
         kept = DDIMScheduler().alphas_cumprod[timesteps.round().long()][:, None, None, None]
@@ -239,7 +239,7 @@ def test_generators_give_the_images_of_pipelines_of_diffusers(is_list: bool) -> 
         one = seeded()
         first, second = (made(pipeline, 2, num_inference_steps=4, generator=one) for _ in range(2))
         assert torch.equal(first, found)
-        assert not torch.allclose(second, first, atol=0.01)  # it goes on, as it does in diffusers
+        assert not torch.allclose(second, first, atol=0.01)  # it continues, as in diffusers
 
 
 # ---- pipelines of diffusers itself
@@ -337,7 +337,7 @@ def test_norms_under_their_names_of_version_0_1_are_found(tmp_path: Path) -> Non
     assert all(torch.equal(value, network.state_dict()[key] + 1) for key, value in loaded.items())
 
 
-def test_loading_also_tells_what_diffusers_noticed(tmp_path: Path) -> None:
+def test_loading_can_return_the_loading_info_of_diffusers(tmp_path: Path) -> None:
     export_pipeline(tiny_task(attention="dia-lstm"), tmp_path / "model")
     _, found = DIAUNet2DModel.from_pretrained(tmp_path / "model" / "unet", output_loading_info=True)
     assert found["missing_keys"] == []
@@ -364,7 +364,7 @@ def test_loading_also_tells_what_diffusers_noticed(tmp_path: Path) -> None:
         ({"output_type": "latent"}, "output_type must be one of pil, np, pt, got 'latent'"),
     ],
 )
-def test_what_cannot_be_made_is_said(options: dict[str, Any], message: str) -> None:
+def test_impossible_requests_are_refused(options: dict[str, Any], message: str) -> None:
     network, _ = networks("unet")
     pipeline = quiet(DIAPipeline(network, DDIMScheduler(), id2label={0: "0", 1: "1", 2: "2"}))
     with pytest.raises(ValueError, match=message):
@@ -448,12 +448,12 @@ def test_a_network_of_diffusers_that_was_given_as_an_object_is_exported(kind: st
     task = tiny_task(network, conditional=True, attention="dia-lstm")
     pipeline = exported(task, tmp_path)
     assert torch.equal(made(pipeline, 2, num_inference_steps=2), task.sample(2, steps=2))
-    again = tiny_task(pipeline.unet, conditional=True)  # one that has its attention already
+    again = tiny_task(pipeline.unet, conditional=True)  # one that already has attention
     assert torch.equal(made(exported(again, tmp_path / "again"), 2, num_inference_steps=2), again.sample(2, steps=2))
 
 
 class Doubling(nn.Module):
-    """A user's attention module."""
+    """A custom attention module."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -464,7 +464,7 @@ class Doubling(nn.Module):
 
 
 class Echo(nn.Module):
-    """A user's network."""
+    """A custom network."""
 
     def __init__(self) -> None:
         super().__init__()

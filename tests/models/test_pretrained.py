@@ -27,7 +27,7 @@ UNET: dict[str, Any] = {
 
 
 class Sequences(nn.Module):
-    """A network of the user's own, which attention needs an example for."""
+    """A custom network, which needs an example for attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def resnet() -> nn.Module:
 
 
 def moved(network: nn.Module) -> Any:
-    """Give every weight and statistic a value that it does not start with."""
+    """Give every weight and statistic a value other than its initial one."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in network.state_dict().values():
@@ -136,7 +136,7 @@ def test_what_is_no_longer_attached_is_not_saved(tmp_path: Path) -> None:
     assert torch.equal(output(from_pretrained(resnet(), tmp_path), IMAGES), output(network, IMAGES))
 
 
-def test_a_card_of_the_users_own_stays(tmp_path: Path) -> None:
+def test_a_custom_card_is_kept(tmp_path: Path) -> None:
     network = attach(resnet(), "se")
     save_pretrained(network, tmp_path)
     card = (tmp_path / "README.md").read_text()
@@ -150,7 +150,7 @@ def test_a_card_of_the_users_own_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-# ---- what somebody else wrote
+# ---- files written by others
 
 
 def saved(folder: Path, **entries: Any) -> Path:
@@ -182,7 +182,7 @@ def words(**arguments: Any) -> dict[str, Any]:
         (words(share="block"), "holds a different network: .* weights are missing"),
     ],
 )
-def test_a_config_that_is_none_is_refused_and_the_network_stays_plain(
+def test_an_invalid_config_is_refused_and_the_network_stays_plain(
     entries: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     network = resnet()
@@ -278,7 +278,7 @@ def test_a_repository_is_made_filled_and_read(tmp_path: Path, monkeypatch: pytes
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in patterns)
 
 
-def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> Any:
         raise OSError("404\n\nRepository Not Found")
 
@@ -357,7 +357,7 @@ def test_other_networks_of_diffusers_load_too(tmp_path: Path) -> None:
     assert torch.equal(output(from_pretrained(UNet2DConditionModel, tmp_path), *inputs), output(network, *inputs))
 
 
-def test_a_unit_of_the_users_own_is_given_to_the_unet_again(tmp_path: Path) -> None:
+def test_a_custom_unit_is_passed_to_the_unet_again(tmp_path: Path) -> None:
     network = unet(attention=SqueezeExcitation)
     network.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"attention was an object.*DIAUNet2DModel\.from_pretrained"):
@@ -382,7 +382,7 @@ def test_a_pipeline_around_an_attached_unet_loads_with_its_attention(kind: Any, 
     assert loaded.unet.dtype == torch.bfloat16
 
 
-def test_attention_around_a_unet_is_said_to_be_lost(tmp_path: Path) -> None:
+def test_attention_around_a_unet_is_reported_as_lost(tmp_path: Path) -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()

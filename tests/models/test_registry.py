@@ -238,7 +238,7 @@ def test_without_timm_its_networks_say_what_to_install() -> None:
         get_model("timm/resnet18")
 
 
-def test_no_library_is_imported_before_it_is_asked_for() -> None:
+def test_no_library_is_imported_before_it_is_needed() -> None:
     code = (
         "import sys; from dia_lightning.models import get_model, list_models;"
         "get_model('cifar_resnet', depth=11); list_models('cifar_*');"
@@ -247,6 +247,6 @@ def test_no_library_is_imported_before_it_is_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_a_network_that_its_library_asserts_against_is_said_with_its_arguments() -> None:
+def test_a_failed_assertion_of_a_library_is_reported_with_the_arguments() -> None:
     with pytest.raises(ValueError, match=r"timm/regnetx_002 cannot be built with \{'depth': 20\}.*backbone_args null"):
         get_model("timm/regnetx_002", depth=20)

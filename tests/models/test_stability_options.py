@@ -1,4 +1,4 @@
-"""Networks without shortcuts and without norms: what the options take away, and that attention still goes in."""
+"""Networks without shortcuts and without norms: what the options remove, and that attention can still be attached."""
 
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ def stages(network: CifarNetwork) -> list[list[nn.Module]]:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_what_is_left_starts_with_the_weights_that_it_has_otherwise(block: Literal["basic", "bottleneck"]) -> None:
+def test_the_remaining_layers_keep_their_initial_weights(block: Literal["basic", "bottleneck"]) -> None:
     whole = build(block).state_dict()
     for options in ({"no_shortcut": [1, 2, 3]}, {"norm": False}):
         rest = build(block, **options).state_dict()
@@ -101,6 +101,6 @@ def test_an_identity_start_leaves_outputs_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("stages", [[0], [4], [1, "2"]])
-def test_stages_that_are_not_there_are_refused(stages: list[Any]) -> None:
+def test_missing_stages_are_refused(stages: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"no_shortcut takes stage numbers 1, 2 and 3, got"):
         build(no_shortcut=stages)
