@@ -1,4 +1,4 @@
-"""Configs by name: a file of the working folder, else one that comes with the package."""
+"""Configs by name: a file in the working folder, else one shipped with the package."""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path, PurePath
 
 _PACKAGE = Path(__file__).parent
-#: In an installation they are inside of the package, in a checkout, which an editable installation reads, beside it.
+#: Inside the package in an installation; next to it in a checkout, which an editable installation reads.
 FOLDER = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
 
 
@@ -21,10 +21,10 @@ def find_config(name: str | Path) -> Path:
     """Return where a config is: in the working folder, else in the package.
 
     Args:
-        name: a path, or the name of one of the package's, with ``configs/`` before it or without.
+        name: a path, or the name of one of the package's configs, with or without a leading ``configs/``.
 
     Returns:
-        The path itself if there is such a file, or none of that name in the package either.
+        The path itself if the file exists, or if the package has none of that name either.
     """
     path = Path(name)
     known = path.as_posix().removeprefix("configs/")
@@ -32,16 +32,16 @@ def find_config(name: str | Path) -> Path:
 
 
 def is_packaged(path: str) -> bool:
-    """Tell whether an absolute path is that of one of the package's configs."""
+    """Return whether an absolute path is that of one of the package's configs."""
     return FOLDER in Path(path).parents
 
 
 def no_config(name: str | Path, hint: str = "") -> str:
-    """Return the sentences about a config that is not there: the nearest names, and where they were looked for.
+    """Return the message about a missing config: the nearest names, and where it was looked for.
 
     Args:
-        name: the path that was given.
-        hint: what to say beside.
+        name: the given path.
+        hint: what to add.
     """
     path = Path(name)
     local = [place.as_posix() for place in path.parent.glob("*.yaml")]
@@ -53,6 +53,6 @@ def no_config(name: str | Path, hint: str = "") -> str:
 
 
 def _likeness(path: Path, other: str) -> float:
-    """Return how alike two paths are, in 0..1; a wrong folder counts less than a wrong name of the file."""
+    """Return how similar two paths are, in 0..1; a wrong folder counts less than a wrong file name."""
     of_file = SequenceMatcher(None, path.stem, PurePath(other).stem).ratio()
     return 0.0 if of_file < 0.6 else of_file * 0.7 + SequenceMatcher(None, path.as_posix(), other).ratio() * 0.3

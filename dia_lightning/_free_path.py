@@ -1,4 +1,4 @@
-"""The next free name, where nothing is overwritten."""
+"""The next free name, so that nothing is overwritten."""
 
 from collections.abc import Callable
 from itertools import chain, count
@@ -9,8 +9,8 @@ def free_path(path: Path, is_taken: Callable[[Path], bool] = Path.exists) -> Pat
     """Return the path itself, or the first of ``name-v1.suffix``, ``name-v2.suffix``, ... that is free.
 
     Args:
-        path: of a file or a folder.
-        is_taken: whether a path is not free.
+        path: of a file or folder.
+        is_taken: whether a path is taken.
 
     Example:
         >>> taken = {Path("config.yaml"), Path("config-v1.yaml")}

@@ -11,17 +11,17 @@ _MOST_NODES = 1_000_000
 
 
 class StrictYAMLError(yaml.YAMLError):
-    """Text that is YAML, but holds a fault."""
+    """The text is YAML but has a fault."""
 
 
 def load(text: str, path: str = "") -> Any:
-    """Read YAML; refuse a key that is given twice and a value that is not a number, and take ``None`` for ``null``.
+    """Read YAML, refusing duplicate keys and not-a-number values, and reading ``None`` as ``null``.
 
-    Programs in Python write ``None``, for example the agent of a W&B sweep; the text is ``"None"``, in quotes.
+    Python programs write ``None``, for example the agent of a W&B sweep; the string is ``"None"``, in quotes.
 
     Args:
         text: a whole document or the value of one option.
-        path: the file it is from, for messages.
+        path: the source file, for messages.
 
     Returns:
         The values, as jsonargparse's YAML loader gives them.
@@ -45,7 +45,7 @@ def load(text: str, path: str = "") -> Any:
 
 
 def _nones(node: yaml.Node | None) -> Iterator[tuple[int, int]]:
-    """Yield where the values ``None`` begin and end in the text: those without quotes that are no keys."""
+    """Yield where unquoted ``None`` values begin and end in the text, except keys."""
     if isinstance(node, yaml.ScalarNode) and node.value == "None" and node.style is None:
         yield node.start_mark.index, node.end_mark.index
     elif isinstance(node, yaml.CollectionNode):
@@ -54,14 +54,14 @@ def _nones(node: yaml.Node | None) -> Iterator[tuple[int, int]]:
 
 
 def _refuse_bombs(document: yaml.Node | None, place: str) -> None:
-    """Refuse aliases that hold themselves, or that make a short text a document without end."""
+    """Refuse aliases that contain themselves, or that expand a short text into an endless document."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         if not isinstance(node, yaml.CollectionNode):
             return 1
         if id(node) not in sizes:
-            sizes[id(node)] = _MOST_NODES  # while it is counted: whoever meets it again is inside of it
+            sizes[id(node)] = _MOST_NODES  # while it is counted: meeting it again means being inside it
             items = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
             sizes[id(node)] = 1 + sum(map(size, items))
         return sizes[id(node)]
