@@ -209,8 +209,8 @@ def pipeline_images(task: DiffusionTask, kind: Literal["ddim", "ddpm"], steps: i
     )
     pipeline.set_progress_bar_config(disable=True)
     generators = [seeded_generator(seed, index) for index in range(count)]
-    images: Tensor = pipeline(count, generator=generators, num_inference_steps=steps, output_type="pt").images
-    return images
+    images = pipeline(count, generator=generators, num_inference_steps=steps, output_type="np").images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)  # "pt" is not taken by diffusers before 0.41
 
 
 @pytest.mark.parametrize(
