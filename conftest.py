@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Generator, Iterator
 from typing import TypeVar
+from unittest.mock import patch
 
 import pytest
 
@@ -83,6 +84,19 @@ def _no_waiting_for_workers() -> None:
     import torch.utils.data._utils as loading  # not before OMP_NUM_THREADS is set
 
     loading.MP_STATUS_CHECK_INTERVAL = 0.5
+
+
+@pytest.fixture(autouse=True)
+def _examples_register_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forget the units and networks that an example registers: the names in their code are gone when it ends."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    from dia_lightning.attention import _registry as units
+    from dia_lightning.models import _registry as networks
+
+    with patch.dict(units._BUILDERS), patch.dict(networks._BUILDERS):
+        yield
 
 
 @pytest.fixture(autouse=True)

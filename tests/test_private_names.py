@@ -30,6 +30,7 @@ from torch.utils.data import dataloader as loading
 from torchmetrics import MeanMetric, Metric
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from dia_lightning.cli.parsing import config_reader
 from tests.private_names import found
 
 PARTS = ("jsonargparse", "lightning", "torch", "torchvision", "wandb")
@@ -240,8 +241,8 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "_actions": lambda: [action.dest for action in parser()._actions] == ["help", "size"],
     "_action_groups": lambda: all(hasattr(group, "title") for group in parser()._action_groups),
     "_typehint": lambda: parser()._actions[-1]._typehint == int | float,
-    "Path.__init__": lambda: takes(ConfigPath.__init__, "self", "path", "mode"),
-    "Path.read_text": lambda: takes(ConfigPath.read_text, "self"),
+    "Path.__init__": lambda: takes(config_reader._find_other, "self", "path", "mode"),  # before it is replaced
+    "Path.read_text": lambda: takes(config_reader._read_other, "self"),
     "_relative": lambda: ConfigPath(__file__, mode="fr")._relative == __file__,
     # Lightning's command line
     "_InstantiatorFn": lambda: (
