@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli._notes import say
-from dia_lightning.cli.runs.resume import KeepRunTogether, take_up
-from dia_lightning.cli.runs.saved_config import wandb_id
+from dia_lightning.cli.runs._resume import KeepRunTogether, take_up
+from dia_lightning.cli.runs._saved_config import wandb_id
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.loggers.wandb import WandbLogger
 

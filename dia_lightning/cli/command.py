@@ -37,8 +37,8 @@ from dia_lightning.cli.parsing.own_classes import import_attention
 from dia_lightning.cli.parsing.parsed_config import as_list, init_args_of, is_rate_monitor, notes_on_lists, run_roots
 from dia_lightning.cli.parsing.parser import DIAArgumentParser, try_lists_of_loggers_first, try_whole_numbers_first
 from dia_lightning.cli.parsing.refused_values import check_limits, refuse_null
-from dia_lightning.cli.runs.resume import KeepRunTogether
-from dia_lightning.cli.runs.saved_config import SaveRunConfig
+from dia_lightning.cli.runs._resume import KeepRunTogether
+from dia_lightning.cli.runs._saved_config import SaveRunConfig
 from dia_lightning.cli.runs.slurm import job_of
 from dia_lightning.cli.runs.version_folders import claim_versions
 from dia_lightning.datamodules import DIADataModule

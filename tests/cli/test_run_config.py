@@ -13,7 +13,7 @@ from jsonargparse import _loaders_dumpers
 
 from dia_lightning._redact import redact
 from dia_lightning.cli.parsing import config_reader
-from dia_lightning.cli.runs.saved_config import SaveRunConfig
+from dia_lightning.cli.runs._saved_config import SaveRunConfig
 from tests.cli.conftest import Run
 
 WANDB = """\

@@ -13,7 +13,7 @@ from dia_lightning._whole_files import written_whole
 from dia_lightning.callbacks import run_folder
 from dia_lightning.cli._errors import UserError
 from dia_lightning.cli.parsing import config_reader
-from dia_lightning.cli.runs.resume import KeepRunTogether
+from dia_lightning.cli.runs._resume import KeepRunTogether
 from dia_lightning.cli.runs.run_of_checkpoint import START
 
 WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next one may go on
