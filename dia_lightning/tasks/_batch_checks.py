@@ -1,4 +1,4 @@
-"""What is wrong with the images and labels of a loader of one's own, found in its first batch."""
+"""Checks of the first batch of a custom loader: what is wrong with its images and labels."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from dia_lightning.tasks._targets import Target
 Images: TypeAlias = Tensor | Sequence[Tensor]
 
 _SCALE = "torchvision.transforms.v2.ToDtype(torch.float32, scale=True)"
-_TOLERANCE = 0.01  # of resizing and rounding
+_TOLERANCE = 0.01  # for resizing and rounding
 
 
 def check_dtype(images: Images, network: nn.Module) -> None:
-    """Refuse images that no network takes; it does not wait for the device.
+    """Refuse images that no network takes, without waiting for the device.
 
     Raises:
-        ValueError: if images are not floating, or float64 where the network is not.
+        ValueError: if images are not floating point, or float64 where the network is not.
     """
     if not len(images):
         return
@@ -34,7 +34,7 @@ def check_dtype(images: Images, network: nn.Module) -> None:
 
 
 def pixel_range(images: Images) -> tuple[float, float]:
-    """Return the lowest and the highest value of images; it waits for the device once.
+    """Return the lowest and the highest value of images, waiting for the device once.
 
     Raises:
         ValueError: if one is NaN or infinite.
@@ -50,7 +50,7 @@ def pixel_range(images: Images) -> tuple[float, float]:
 
 
 def not_symmetric(low: float, high: float) -> str | None:
-    """Return what to say of images that are meant to be in [-1, 1] and look as if they were in another range."""
+    """Return a warning for images that should be in [-1, 1] but appear to be in another range."""
     if low >= 0 and high > 0:
         there, instead = "[0, 1]", "2 * images - 1"
     elif -0.5 <= low < -0.49 and 0.49 < high <= 0.5:
@@ -58,29 +58,29 @@ def not_symmetric(low: float, high: float) -> str | None:
     else:
         return None
     return (
-        f"The images of the first batch reach from {low:.3g} to {high:.3g}, but DiffusionTask needs [-1, 1]. If they "
-        f"are in {there}, give {instead}, or set pixel_range='symmetric' in a data module of this package."
+        f"The images of the first batch range from {low:.3g} to {high:.3g}, but DiffusionTask needs [-1, 1]. If they "
+        f"are in {there}, pass {instead}, or set pixel_range='symmetric' in a data module of this package."
     )
 
 
 def not_in_unit_range(low: float, high: float) -> str | None:
-    """Return what to say of images that are not in [0, 1]."""
+    """Return a warning for images that are not in [0, 1]."""
     if low >= -_TOLERANCE and high <= 1 + _TOLERANCE:
         return None
-    way = f"add {_SCALE}" if low >= 0 else "leave normalisation out"
+    way = f"add {_SCALE}" if low >= 0 else "remove the normalisation"
     return (
-        f"The images of the first batch reach from {low:.3g} to {high:.3g}, but DetectionTask needs [0, 1], since its "
+        f"The images of the first batch range from {low:.3g} to {high:.3g}, but DetectionTask needs [0, 1], since its "
         f"detector normalises them itself: {way}."
     )
 
 
 def raw_pixels(images: Images, low: float, high: float) -> str | None:
-    """Return what to say of images that look like whole numbers from 0 to 255."""
+    """Return a warning for images that look like integers from 0 to 255."""
     if low < 0 or not 15 < high <= 255 or not all(bool((image == image.round()).all()) for image in images):
         return None
     return (
-        f"The images of the first batch are whole numbers from {low:.0f} to {high:.0f}, as raw pixels are, which "
-        f"networks train badly on: add {_SCALE} and a normalisation to their transform."
+        f"The images of the first batch are integers from {low:.0f} to {high:.0f}, like raw pixels, which networks "
+        f"train badly on: add {_SCALE} and a normalisation to their transform."
     )
 
 
@@ -90,10 +90,10 @@ def class_numbers(labels: Tensor, num_classes: int, *, look: bool) -> Tensor:
     Args:
         labels: of a batch.
         num_classes: number of classes K.
-        look: whether to read the labels, which waits for the device.
+        look: whether to check the values of the labels, which waits for the device.
 
     Raises:
-        ValueError: if they are not whole numbers ``[B]``, or not in 0..K - 1.
+        ValueError: if they are not integers ``[B]``, or not in 0..K - 1.
     """
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
@@ -112,7 +112,7 @@ def class_numbers(labels: Tensor, num_classes: int, *, look: bool) -> Tensor:
 
 
 def unusual_boxes(images: Images, targets: Sequence[Target]) -> str | None:
-    """Return what to say of boxes that are no corners in pixels of their images; it waits for the device."""
+    """Return a warning for boxes that are not pixel corners within their images; waits for the device."""
     pairs = [(image, target["boxes"]) for image, target in zip(images, targets, strict=True) if len(target["boxes"])]
     if not pairs:
         return None
@@ -126,15 +126,15 @@ def unusual_boxes(images: Images, targets: Sequence[Target]) -> str | None:
         height, width = image.shape[-2:]
         if end[2] > width + 1 or end[3] > height + 1 or boxes.amin() < -1:
             return (
-                f"A box of the first batch reaches out of its image of {width} x {height} pixels, to "
+                f"A box of the first batch extends beyond its image of {width} x {height} pixels, to "
                 f"{[round(value, 1) for value in end[2:].tolist()]}. Boxes must be (x1, y1, x2, y2) in pixels of the "
-                "image that is given with them."
+                "image they come with."
             )
     return None
 
 
 def check_image_channels(images: Images, detector: nn.Module) -> None:
-    """Refuse images that a detector of torchvision cannot normalise.
+    """Refuse images that a torchvision detector cannot normalise.
 
     Raises:
         ValueError: if they are not ``[C, H, W]`` with as many channels as the detector has means, or one.
@@ -147,16 +147,16 @@ def check_image_channels(images: Images, detector: nn.Module) -> None:
         if image.ndim != 3 or image.shape[0] not in (1, channels):
             raise ValueError(
                 f"An image has the shape {list(image.shape)}, but the detector takes [{channels}, H, W]. Convert it, "
-                'by image.convert("RGB") of PIL for example.'
+                'for example with PIL: image.convert("RGB").'
             )
 
 
 @contextmanager
 def naming_channels(network: nn.Module, images: Tensor) -> Iterator[None]:
-    """Say so where a network fails because of the number of channels.
+    """Explain when a network fails because of the number of channels.
 
     Raises:
-        ValueError: in place of the RuntimeError of a convolution.
+        ValueError: instead of the RuntimeError of a convolution.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Weights of the classes in the training loss: given, or from how often each class comes up in training."""
+"""Class weights of the training loss: given, or computed from the class frequencies of the training data."""
 
 import math
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ ClassWeights: TypeAlias = list[float] | Literal["balanced"]
 
 
 def without_arrays(weights: Any) -> Any:
-    """Return weights as the command line gives them, where scikit-learn gives an array."""
+    """Return weights as the command line gives them; scikit-learn gives an array."""
     return weights.tolist() if isinstance(weights, Tensor | np.ndarray) else weights
 
 
 def check_class_weights(weights: Any, count: int, meaning: str) -> None:
-    """Check what a user gives.
+    """Check the user's weights.
 
     Args:
         weights: as given.
         count: how many there must be.
-        meaning: what they are for, for the message.
+        meaning: what they weigh, for the message.
 
     Raises:
-        ValueError: if it is neither ``None``, ``"balanced"`` nor a list of ``count`` positive numbers.
+        ValueError: if they are neither ``None``, ``"balanced"`` nor a list of ``count`` positive numbers.
     """
     if weights is None or weights == "balanced":
         return
@@ -49,7 +49,7 @@ def check_class_weights(weights: Any, count: int, meaning: str) -> None:
 
 
 def balanced_weights(labels: Tensor, count: int, names: Sequence[str]) -> list[float]:
-    """Return N / (K * count_k) for each of the K classes, as scikit-learn's ``compute_class_weight``.
+    """Return N / (K * count_k) for each of the K classes, like scikit-learn's ``compute_class_weight``.
 
     Args:
         labels: of all training images, ``[N]``, or class probabilities ``[N, K]``.
@@ -57,7 +57,7 @@ def balanced_weights(labels: Tensor, count: int, names: Sequence[str]) -> list[f
         names: of the classes, for messages.
 
     Raises:
-        ValueError: if labels do not fit the classes.
+        ValueError: if the labels do not match the classes.
     """
     if labels.ndim == 1 and not labels.is_floating_point():
         images = torch.bincount(class_numbers(labels, count, look=True), minlength=count).double()
@@ -72,7 +72,7 @@ def balanced_weights(labels: Tensor, count: int, names: Sequence[str]) -> list[f
 
 
 def told(weights: list[float], names: Sequence[str], lack: str) -> list[float]:
-    """Say which weights were computed, and give 1 to classes that have none."""
+    """Log the computed weights, and give 1 to classes that have none."""
     missing = [name for name, weight in zip(names, weights, strict=True) if not _is_positive(weight)]
     if missing:
         rank_zero_warn(
@@ -85,14 +85,14 @@ def told(weights: list[float], names: Sequence[str], lack: str) -> list[float]:
 
 
 def training_labels(trainer: Trainer) -> Tensor:
-    """Return the labels of all samples that an epoch trains on, without loading an image.
+    """Return the labels of all training samples of an epoch, without loading an image.
 
     Raises:
-        ValueError: if the data set does not tell them.
+        ValueError: if the dataset does not provide them.
     """
     loader = trainer.train_dataloader
     labels = None
-    if isinstance(loader, DataLoader) and loader.batch_sampler is not None:  # else a sample may be a whole batch
+    if isinstance(loader, DataLoader) and loader.batch_sampler is not None:  # otherwise a sample may be a whole batch
         labels = _labels_of(loader.dataset)
         sampler = _sampler_of(loader)
         if labels is not None and isinstance(sampler, SubsetRandomSampler):
@@ -100,14 +100,14 @@ def training_labels(trainer: Trainer) -> Tensor:
     if labels is None:
         kind = type(getattr(loader, "dataset", loader)).__name__
         raise ValueError(
-            f"class_weights='balanced' needs the label of every training image, which {kind} does not tell. Give it "
-            "an attribute `targets`, one label per image, or give class_weights as a list of numbers."
+            f"class_weights='balanced' needs the label of every training image, which {kind} does not provide. Give "
+            "it an attribute `targets`, one label per image, or give class_weights as a list of numbers."
         )
     return labels
 
 
 def warn_of_balanced_sampling(trainer: Trainer) -> None:
-    """Say so if the data make up for rare classes already."""
+    """Warn if the data already make up for rare classes."""
     name = ""
     if getattr(getattr(trainer, "datamodule", None), "sampling", None) == "balanced":
         name = "sampling='balanced' of the data"
@@ -115,8 +115,8 @@ def warn_of_balanced_sampling(trainer: Trainer) -> None:
         name = "the WeightedRandomSampler of the loader"
     if name:
         rank_zero_warn(
-            f"class_weights='balanced' and {name} both make up for rare classes, which then count too much. Leave one "
-            "of them out."
+            f"class_weights='balanced' and {name} both make up for rare classes, which then count too much. Omit one "
+            "of them."
         )
 
 
@@ -137,7 +137,7 @@ def _labels_of(data: Any) -> Tensor | None:
         return data.tensors[1] if len(data.tensors) > 1 else None
     if isinstance(data, list):
         return torch.as_tensor(np.asarray([sample[1] for sample in data]))
-    for name in ("targets", "labels"):  # as torchvision calls them
+    for name in ("targets", "labels"):  # torchvision's names
         labels: Any = getattr(data, name, None)
         if hasattr(labels, "__len__") and len(labels) == len(data):
             transform = getattr(data, "target_transform", None)

@@ -1,4 +1,4 @@
-"""What ``compile`` means for a task: which modules of its network torch compiles, each in its place."""
+"""What ``compile`` means for a task: which modules of its network are compiled in place."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
@@ -17,13 +17,13 @@ _GRAPHS = 8
 
 
 def parts_to_compile(compile: Compile, whole: nn.Module, network: nn.Module, example: Any = None) -> list[nn.Module]:
-    """Return the modules that are to be compiled; before attention is attached, so that all arms have the same.
+    """Return the modules to compile; call it before attaching attention, so that all arms compile the same ones.
 
     Args:
-        compile: what the user asks for.
+        compile: the user's option.
         whole: what ``True`` means.
-        network: has the residual blocks that ``"blocks"`` means.
-        example: what the network takes, for one that :func:`find_sites` does not know.
+        network: contains the residual blocks that ``"blocks"`` refers to.
+        example: an input of the network, if :func:`find_sites` does not know it.
 
     Raises:
         ValueError: if ``compile`` is something else, or the network has no residual blocks.
@@ -36,13 +36,13 @@ def parts_to_compile(compile: Compile, whole: nn.Module, network: nn.Module, exa
 
 
 def compile_in_place(parts: Iterable[nn.Module]) -> None:
-    """Let modules be compiled when they run first; those that are compiled already stay as they are.
+    """Compile modules when they first run; those already compiled are left unchanged.
 
-    The names of their weights stay. Copies, also those that are sent to other processes, are not compiled.
+    The names of their weights do not change. Copies, including those sent to other processes, are not compiled.
     """
     new = [part for part in parts if part._compiled_call_impl is None]
-    # Torch counts the graphs of all modules that are compiled in place together, since one function of its own calls
-    # them, and runs what is over the limit uncompiled. Its limit per call of compile() is newer than torch 2.11.
+    # Torch counts the graphs of all modules that are compiled in place together, since one of its functions calls them
+    # all, and runs whatever exceeds the limit uncompiled. Its limit per call of compile() is newer than torch 2.11.
     config: Any = torch._dynamo.config
     config.recompile_limit += _GRAPHS * len(new)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)

@@ -1,4 +1,4 @@
-"""Training that stops before anything that is NaN or infinite is saved."""
+"""Stops training before anything NaN or infinite is saved."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,21 +11,21 @@ from torch.optim import Optimizer
 from dia_lightning.tasks._optimization import TrainableModule
 from dia_lightning.tasks._trainer import trainer_of
 
-_ADVICE = "Lower lr, add warmup_epochs or trainer.gradient_clip_val, or look at the data of this batch."
+_ADVICE = "Lower lr, add warmup_epochs or trainer.gradient_clip_val, or check the data of this batch."
 _STATISTICS = ("running_mean", "running_var")
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss, a gradient or a weight became NaN or infinite. Raised before such weights are saved.
+    """The loss, a gradient or a weight became NaN or infinite; raised before such weights are saved.
 
-    The program ends with a code of its own on it, so that others can tell a run that diverged from one that failed.
+    The program exits with a dedicated code, so that scripts can tell a diverged run from a failed one.
     """
 
     exit_code = 3
 
 
 class FiniteModule(TrainableModule):
-    """A module that looks at its loss, its gradients, and the weights of every checkpoint.
+    """A module that checks its loss, its gradients, and the weights of every checkpoint.
 
     Subclasses call :meth:`check_loss` in each training step.
     """
@@ -33,26 +33,26 @@ class FiniteModule(TrainableModule):
     def __init__(self) -> None:
         super().__init__()
         self._last_finite_loss: Tensor | None = None
-        self._largest_gradient: Tensor | None = None  # of the last optimizer step, while nobody has looked at it
+        self._largest_gradient: Tensor | None = None  # of the last optimizer step, until it is checked
         self._place = ""  # of that step
 
     def check_loss(self, loss: Tensor, batch_index: int, parts: Mapping[str, Tensor] | None = None) -> None:
-        """Stop before a loss that is NaN or infinite reaches the weights, in all processes of a distributed run.
+        """Stop before a NaN or infinite loss reaches the weights, in all processes of a distributed run.
 
         Args:
-            loss: what is to be minimised.
+            loss: the loss to minimise.
             batch_index: of the batch in its epoch, for the message.
-            parts: the terms of a sum, by name, so that the message can tell which of them it was.
+            parts: the terms of the loss, by name, so that the message can name the bad one.
 
         Raises:
             NonFiniteLossError: with the batch and the last finite loss.
         """
         is_finite = torch.isfinite(loss.detach())
-        if self._largest_gradient is not None:  # one look at the accelerator for both
+        if self._largest_gradient is not None:  # a single device sync for both
             is_finite = is_finite & torch.isfinite(self._largest_gradient).to(is_finite.device)
         trainer = trainer_of(self)
         if trainer is not None and trainer.world_size > 1:
-            # else the others would wait for the one that stops
+            # otherwise the others would wait for the one that stops
             is_finite = is_finite.int()
             torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)
         if is_finite:
@@ -69,13 +69,13 @@ class FiniteModule(TrainableModule):
         )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Stop before a gradient that is NaN or infinite reaches the weights, or on an accelerator a step later.
+        """Stop before a NaN or infinite gradient reaches the weights, or one step later on an accelerator.
 
-        There, to look at once would let it wait for this process in every step.
+        There, an immediate check would make the device wait for this process in every step.
 
         Raises:
-            NonFiniteLossError: with the batch, unless the scaler of ``16-mixed`` leaves the step out and can still
-                lower its scale.
+            NonFiniteLossError: with the batch, unless the scaler of ``16-mixed`` skips the step and can still lower
+                its scale.
         """
         gradients = [each.grad for each in self.parameters() if each.grad is not None and each.grad.numel() > 0]
         if not gradients or self._is_left_out(optimizer):
@@ -96,18 +96,18 @@ class FiniteModule(TrainableModule):
         self._largest_gradient = None
 
     def _is_left_out(self, optimizer: Optimizer) -> bool:
-        """Tell whether the scaler of ``16-mixed`` skips this step, as it does until its scale fits."""
+        """Return whether the scaler of ``16-mixed`` skips this step, as it does until its scale fits."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None:
             return False
         # the scaler reads it in every step too
         found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        if not found:  # a fused optimizer looks at its gradients itself
+        if not found:  # a fused optimizer checks its gradients itself
             return True
         return any(each.item() > 0 for each in found.values()) and bool(scaler.get_scale() >= 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save weights that are NaN or infinite.
+        """Refuse to save NaN or infinite weights.
 
         Raises:
             NonFiniteLossError: with the first of them.
@@ -116,25 +116,25 @@ class FiniteModule(TrainableModule):
         self._check_last_gradients()
         trained = {name for name, _ in self.named_parameters()}
         saved: list[Mapping[str, Any]] = [
-            # other buffers may be infinite on purpose, such as masks
+            # other buffers, such as masks, may be infinite on purpose
             {
                 name: each
                 for name, each in checkpoint.get(kind, {}).items()
                 if name in trained or name.endswith(_STATISTICS)
             }
-            for kind in ("state_dict", "current_model_state")  # the latter beside an average
+            for kind in ("state_dict", "current_model_state")  # the latter next to an average
         ]
         for weights in [*saved, *map(_moments, checkpoint.get("optimizer_states", ()))]:
             wrong = _wrong_names({name: each for name, each in weights.items() if type(each) in (Tensor, nn.Parameter)})
             if wrong:
                 raise NonFiniteLossError(
                     f"{wrong} became NaN or infinite by batch {self.trainer.fit_loop.batch_idx} of epoch "
-                    f"{self.current_epoch}, and is not saved: earlier checkpoints stay as they are. {_ADVICE}"
+                    f"{self.current_epoch}, and is not saved: earlier checkpoints are unchanged. {_ADVICE}"
                 )
 
 
 def _moments(optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what an optimizer remembers of each weight; the square of a gradient overflows before the weight does."""
+    """Return the optimizer's state of each weight; the square of a gradient overflows before the weight does."""
     return {
         f"{name} of the optimizer for parameter {parameter}": each
         for parameter, state in optimizer.get("state", {}).items()
@@ -146,12 +146,12 @@ def _moments(optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
 def _wrong_names(tensors: Mapping[str, Tensor | None]) -> str:
     """Return the names of tensors that are not finite, for a message; "" if all are."""
     given = {name: each for name, each in tensors.items() if each is not None and each.numel() > 0}
-    if not given or torch.isfinite(_largest(given.values())):  # one look at the accelerator for all
+    if not given or torch.isfinite(_largest(given.values())):  # a single device sync for all
         return ""
     wrong = [name for name, each in given.items() if not torch.isfinite(each).all()]
     return f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
 
 
 def _largest(tensors: Iterable[Tensor]) -> Tensor:
-    # of all norms the one that cannot overflow
+    # the only norm that cannot overflow
     return get_total_norm(list(tensors), norm_type=torch.inf)

@@ -8,16 +8,16 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import Tensor, nn
 
-#: What ``freeze`` takes beside patterns.
+#: What ``freeze`` takes besides patterns.
 ALL_BUT = "all-but-attention-and-head"
 Freeze = list[str] | Literal["all-but-attention-and-head"] | None
 
 
 def check_freeze(freeze: Any) -> None:
-    """Check the kind of value when a task is made.
+    """Check the type of the value when a task is created.
 
     Raises:
-        ValueError: if it is neither a list of patterns nor the name.
+        ValueError: if it is neither a list of patterns nor the special name.
     """
     is_list = isinstance(freeze, list | tuple) and all(isinstance(item, str) for item in freeze)
     if freeze is not None and freeze != ALL_BUT and not is_list:
@@ -27,11 +27,11 @@ def check_freeze(freeze: Any) -> None:
 
 
 def frozen_names(module: nn.Module, freeze: Sequence[str] | str, kept: Set[nn.Parameter]) -> set[str]:
-    """Return the names of parameters that are frozen.
+    """Return the names of the parameters to freeze.
 
     Args:
-        module: whose parameters they are.
-        freeze: patterns of parameters or of modules, or the name for all but what is kept.
+        module: the module that has the parameters.
+        freeze: patterns of parameters or modules, or the special name for all but ``kept``.
         kept: parameters of attention and the head.
 
     Raises:
@@ -45,7 +45,7 @@ def frozen_names(module: nn.Module, freeze: Sequence[str] | str, kept: Set[nn.Pa
         chosen = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not chosen:
             raise ValueError(
-                f"freeze has the pattern {pattern!r}, which matches no parameter. Their names are such as "
+                f"freeze has the pattern {pattern!r}, which matches no parameter. Parameter names look like "
                 f"{', '.join(list(names)[:3])}."
             )
         found |= chosen
@@ -53,9 +53,9 @@ def frozen_names(module: nn.Module, freeze: Sequence[str] | str, kept: Set[nn.Pa
 
 
 def freeze_parameters(module: nn.Module, names: Set[str]) -> list[str]:
-    """Freeze parameters by name, and return the paths of norms whose statistics have to stay as they are.
+    """Freeze parameters by name, and return the paths of norms whose statistics must not change.
 
-    They are those all of whose own parameters are frozen, and those without any among frozen layers.
+    These are norms with all parameters frozen, and norms without parameters among frozen layers.
     """
     for name, parameter in module.named_parameters():
         if name in names:
@@ -66,7 +66,7 @@ def freeze_parameters(module: nn.Module, names: Set[str]) -> list[str]:
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Tell whether a module is a norm that can follow the statistics of its inputs, as batch and instance norms do."""
+    """Return whether a module is a norm that can track statistics of its inputs, like batch and instance norms."""
     return hasattr(module, "track_running_stats")
 
 
@@ -74,7 +74,7 @@ def _is_frozen(module: nn.Module, path: str, norm: nn.Module, names: Set[str]) -
     own = {f"{path}.{name}" for name, _ in norm.named_parameters(recurse=False)}
     if own or not path:
         return bool(own) and own <= names
-    around = path.rpartition(".")[0]  # a norm without weights is frozen if all that is beside it is
+    around = path.rpartition(".")[0]  # a norm without weights is frozen if its siblings are
     prefix = f"{around}." if around else ""
     beside = {f"{prefix}{name}" for name, _ in module.get_submodule(around).named_parameters()}
     return bool(beside) and beside <= names
@@ -90,7 +90,7 @@ def statistics_of(module: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
 
 
 def put_back(module: nn.Module, statistics: Mapping[str, Tensor]) -> None:
-    """Undo what callbacks do to the buffers of frozen norms, as ``StochasticWeightAveraging`` does at its end."""
+    """Undo changes of callbacks to the buffers of frozen norms, as ``StochasticWeightAveraging`` makes at its end."""
     for name, value in statistics.items():
         module.get_buffer(name).copy_(value)
 
@@ -102,14 +102,14 @@ def finetuning(trainer: Trainer) -> list[BaseFinetuning]:
 
 
 def keep_trained(module: nn.Module, callbacks: Iterable[BaseFinetuning], kept: Set[nn.Parameter]) -> None:
-    """Train attention and head, although a finetuning callback has frozen the whole network that they are a part of.
+    """Train attention and head even though a finetuning callback has frozen the whole network they are part of.
 
     Args:
-        module: whose ``backbone`` Lightning's ``BackboneFinetuning`` freezes.
-        callbacks: that have frozen something.
+        module: the module whose ``backbone`` Lightning's ``BackboneFinetuning`` freezes.
+        callbacks: those that have frozen something.
         kept: parameters of attention and the head.
     """
-    norms = [part for part in module.modules() if has_statistics(part)]  # which it may train
+    norms = [part for part in module.modules() if has_statistics(part)]  # the callback may train these
     in_norms = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
     is_all_frozen = not any(each.requires_grad for each in module.parameters() if each not in in_norms)
     if is_all_frozen or any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
@@ -117,7 +117,7 @@ def keep_trained(module: nn.Module, callbacks: Iterable[BaseFinetuning], kept: S
 
 
 def train_parameters(module: nn.Module, parameters: Set[nn.Parameter]) -> None:
-    """Undo what a finetuning callback does to parameters, and to norms that have them."""
+    """Undo what a finetuning callback does to parameters and their norms."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     for part in module.modules():

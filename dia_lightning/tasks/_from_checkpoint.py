@@ -1,4 +1,4 @@
-"""Tasks from what checkpoints hold: plain values go into the constructor as they are, and no parser sees them."""
+"""Tasks from checkpoints: plain values go to the constructor unchanged, without a parser."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from dia_lightning.models.libraries import is_elsewhere, without_weights
 from dia_lightning.tasks.options import TakesOptions
 
 Task = TypeVar("Task", bound=LightningModule)
-#: Needed to train on only: a task is built without, and asks for them then.
+#: Needed only to continue training: a task is built without them, and asks for them then.
 _OF_TRAINING = ("optimizer", "schedule")
 
 
@@ -28,23 +28,23 @@ def build(
 
     Args:
         kind: the class.
-        checkpoint: what the file holds.
-        given: arguments in place of those that the checkpoint holds.
+        checkpoint: the contents of the file.
+        given: arguments that override those in the checkpoint.
         source: the file, for messages.
-        strict: whether the weights must be those of the task, all of them; ``None`` for what the task says.
+        strict: whether the weights must match the task's exactly; ``None`` for the task's own setting.
 
     Raises:
-        ValueError: if a hyperparameter is no plain data and not given, or the weights are not those of the task.
+        ValueError: if a hyperparameter is not plain data and not given, or the weights do not match the task.
     """
     weights = checkpoint["state_dict"]
     found = _loadable(checkpoint["hyper_parameters"], source)
     backbone = found.get("backbone")
     if is_elsewhere(backbone) and "backbone" not in given:
         raise ValueError(
-            f"{source} names {backbone} as backbone, which is read from elsewhere, and nothing is because a file says "
-            f"so. If you trust it, pass it: backbone={backbone!r}."
+            f"{source} names {backbone} as backbone, which is read from elsewhere; nothing is read just because a file "
+            f"says so. If you trust it, pass it: backbone={backbone!r}."
         )
-    if issubclass(kind, TakesOptions) and kind.__signature__ is not None:  # which shows all that it takes
+    if issubclass(kind, TakesOptions) and kind.__signature__ is not None:  # the signature shows all options
         try:
             kind.refuse_unknown((name for name in found if not name.startswith("_")), kind.option_names())
         except ValueError as error:
@@ -59,14 +59,14 @@ def build(
         raise WrongCheckpointError(
             f"The hyper-parameters of {source}, which {written_by} wrote, do not fit {kind.__name__}: {error}."
         ) from error
-    task.configure_model()  # of a class of the user's own
+    task.configure_model()  # of a user's class
     task.on_load_checkpoint(dict(checkpoint))
     try:
         task.load_state_dict(weights, strict=task.strict_loading if strict is None else strict)
     except RuntimeError as error:
         raise WrongCheckpointError(
             f"The weights of {source} are not those of the network that its hyper-parameters describe "
-            f"({misfit(str(error))}). Give the file as the run wrote it, or arguments that fit: "
+            f"({misfit(str(error))}). Give the file as the run wrote it, or matching arguments: "
             "load_from_checkpoint(path, NAME=...)."
         ) from error
     first = next((value for value in weights.values() if isinstance(value, Tensor)), None)

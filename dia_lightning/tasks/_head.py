@@ -1,4 +1,4 @@
-"""The classifier of any network and dropout before it."""
+"""The classifier of a network, and dropout before it."""
 
 from collections.abc import Set
 from typing import Any
@@ -9,11 +9,11 @@ from torch import nn
 
 
 def classifiers(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[nn.Module]:
-    """Return the modules that end a network: several in distilled networks, none if there is no layer.
+    """Return the final layers of a network: several in distilled networks, none if there is no layer.
 
     Args:
-        network: timm networks know their classifiers; in others it is the last linear or convolutional layer.
-        left_out: parameters of attention, whose layers are not classifiers.
+        network: timm networks know their classifiers; in others, it is the last linear or convolutional layer.
+        left_out: parameters of attention; its layers are not classifiers.
     """
     get: Any = getattr(network, "get_classifier", None)
     found = get() if callable(get) else None
@@ -28,7 +28,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
 
 
 class DropoutLinear(nn.Linear):
-    """A linear layer with dropout on its input in training."""
+    """A linear layer with dropout on its input during training."""
 
     dropout: float
 
@@ -38,12 +38,12 @@ class DropoutLinear(nn.Linear):
 
 
 def drop_before_head(network: nn.Module, outputs: int, dropout: float) -> None:
-    """Add dropout to the input of the last linear layer or layers in training, in place.
+    """Add dropout to the input of the last linear layer or layers, in place.
 
-    A layer remains the same object, with its weights and their names; only its type becomes a subclass.
+    A layer remains the same object with the same weights and names; only its type becomes a subclass.
 
     Args:
-        network: still without attention, whose layers could come last.
+        network: without attention yet, whose layers could come last.
         outputs: number of outputs of the network.
         dropout: probability in [0, 1).
 
@@ -59,7 +59,7 @@ def drop_before_head(network: nn.Module, outputs: int, dropout: float) -> None:
     if wrong or not heads:
         raise ValueError(
             f"dropout={dropout} needs a network whose last layer is linear with {outputs} output(s), but that of "
-            f"{type(network).__name__} is {wrong[0] if wrong else 'none'}. Use an option of its own: backbone_args."
+            f"{type(network).__name__} is {wrong[0] if wrong else 'none'}. Use the network's own option: backbone_args."
         )
     for head in heads:
         head.__class__ = DropoutLinear

@@ -1,4 +1,4 @@
-"""What labels of images say: one class of many, any number of labels, or yes and no; and what follows from that."""
+"""The kinds of image labels (one class of many, any number of labels, or yes and no), with loss and metrics."""
 
 import math
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ ImageTask: TypeAlias = Literal["multiclass", "multilabel", "binary"]
 class LabelKind(ABC):
     """Loss, probabilities and metrics for one kind of labels.
 
-    Metrics are made with ``validate_args=False``, because validation would wait for the device at every batch;
+    Metrics are created with ``validate_args=False``, because validation would wait for the device at every batch;
     :meth:`read` checks labels once.
 
     Args:
@@ -49,21 +49,21 @@ class LabelKind(ABC):
         """Return the logits ``[B, K]``, or ``[B]`` of a binary task.
 
         Raises:
-            ValueError: if the network gives something else.
+            ValueError: if the network returns something else.
         """
         if output.ndim != 2 or output.shape[1] != self.outputs:
             raise ValueError(
-                f"The network must give logits [B, {self.outputs}] for task={self.name!r} and num_classes="
-                f"{self.num_classes}, but gives {list(output.shape)}. Build it for {self.outputs} output(s)."
+                f"The network must return logits [B, {self.outputs}] for task={self.name!r} and num_classes="
+                f"{self.num_classes}, but returns {list(output.shape)}. Build it for {self.outputs} output(s)."
             )
         return output
 
     @abstractmethod
     def read(self, labels: Tensor, *, training: bool) -> Tensor:
-        """Return labels as the loss takes them; those of training may be probabilities, as mixup makes them.
+        """Return labels as the loss takes them; training labels may be probabilities, as mixup makes them.
 
         Raises:
-            ValueError: if their shape or a value does not fit.
+            ValueError: if their shape or a value is wrong.
         """
 
     @abstractmethod
@@ -72,7 +72,7 @@ class LabelKind(ABC):
 
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of each image ``[B]``, without weights and smoothing."""
+        """Return the loss of each image ``[B]``, without weights or smoothing."""
 
     @abstractmethod
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -84,30 +84,30 @@ class LabelKind(ABC):
 
     @abstractmethod
     def average(self, logits: Tensor) -> Tensor:
-        """Return logits whose probabilities are the mean of those of M members ``[M, B, ...]``."""
+        """Return logits whose probabilities are the mean over M members ``[M, B, ...]``."""
 
     @abstractmethod
     def accuracy(self) -> Metric:
-        """Return what measures the share of images that are right."""
+        """Return the metric for the share of images classified correctly."""
 
     @abstractmethod
     def further_metrics(self) -> dict[str, Metric]:
-        """Return what evaluation measures beside the accuracy, by name."""
+        """Return the metrics of evaluation besides accuracy, by name."""
 
     @abstractmethod
     def balanced(self, labels: Tensor, names: Sequence[str]) -> list[float]:
-        """Return weights that make up for how often the classes come up in all training labels."""
+        """Return weights that balance the class frequencies of all training labels."""
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Return what metrics take beside labels. They would take logits in [0, 1] for probabilities."""
+        """Return the predictions for the metrics, which would take logits in [0, 1] for probabilities."""
         return logits
 
     def hard(self, labels: Tensor) -> Tensor:
-        """Return labels that may be probabilities as whole numbers, for metrics."""
+        """Return labels, which may be probabilities, as integers for metrics."""
         return (labels > 0.5).long()
 
     def confusion(self) -> Metric | None:
-        """Return what counts the predicted class per true class, if images have one class each."""
+        """Return the metric that counts predicted classes per true class, if images have one class each."""
         return None
 
     def _wrong(self, wanted: str, labels: Tensor, hint: str) -> ValueError:
@@ -126,7 +126,7 @@ class Multiclass(LabelKind):
         if labels.ndim == 1:
             return class_numbers(labels, self.num_classes, look=True)
         is_soft = training and labels.is_floating_point() and labels.shape[1:] == (self.num_classes,)
-        # with room for labels that were brought to half precision
+        # with tolerance for labels rounded to half precision
         if is_soft and bool(((labels >= 0).all(1) & ((labels.sum(1) - 1).abs() < 0.05)).all()):
             return labels
         soft = f", or probabilities [B, {self.num_classes}] that sum to 1," if training else ""
@@ -267,7 +267,7 @@ def label_kind(task: ImageTask, num_classes: int | None) -> LabelKind:
     """Return the kind of labels of a task.
 
     Raises:
-        ValueError: if there is no such task, or the number of classes does not fit.
+        ValueError: if there is no such task, or the number of classes is wrong for it.
     """
     if task == "binary":
         if num_classes not in (None, 2):
@@ -285,7 +285,7 @@ def label_kind(task: ImageTask, num_classes: int | None) -> LabelKind:
 
 
 def _are_zero_or_one(labels: Tensor, *, soft: bool) -> bool:
-    """Tell whether all labels are 0 or 1, or, if soft, between; NaN is neither."""
+    """Return whether all labels are 0 or 1 or, if soft, between; NaN is neither."""
     if soft and labels.is_floating_point():
         return bool(((labels >= 0) & (labels <= 1)).all())
     return bool(((labels == 0) | (labels == 1)).all())

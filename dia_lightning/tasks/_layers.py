@@ -1,4 +1,4 @@
-"""Layers of a network, as a decay of learning rates counts them, and its head."""
+"""Layers of a network, as layer-wise learning-rate decay counts them, and its head."""
 
 from collections.abc import Iterator, Set
 
@@ -11,11 +11,11 @@ _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def layers(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[list[nn.Parameter]]:
-    """Return the parameters of each layer, from the input to the output, as they are registered.
+    """Return the parameters of each layer, from input to output, in order of registration.
 
-    A layer is a block where blocks of one class follow one another, and else an item of a list, such as a
+    A layer is a block where blocks of one class follow one another; otherwise it is an item of a list, such as a
     ``Sequential``, or a child of the network. Norms and loose parameters, such as a class token, belong to the layer
-    before them, and to the first layer if there is none.
+    before them, or to the first layer if there is none.
 
     Args:
         network: any network.
@@ -36,12 +36,12 @@ def layers(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> lis
 
 
 def head_of(network: nn.Module, left_out: Set[nn.Parameter] = frozenset()) -> list[nn.Parameter]:
-    """Return the parameters of the layer, or layers, that a network ends with, but for those that are left out."""
+    """Return the parameters of a network's last layer or layers, except those left out."""
     return [parameter for module in classifiers(network, left_out) for parameter in module.parameters()]
 
 
 def _parts(module: nn.Module, left_out: Set[nn.Parameter]) -> Iterator[tuple[list[nn.Parameter], bool]]:
-    """Yield the parameters of layers and of what belongs to one, and whether they are loose ones."""
+    """Yield the parameters of layers and of what belongs to one, and whether they are loose."""
     yield list(module.parameters(recurse=False)), True
     for child in module.children():
         if isinstance(child, _LISTS) or any(_is_of_blocks(inner, left_out) for inner in child.modules()):
@@ -51,7 +51,7 @@ def _parts(module: nn.Module, left_out: Set[nn.Parameter]) -> Iterator[tuple[lis
 
 
 def _is_of_blocks(module: nn.Module, left_out: Set[nn.Parameter]) -> bool:
-    """Tell whether a module is a list of several blocks of one class, each of two matrices or more."""
+    """Return whether a module is a list of several blocks of one class, each with two or more matrices."""
     if not isinstance(module, _LISTS):
         return False
     items = [child for child in module.children() if any(each not in left_out for each in child.parameters())]

@@ -1,4 +1,4 @@
-"""How much noise an image has at each timestep, and what a network has to predict from it."""
+"""How much noise an image has at each timestep, and what a network must predict from it."""
 
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -16,7 +16,7 @@ Sampler: TypeAlias = Literal["ddim", "ddpm", "dpm++"]
 
 
 class NoiseSchedule:
-    """The forward process of DDPM, by diffusers' schedulers, and what training needs of it.
+    """The forward process of DDPM, using diffusers' schedulers, and what training needs of it.
 
     Args:
         prediction: what the network predicts: the noise, the velocity or the image.
@@ -35,7 +35,7 @@ class NoiseSchedule:
     def __init__(self, *, prediction: Prediction, timesteps: int, beta_schedule: BetaSchedule) -> None:
         check_choice("prediction", prediction, get_args(Prediction))
         check_choice("beta_schedule", beta_schedule, get_args(BetaSchedule))
-        least = 25 if beta_schedule == "linear" else 2  # with fewer the last of the linear betas is near 1 or above
+        least = 25 if beta_schedule == "linear" else 2  # with fewer, the last linear beta is near 1 or above
         if timesteps < least:
             raise ValueError(f"timesteps must be {least} or more for a {beta_schedule} schedule, got {timesteps}.")
         self.timesteps = timesteps
@@ -50,7 +50,7 @@ class NoiseSchedule:
         self._scheduler = require_diffusers().DDPMScheduler(**self._config)
 
     def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return images ``[B, C, H, W]`` as they are at timesteps ``[B]``, in float32.
+        """Return images ``[B, C, H, W]`` noised to timesteps ``[B]``, in float32.
 
         Half precision cannot tell the smallest noise levels from none.
         """
@@ -65,12 +65,12 @@ class NoiseSchedule:
         return noise.float() if self.prediction == "epsilon" else images.float()
 
     def signal_to_noise(self, timesteps: Tensor) -> Tensor:
-        """Return the ratio of the variances of image and noise at timesteps ``[B]``."""
+        """Return the signal-to-noise ratio, of the variances of image and noise, at timesteps ``[B]``."""
         kept: Tensor = self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         return kept / (1 - kept)
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Return the weights ``[B]`` of losses at timesteps ``[B]``.
+        """Return the loss weights ``[B]`` at timesteps ``[B]``.
 
         The weight of an error of the image is min(SNR, gamma); an error of the noise is one of the image times SNR, and
         one of the velocity times SNR + 1.
@@ -83,10 +83,10 @@ class NoiseSchedule:
         return snr.clamp(max=gamma) / per_unit[self.prediction]
 
     def sampler(self, name: Sampler, steps: int) -> Any:
-        """Return diffusers' scheduler for sampling in so many steps.
+        """Return diffusers' scheduler for sampling in ``steps`` steps.
 
         Raises:
-            ValueError: if the name is unknown or the number of steps does not fit.
+            ValueError: if the name is unknown or the number of steps is invalid.
         """
         check_choice("sampler", name, get_args(Sampler))
         self._check_steps(name, steps)
@@ -97,7 +97,7 @@ class NoiseSchedule:
             variance = ddpm_variance(steps, self.timesteps)
             scheduler = diffusers.DDPMScheduler(clip_sample=True, variance_type=variance, **self._config)
         else:
-            # at high noise levels the predicted image leaves [-1, 1] by far, and this one does not know clip_sample
+            # at high noise levels the predicted image is far outside [-1, 1], and this one has no clip_sample
             scheduler = diffusers.DPMSolverMultistepScheduler(thresholding=True, sample_max_value=1.0, **self._config)
         scheduler.set_timesteps(steps)
         return scheduler

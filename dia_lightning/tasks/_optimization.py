@@ -1,4 +1,4 @@
-"""What of a task is trained, and at which rates."""
+"""Which parameters of a task are trained, and at which learning rates."""
 
 import math
 from typing import Any
@@ -41,9 +41,9 @@ from dia_lightning.tasks.precision import check_gradients_survive
 
 
 class TrainableModule(LightningModule):
-    """A module with parameters that stay frozen, an optimizer of groups, a schedule and a warm-up.
+    """A module with frozen parameters, an optimizer with groups, a schedule and a warm-up.
 
-    Subclasses set ``_options`` and call :meth:`freeze_parameters` when their networks are made.
+    Subclasses set ``_options`` and call :meth:`freeze_parameters` once their networks are built.
     """
 
     _options: Options
@@ -55,11 +55,11 @@ class TrainableModule(LightningModule):
         self._rates: GroupRates | None = None
         self._frozen: set[str] = set()
         self._still: list[str] = []  # norms whose statistics are frozen
-        self._statistics: dict[str, Tensor] = {}  # of these, while it trains
+        self._statistics: dict[str, Tensor] = {}  # theirs, during training
         self._group_plan: Plan = {}
         self._trained: set[str] = set()
-        self._unfrozen: list[nn.Parameter] = []  # since DistributedDataParallel has looked
-        self._monitored: float | None = None  # what ReduceLROnPlateau has seen last
+        self._unfrozen: list[nn.Parameter] = []  # since DistributedDataParallel collected its parameters
+        self._monitored: float | None = None  # the last value seen by ReduceLROnPlateau
         self._plateau_epoch = -1
         self._has_validated = False
         self._resumed: ResumedTraining | None = None
@@ -67,12 +67,12 @@ class TrainableModule(LightningModule):
     # ---- what is trained
 
     def network_body(self) -> nn.Module:
-        """Return the network that attention is attached to, and whose layers ``layer_decay`` counts."""
+        """Return the network that attention is attached to and whose layers ``layer_decay`` counts."""
         backbone = getattr(self, "backbone", None)
         return backbone if isinstance(backbone, nn.Module) else self
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the head, which is trained where the rest is frozen."""
+        """Return the parameters of the head, which is trained when the rest is frozen."""
         return head_of(self.network_body(), self._attention())
 
     def _attention(self) -> set[nn.Parameter]:
@@ -87,14 +87,14 @@ class TrainableModule(LightningModule):
             self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, but for frozen norms, which stay in evaluation mode."""
+        """Set the mode, except for frozen norms, which stay in evaluation mode."""
         super().train(mode)
         for path in self._still:
             self.get_submodule(path).eval()
         return self
 
     def setup(self, stage: str) -> None:
-        """Train what a finetuning callback must not have frozen, and freeze what the task was told to."""
+        """Unfreeze what a finetuning callback must not freeze, and freeze what ``freeze`` names."""
         callbacks = finetuning(self.trainer) if stage == "fit" else []
         if callbacks:
             keep_trained(self, callbacks, self._attention().union(self.head_parameters()))
@@ -129,7 +129,7 @@ class TrainableModule(LightningModule):
             self._group_plan = self._plan_groups()
         groups = parameter_groups(self, self._group_plan)
         optimizer = options.make_optimizer(groups if "name" in groups[0] else groups[0]["params"])
-        if self.lr != options.lr:  # a finder was here before
+        if self.lr != options.lr:  # a finder has changed it
             found = self.lr / float(optimizer.param_groups[0]["lr"])
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * found
@@ -150,7 +150,7 @@ class TrainableModule(LightningModule):
     # ---- hooks
 
     def on_fit_start(self) -> None:
-        """Use the rate that a finder has found, and train what a finetuning callback trained before it was resumed.
+        """Use the learning rate found by a finder, and train what a resumed finetuning callback trained.
 
         Raises:
             ValueError: if a checkpoint has another optimizer or schedule.
@@ -164,7 +164,7 @@ class TrainableModule(LightningModule):
         self._take_found_rate()
 
     def on_train_start(self) -> None:
-        """Say so if a resumed schedule is not the one that the options ask for."""
+        """Warn if a resumed schedule differs from the one in the options."""
         rates, self._resumed = self._rates, None
         if rates is None or not any(rates.has(config.scheduler) for config in self.trainer.lr_scheduler_configs):
             return  # a finder at work
@@ -177,14 +177,14 @@ class TrainableModule(LightningModule):
         if is_resumed and not math.isclose(rates.full, rates.planned):
             rank_zero_warn(
                 f"lr is {rates.planned:.4g}, but the rate of the checkpoint, {rates.full:.4g}, is used: resuming "
-                "restores the optimizer and the schedule as they were. For another rate, start from the weights alone: "
-                "init_from in place of ckpt_path."
+                "restores the optimizer and the schedule. For a different rate, start from the weights alone: "
+                "init_from instead of ckpt_path."
             )
         warn_of_long_warmup(self.trainer, self._options)
-        self._note_unfrozen()  # those of a callback that was resumed
+        self._note_unfrozen()  # those of a resumed callback
 
     def _plan_again(self, rates: GroupRates, schedule: NamedSchedule, *, is_resumed: bool) -> None:
-        """Count the steps of the training again, since ``BatchSizeFinder`` has changed how many an epoch has."""
+        """Recount the training steps, since ``BatchSizeFinder`` has changed their number per epoch."""
         curve = planned_curve(self._options, schedule.planned.name, self.trainer)
         if curve != schedule.planned and not is_resumed:
             schedule.follow(curve)
@@ -192,7 +192,7 @@ class TrainableModule(LightningModule):
         schedule.planned = curve
 
     def on_train_epoch_start(self) -> None:
-        """Keep what is frozen frozen, whatever callbacks have done, and say what is trained by no optimizer."""
+        """Keep frozen parameters frozen, whatever callbacks do, and warn of parameters that no optimizer trains."""
         self._take_found_rate()
         if self._frozen:
             freeze_parameters(self, self._frozen)
@@ -213,13 +213,13 @@ class TrainableModule(LightningModule):
         missing = [name for name, parameter in new.items() if parameter not in known]
         if missing:
             rank_zero_warn(
-                f"{len(missing)} parameters were unfrozen but are in no group of the optimizer, so that they stay as "
-                f"they are: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Add them with "
+                f"{len(missing)} parameters were unfrozen but are in no optimizer group, so they do not change: "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Add them with "
                 "optimizer.add_param_group."
             )
 
     def on_after_backward(self) -> None:
-        """Average the gradients of parameters that ``DistributedDataParallel`` has seen frozen, and so leaves out."""
+        """Average gradients that ``DistributedDataParallel`` skips because they were frozen at its start."""
         strategy = self.trainer.strategy
         for parameter in self._unfrozen if isinstance(strategy, DDPStrategy) else ():
             if parameter.grad is not None:
@@ -231,11 +231,11 @@ class TrainableModule(LightningModule):
             self._rates.start_from(self.lr)
 
     def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any) -> None:
-        """Step a schedule, without the factors of groups and warm-up."""
+        """Step a schedule, hiding the factors of groups and warm-up."""
         rates, options = self._rates, self._options
         if rates is not None and type(scheduler).__module__.endswith("tuner.lr_finder"):
             rates.step_finder(scheduler)
-        elif rates is None or not rates.has(scheduler):  # a callback may bring one, as StochasticWeightAveraging does
+        elif rates is None or not rates.has(scheduler):  # a callback may bring one, like StochasticWeightAveraging
             super().lr_scheduler_step(scheduler, metric)
         elif isinstance(scheduler, ReduceLROnPlateau):
             if options.schedule_interval == "step" or self._plateau_epoch != self.current_epoch:
@@ -248,14 +248,14 @@ class TrainableModule(LightningModule):
         return self.trainer.global_step % self._options.schedule_frequency == 0
 
     def on_validation_end(self) -> None:
-        """Note that metrics of the validation are there."""
+        """Note that validation metrics are available."""
         self._has_validated = not self.trainer.sanity_checking
 
     def on_train_epoch_end(self) -> None:
-        """Step ``ReduceLROnPlateau``, before checkpoints are written; Lightning would do so after it.
+        """Step ``ReduceLROnPlateau`` before checkpoints are written; Lightning would do so afterwards.
 
         Raises:
-            ValueError: if what it watches is not logged.
+            ValueError: if the metric it watches is not logged.
         """
         rates, options = self._rates, self._options
         plateau = None if rates is None else rates.schedule
@@ -267,9 +267,9 @@ class TrainableModule(LightningModule):
         value = self.trainer.callback_metrics.get(monitor, self._monitored)
         if value is None:
             if self.trainer.enable_validation and not self._has_validated:
-                return  # it may be a metric of the validation
+                return  # it may be a validation metric
             known = ", ".join(sorted(self.trainer.callback_metrics)) or "none"
-            raise ValueError(f"ReduceLROnPlateau watches {monitor!r}, which is not logged. Logged are: {known}.")
+            raise ValueError(f"ReduceLROnPlateau watches {monitor!r}, which is not logged. Logged: {known}.")
         self._monitored = float(value)
         self._plateau_epoch = self.current_epoch
         assert rates is not None
@@ -278,25 +278,25 @@ class TrainableModule(LightningModule):
     # ---- checkpoints and copies
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the optimizer out of copies."""
+        """Exclude the optimizer from copies."""
         return {**super().__getstate__(), "_rates": None, "_unfrozen": [], "_statistics": {}, "_resumed": None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the classes of the optimizer and the schedule, and what ``ReduceLROnPlateau`` has seen last."""
+        """Add the classes of the optimizer and the schedule, and the last value ``ReduceLROnPlateau`` has seen."""
         if trainer_of(self) is not None and "optimizer_states" in checkpoint:
             checkpoint[RECORD] = classes_in_use(self.trainer)
         if self._monitored is not None:
             checkpoint["dia_monitored"] = self._monitored
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with other groups of parameters than those of the checkpoint.
+        """Refuse to resume with parameter groups that differ from the checkpoint's.
 
         Raises:
-            ValueError: if the options that make the groups differ.
+            ValueError: if the options that define the groups differ.
         """
         self._monitored = checkpoint.get("dia_monitored")
         if self._monitored is not None:
-            self._plateau_epoch = checkpoint["epoch"]  # at whose end Lightning's own step is left out again
+            self._plateau_epoch = checkpoint["epoch"]  # Lightning's own step at its end is skipped again
         trainer = trainer_of(self)
         if trainer is None or not trainer.training or "optimizer_states" not in checkpoint:
             return
@@ -306,7 +306,7 @@ class TrainableModule(LightningModule):
             if before != now:
                 raise ValueError(
                     f"The checkpoint was trained with {name}={before!r}, but the task has {now!r}: the state of the "
-                    "optimizer does not fit. Use the same, or start anew from the weights with init_from."
+                    "optimizer does not match. Use the same, or start anew from the weights with init_from."
                 )
         classes = checkpoint.get(RECORD)
         self._resumed = ResumedTraining(

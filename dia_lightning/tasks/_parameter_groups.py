@@ -8,7 +8,7 @@ from torch import nn
 
 from dia_lightning.tasks._layers import layers
 
-#: Options of a task that its groups depend on, and what they are in checkpoints that have none.
+#: Options of a task that its groups depend on, and their values in checkpoints that lack them.
 GROUPING = {"attention_lr": 1.0, "layer_decay": 1.0, "norm_weight_decay": True, "freeze": None}
 
 #: Group and options of each parameter, by name.
@@ -16,7 +16,7 @@ Plan: TypeAlias = dict[str, dict[str, Any]]
 
 
 def check_grouping(attention_lr: float, layer_decay: float) -> None:
-    """Check the numbers when a task is made, long before they are used.
+    """Check the values when a task is created, long before they are used.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -39,10 +39,10 @@ def plan_groups(
     """Return which group each parameter of a module belongs to, by the parameter's name.
 
     Args:
-        module: whose parameters are trained. Parameters that are sharded have lost their shapes.
-        network: the part of it whose layers have smaller rates; layers outside are the head.
-        attention: parameters of attention, which are a group of their own.
-        attention_lr: factor of their rate.
+        module: the module to train. Sharded parameters have lost their shapes.
+        network: the part of it whose layers have smaller learning rates; layers outside it are the head.
+        attention: parameters of attention, which form their own group.
+        attention_lr: factor of their learning rate.
         layer_decay: factor from each layer to the one before.
         norm_weight_decay: whether norms and biases have weight decay.
     """
@@ -66,22 +66,22 @@ def plan_groups(
 
 
 def fits(plan: Plan, module: nn.Module) -> bool:
-    """Tell whether a plan is one of the parameters that a module has, sharded or not."""
+    """Return whether a plan covers the parameters of a module, sharded or not."""
     return plan.keys() == {_without_wrappers(name) for name, _ in module.named_parameters()}
 
 
 def parameter_groups(module: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """Return the parameters of a module that are trained, in groups for an optimizer.
+    """Return the trainable parameters of a module, in groups for an optimizer.
 
-    Each group has a ``name``, the factor of its rate ``lr_scale``, and ``weight_decay=0`` if it is without. Where all
-    parameters are treated alike, there is one group, without any of these.
+    Each group has a ``name``, its learning-rate factor ``lr_scale``, and ``weight_decay=0`` if it has no decay. If all
+    parameters are treated alike, there is one group without any of these.
 
     Args:
-        module: whose parameters are trained.
+        module: the module to train.
         plan: of its groups.
 
     Raises:
-        ValueError: if nothing would be trained.
+        ValueError: if there is nothing to train.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
@@ -90,7 +90,7 @@ def parameter_groups(module: nn.Module, plan: Plan) -> list[dict[str, Any]]:
             groups.setdefault(options["name"], {"params": [], **options})["params"].append(parameter)
     if not any(group["lr_scale"] > 0 for group in groups.values()):
         raise ValueError(
-            "Every parameter is frozen or has a learning rate of 0, so that nothing would be trained. Freeze less "
+            "Every parameter is frozen or has a learning rate of 0, so nothing would be trained. Freeze less "
             "(freeze, trainable_layers, attention_lr, a finetuning callback)."
         )
     ordered = sorted(groups.values(), key=lambda group: group["name"].startswith("attention"))
@@ -98,7 +98,7 @@ def parameter_groups(module: nn.Module, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _without_wrappers(name: str) -> str:
-    """Return a name without what ``FullyShardedDataParallel`` and its checkpointing add to it."""
+    """Return a name without the parts added by ``FullyShardedDataParallel`` and its checkpointing."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
@@ -114,7 +114,7 @@ def _decayed(
 
 
 def _norms_and_biases(module: nn.Module) -> set[nn.Parameter]:
-    """Return parameters that only shift or scale: biases, those of norms, and all of one axis."""
+    """Return parameters that only shift or scale: biases, those of norms, and all one-dimensional ones."""
     return {
         parameter
         for part in module.modules()

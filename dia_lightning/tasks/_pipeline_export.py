@@ -1,4 +1,4 @@
-"""A diffusion task as a pipeline of diffusers."""
+"""A diffusion task as a diffusers pipeline."""
 
 import tempfile
 from dataclasses import fields
@@ -25,25 +25,25 @@ _SNIPPET = (
     "pipe = DIAPipeline.from_pretrained({path!r})\n"
     "images = pipe(batch_size=4, {conditions}num_inference_steps={steps}, seed=0{output}).images"
 )
-#: Endings of what classifiers are exported to.
+#: File suffixes that classifiers are exported to.
 _FILES = (".onnx", ".pt2", ".safetensors")
 
 
 def export_pipeline(task: DiffusionTask, folder: str | Path) -> Exported:
-    """Write a task as a pipeline of diffusers, load it again, and compare predictions.
+    """Write a task as a diffusers pipeline, load it again, and compare predictions.
 
-    An unconditional plain U-Net becomes diffusers' own ``DDPMPipeline``, which loads without this package; everything
-    else a :class:`~dia_lightning.models.pipelines.DIAPipeline`.
+    An unconditional plain U-Net becomes diffusers' own ``DDPMPipeline``, which loads without this package; anything
+    else becomes a :class:`~dia_lightning.models.pipelines.DIAPipeline`.
 
     Args:
-        task: the task; its network stays as it is.
-        folder: where to; a new or empty folder.
+        task: the task; its network is not changed.
+        folder: a new or empty folder to write to.
 
     Returns:
         What was written, and how well predictions of noisy images agree.
 
     Raises:
-        ValueError: if the folder is not empty, looks like a file, or the network is none that a config describes.
+        ValueError: if the folder is not empty, looks like a file, or no config can describe the network.
         ImportError: if diffusers is not installed.
 
     Example:
@@ -71,7 +71,7 @@ def export_pipeline(task: DiffusionTask, folder: str | Path) -> Exported:
 def _check_new(folder: Path) -> None:
     if folder.suffix in _FILES:
         raise ValueError(
-            f"A diffusion task is written to a folder, got {str(folder)!r}. Leave {folder.suffix} out: "
+            f"A diffusion task is written to a folder, got {str(folder)!r}. Omit {folder.suffix}: "
             f"{str(folder.with_suffix(''))!r}."
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -86,7 +86,7 @@ def _pipeline(task: DiffusionTask) -> Any:
     network = _rebuilt(task)
     timesteps = task.noise.timesteps
     if type(network) is UNet2DModel and task.no_class is None:
-        # for all steps: a DDPMPipeline is meant for these
+        # with all steps, as DDPMPipeline expects
         return DDPMPipeline(network, task.noise.sampler("ddpm", timesteps))
     names = None
     if task.no_class is not None:
@@ -122,7 +122,7 @@ def _rebuilt(task: DiffusionTask) -> Any:
     shape = pipelines.image_shape_of(network)
     if shape != task.shape:
         raise ValueError(
-            f"By its config the backbone makes images of the shape {list(shape)}, by the task "
+            f"The backbone's config makes images of the shape {list(shape)}, but the task needs "
             f"{list(task.shape)}. Build the backbone with in_channels and sample_size of the images."
         )
     dia = AttentionOptions(**attention).arguments()
@@ -134,7 +134,8 @@ def _rebuilt(task: DiffusionTask) -> Any:
         rebuilt.load_state_dict(network.state_dict())
     except RuntimeError as error:
         raise ValueError(
-            f"The backbone has other weights than a {type(rebuilt).__name__} of its config: it was changed by hand. "
+            f"The backbone's weights differ from those of a {type(rebuilt).__name__} built from its config: it was "
+            "changed by hand. "
             "Let the task attach the attention (attention=...)."
         ) from error
     return rebuilt
@@ -152,7 +153,7 @@ def _difference(task: DiffusionTask, loaded: Any) -> float:
         with evaluating(network):
             return predict(network, images, timesteps, labels)
 
-    nn.Module.to(loaded, parameter.device, parameter.dtype)  # that of diffusers warns even of float32
+    nn.Module.to(loaded, parameter.device, parameter.dtype)  # diffusers' own warns even about float32
     return float((prediction(task.backbone) - prediction(loaded)).abs().max())
 
 
@@ -161,5 +162,5 @@ def _snippet(task: DiffusionTask, folder: Path, pipeline: Any) -> str:
     steps = max((number for number in range(2, 26) if total % number == 0), default=total)
     template = _SNIPPET if hasattr(pipeline, "labels") else _STOCK_SNIPPET
     conditions = "" if task.no_class is None else f"class_labels={next(iter(pipeline.labels))!r}, "
-    output = "" if task.shape[0] in (1, 3) else ', output_type="np"'  # others are no pictures
+    output = "" if task.shape[0] in (1, 3) else ', output_type="np"'  # others are not displayable
     return template.format(path=str(folder), timesteps=total, steps=steps, conditions=conditions, output=output)

@@ -1,4 +1,4 @@
-"""What Lightning does not save of a training: random states, metrics of an unfinished epoch, accumulated gradients."""
+"""Training state that Lightning does not save: random states, metrics of an unfinished epoch, accumulated gradients."""
 
 import random
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 KEY = "dia_processes"  # of a checkpoint: one entry per process
-_WHOLE_GRADIENTS = (DDPStrategy, SingleDeviceStrategy)  # other strategies share the parameters out among processes
+_WHOLE_GRADIENTS = (DDPStrategy, SingleDeviceStrategy)  # other strategies shard the parameters
 
 
 def save(trainer: Trainer, task: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Add the states of all processes to a checkpoint, in a form that loads with ``weights_only=True``.
 
-    Every process has to call it.
+    Every process must call it.
     """
     own = {
         "random": _random_states(trainer.strategy.root_device),
@@ -28,7 +28,7 @@ def save(trainer: Trainer, task: nn.Module, checkpoint: dict[str, Any]) -> None:
         "gradients": {},
     }
     epochs: Any = trainer.fit_loop.epoch_progress.current
-    if epochs.processed < epochs.started:  # else they are about to be reset
+    if epochs.processed < epochs.started:  # otherwise they are about to be reset
         own["metrics"] = {name: _metric_state(metric) for name, metric in _training_metrics(task)}
         if trainer.fit_loop._should_accumulate() and isinstance(trainer.strategy, _WHOLE_GRADIENTS):
             own["gradients"] = {name: p.grad.cpu() for name, p in task.named_parameters() if p.grad is not None}
@@ -40,18 +40,18 @@ def save(trainer: Trainer, task: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def restore(trainer: Trainer, task: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Take up the state of this process at once: what is built after it would draw other numbers else.
+    """Restore the random state of this process at once: anything built later would otherwise draw different numbers.
 
     Returns:
-        It, for what it is too early for: ``"logged"`` metrics and ``"gradients"``; empty if there is none.
+        What is restored later: ``"logged"`` metrics and ``"gradients"``; empty if there is none.
     """
     states = checkpoint.get(KEY)
-    if states is None:  # of an older version
+    if states is None:  # written by an older version
         return {}
     if len(states) != trainer.world_size:
         rank_zero_warn(
-            f"The checkpoint was written by {len(states)} process(es), and {trainer.world_size} go on: random numbers "
-            "will differ from those of a training without a stop. Use as many to get the same result."
+            f"The checkpoint was written by {len(states)} process(es), but {trainer.world_size} resume it: random "
+            "numbers will differ from those of an uninterrupted run. Use the same number for the same result."
         )
     if trainer.global_rank >= len(states):
         return {}
@@ -87,17 +87,17 @@ def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def _training_metrics(task: nn.Module) -> Iterator[tuple[str, Metric]]:
-    """Yield the metrics below attributes of a task whose names begin with ``train``."""
+    """Yield the metrics in attributes of a task whose names begin with ``train``."""
     for module in task.modules():
         if isinstance(module, MetricCollection):
-            module.items()  # makes metrics that share a state see the latest
+            module.items()  # lets metrics that share a state see the latest
     for name, module in task.named_modules():
         if name.startswith("train") and isinstance(module, Metric):
             yield name, module
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
-    # on the CPU: each process reads the states of all, and a GPU's would open a context on every other process's GPU
+    # on the CPU: each process reads all states, and GPU tensors would open a context on every other process's GPU
     states = metric.metric_state.items()
     moved = {name: [each.cpu() for each in kept] if isinstance(kept, list) else kept.cpu() for name, kept in states}
     return {"updates": metric.update_count, **moved}

@@ -1,4 +1,4 @@
-"""What stands between a schedule and the learning rates of the groups of an optimizer."""
+"""Factors between a schedule and the learning rates of an optimizer's groups."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from dia_lightning.tasks._schedule import Warmup
 
 
 class GroupRates:
-    """Multiplies the rates of a schedule by the factors of the groups and of the warm-up, which it never sees.
+    """Multiplies a schedule's learning rates by group and warm-up factors, which the schedule never sees.
 
-    So rates are right for schedules that set them outright and for those that change what they find. Groups that
-    somebody adds to the optimizer later, such as those of Lightning's ``BackboneFinetuning``, are hidden from the
-    schedule too, as many cannot have them, and rise and fall with the first group.
+    So rates are right both for schedules that set them outright and for those that modify the current ones. Groups
+    added to the optimizer later, such as those of Lightning's ``BackboneFinetuning``, are hidden from the schedule too,
+    since many schedules cannot handle them, and rise and fall with the first group.
 
     Args:
-        optimizer: whose groups may have a factor, ``lr_scale``.
+        optimizer: its groups may have a factor, ``lr_scale``.
         schedule: of the rates without factors.
         warmup: of all groups, if there is one.
         full: rate of the first group without factors, before the schedule was made.
@@ -36,18 +36,18 @@ class GroupRates:
         self._followed: SWALR | None = None
         self._count = len(optimizer.param_groups)
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # ReduceLROnPlateau does not note it
+            group.setdefault("initial_lr", group["lr"])  # ReduceLROnPlateau does not set it
         self.brings_rates = float(optimizer.param_groups[0]["initial_lr"]) != full  # such as max_lr of OneCycleLR
         self.planned = self.full
         self._put_on()
 
     @property
     def full(self) -> float:
-        """Rate of the first group without schedule and factors; after resuming that of the checkpoint."""
+        """Rate of the first group without schedule and factors; after resuming, the checkpoint's."""
         return float(self.optimizer.param_groups[0]["initial_lr"])
 
     def has(self, scheduler: Any) -> bool:
-        """Tell whether a scheduler is the schedule or the warm-up, and not that of a finder or a callback."""
+        """Return whether a scheduler is the schedule or the warm-up, not one of a finder or a callback."""
         return scheduler is self.schedule or (scheduler is not None and scheduler is self.warmup)
 
     def step(self, scheduler: LRSchedulerTypeUnion, metric: Any = None) -> None:
@@ -72,16 +72,16 @@ class GroupRates:
             _set(group, group["lr"] * (after / before if before else 1))
 
     def step_finder(self, scheduler: LRSchedulerTypeUnion) -> None:
-        """Step a scheduler that looks for a rate, so that groups have their factors while it looks."""
+        """Step the scheduler of a learning-rate finder, keeping the factors of groups during the search."""
         scheduler.step()  # type: ignore[call-arg]
         for group in self.optimizer.param_groups:
             _set(group, group["lr"] * group.get("lr_scale", 1.0))
 
     def follow(self, schedulers: Sequence[Any]) -> None:
-        """Give groups their factors in a schedule of weight averaging that a callback has put in place of this one.
+        """Apply group factors to a weight-averaging schedule that a callback has substituted for this one.
 
         Args:
-            schedulers: those in use. One with a rate per group is left as it is.
+            schedulers: those in use. One with a rate per group is not changed.
         """
         found = next((scheduler for scheduler in schedulers if isinstance(scheduler, SWALR)), None)
         if found is None or found is self._followed:
@@ -93,15 +93,15 @@ class GroupRates:
                 group["swa_lr"] *= group.get("lr_scale", 1.0)
 
     def start_from(self, full: float) -> None:
-        """Take a rate that was found as the full rate: schedule, warm-up and factors of groups act on it.
+        """Take the rate of a finder as the full rate, on which schedule, warm-up and group factors act.
 
         Args:
-            full: the rate, which somebody has written into every group.
+            full: the rate, already written into every group.
         """
         if self.brings_rates:
             rank_zero_warn(
-                f"{type(self.schedule).__name__} brings rates of its own, so that the rate that was found, {full:.4g}, "
-                "is not used. Give it to the schedule, or take another schedule."
+                f"{type(self.schedule).__name__} sets its own rates, so the rate that was found, {full:.4g}, is "
+                "not used. Pass it to the schedule, or use another schedule."
             )
         else:
             ratio = full / self.full
@@ -129,7 +129,7 @@ class GroupRates:
             _set(group, group["lr"] * self._factor(group))
 
     def _take_off(self) -> None:
-        """Set the rates of groups to those of the schedule; what somebody else has written is divided by the factor."""
+        """Set the groups' rates to the schedule's; rates written by others are divided by the factor."""
         for group, rate in zip(self.optimizer.param_groups[: self._count], self.schedule.get_last_lr(), strict=True):
             factor = self._factor(group)
             is_ours = factor == 0 or group["lr"] == rate * factor
@@ -137,7 +137,7 @@ class GroupRates:
 
 
 def _parts(schedule: Any) -> list[Any]:
-    """Return a schedule and those that it is made of."""
+    """Return a schedule and the schedules it consists of."""
     return [schedule, *(part for inner in getattr(schedule, "_schedulers", []) for part in _parts(inner))]
 
 

@@ -1,4 +1,4 @@
-"""What a training and the checkpoint that it goes on from must have in common, beside the weights."""
+"""What a training must have in common with the checkpoint it resumes from, besides the weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dia_lightning._checkpoint_kind import WrongCheckpointError
 
-#: Under which name a checkpoint has the classes of its optimizers and schedules.
+#: Key of the classes of optimizers and schedules in a checkpoint.
 RECORD = "dia_training"
 
 
@@ -23,7 +23,7 @@ class ResumedTraining:
         source: the file, for messages.
         states: of the optimizers.
         schedules: states of the schedules.
-        classes: of both, by ``"optimizers"`` and ``"schedules"``; empty in checkpoints that are older than this.
+        classes: of both, by ``"optimizers"`` and ``"schedules"``; empty in older checkpoints.
     """
 
     source: str
@@ -32,16 +32,16 @@ class ResumedTraining:
     classes: dict[str, Any]
 
     def check(self, trainer: Trainer) -> None:
-        """Compare them with those of a trainer, before Lightning gives the states of the one to the other.
+        """Compare them with a trainer's, before Lightning loads the states.
 
         Raises:
-            WrongCheckpointError: if they do not fit.
+            WrongCheckpointError: if they do not match.
         """
         self._check_classes("optimizer", self.states, trainer.optimizers)
         for state, optimizer in zip(self.states, trainer.optimizers, strict=True):
             self._check_groups(state, optimizer)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if schedules:  # StochasticWeightAveraging takes them away where it had begun
+        if schedules:  # StochasticWeightAveraging removes them once it has begun
             self._check_classes("schedule", self.schedules, schedules)
 
     def _check_classes(self, what: str, states: Sequence[Any], present: Sequence[Any]) -> None:
@@ -65,7 +65,7 @@ class ResumedTraining:
                 f"its optimizer trains {_listed(sizes)} parameters, and that of the options {_listed(present)} "
                 "(freeze, layer_decay, a finetuning callback)"
             )
-        # a newer torch may add an option to an optimizer, but has none instead of another
+        # a newer torch may add an option to an optimizer, but does not rename one
         missing, strange = set(optimizer.defaults) - set(groups[0]), set(groups[0]) - set(optimizer.param_groups[0])
         if missing and strange:
             self._refuse(
@@ -74,8 +74,8 @@ class ResumedTraining:
 
     def _refuse(self, reason: str) -> None:
         raise WrongCheckpointError(
-            f"{self.source} is no checkpoint that this training can go on from: {reason}. Use the options that it was "
-            "trained with, or start anew from its weights alone, with init_from in place of ckpt_path."
+            f"{self.source} is not a checkpoint that this training can resume from: {reason}. Use the options it was "
+            "trained with, or start anew from its weights alone, with init_from instead of ckpt_path."
         )
 
 
@@ -88,20 +88,20 @@ def classes_in_use(trainer: Trainer) -> dict[str, list[str]]:
 
 
 def leave_out_finders(trainer: Trainer) -> None:
-    """Let no finder look again for the rate that a training that goes on has found before."""
-    if trainer.ckpt_path is None:  # a finder restores what was before its trial steps
+    """Keep finders from searching again when a training resumes."""
+    if trainer.ckpt_path is None:  # a finder restores the state before its trial steps
         return
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for finder in [each for each in callbacks if type(each) is LearningRateFinder]:
         callbacks.remove(finder)
         rank_zero_warn(
-            "LearningRateFinder is left out: a training that goes on keeps the rate that it began with. Start anew, "
-            "with init_from in place of ckpt_path, to look for another one."
+            "LearningRateFinder is skipped: a resumed training keeps the learning rate it began with. Start anew, "
+            "with init_from instead of ckpt_path, to search for another one."
         )
     if any(type(each) is BatchSizeFinder for each in callbacks):
         rank_zero_warn(
-            "BatchSizeFinder looks for a batch size once more, after which a training does not go on as one without a "
-            "stop. Leave it out, and give the batch size that it found."
+            "BatchSizeFinder searches for a batch size again, after which the training differs from an uninterrupted "
+            "one. Omit it, and give the batch size that it found."
         )
 
 

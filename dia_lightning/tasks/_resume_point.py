@@ -1,4 +1,4 @@
-"""The moment a checkpoint was written at, where Lightning's loops would not go on from it exactly."""
+"""The moment a checkpoint was written, where Lightning's loops would not resume exactly."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ from torchmetrics import MetricCollection
 
 @dataclass
 class ResumePoint:
-    """What has to be done when a training goes on.
+    """What to do when a training resumes.
 
     Args:
-        after_batch: the checkpoint was written after a batch, and before the validation or the end of the epoch that
-            may follow it, which Lightning leaves out.
-        after_last_batch: the batch was the last one of its epoch, whose end is still to come.
+        after_batch: the checkpoint was written after a batch and before the validation or epoch end that may follow,
+            which Lightning would skip.
+        after_last_batch: the batch was the last of its epoch, whose end is still to come.
         at_epoch_end: the checkpoint was written at the end of an epoch, before schedules that watch a metric.
-        callbacks: their states by their keys, which callbacks may change until training starts.
+        callbacks: their states by key, which callbacks may change until training starts.
         logged: metrics that callbacks and schedules may ask for before they are logged again.
-        gradients: of the parameters, accumulated since the last optimizer step.
+        gradients: accumulated since the last optimizer step.
     """
 
     after_batch: bool
@@ -33,9 +33,9 @@ class ResumePoint:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], state: dict[str, Any]) -> "ResumePoint":
-        """Read it from a checkpoint, whose loops are not loaded yet, and the state of this process in it.
+        """Read it from a checkpoint, whose loops are not loaded yet, and from the state of this process in it.
 
-        An epoch's last batch is counted as done in it: Lightning would take the epoch for done.
+        The checkpoint counts an epoch's last batch as done, so Lightning would consider the epoch done.
         """
         loops = checkpoint["loops"]["fit_loop"]
         batches, epoch = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
@@ -56,17 +56,17 @@ class ResumePoint:
         )
 
     def enter(self, trainer: Trainer, task: LightningModule) -> None:
-        """Make a training that is about to start go on from here."""
+        """Make a training that is about to start resume from here."""
         trainer.callback_metrics.update(self.logged)
         for callback in trainer.checkpoint_callbacks:
             found = self.callbacks.get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and found:
-                callback.current_score = found.get("current_score")  # the one entry that it leaves out itself
+                callback.current_score = found.get("current_score")  # the one entry it does not restore itself
         loop = trainer.fit_loop
-        loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()  # a validation that was stopped begins anew
+        loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()  # an interrupted validation starts over
         if self.at_epoch_end and self.logged and loop.epoch_loop._num_ready_batches_reached():
             self._step_watching_schedules(trainer)
-        if loop.restarted_on_epoch_end:  # with max_steps, Lightning would run the finished epoch once more, on no batch
+        if loop.restarted_on_epoch_end:  # with max_steps, Lightning would rerun the finished epoch without batches
             loop.reset_restart_stage()
             loop.epoch_progress.increment_completed()
             loop._restarting = loop.epoch_loop.restarting = False
@@ -78,7 +78,7 @@ class ResumePoint:
 
     def _step_watching_schedules(self, trainer: Trainer) -> None:
         epochs: Any = trainer.fit_loop.epoch_progress.current
-        now, epochs.completed = epochs.completed, epochs.started - 1  # their frequency asks for this epoch's number
+        now, epochs.completed = epochs.completed, epochs.started - 1  # their frequency depends on this epoch's number
         trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         epochs.completed = now
 
@@ -94,12 +94,12 @@ class ResumePoint:
             loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
         elif self.after_last_batch:
             loop.on_advance_end(fetcher)
-            loop.val_loop._has_run = True  # else Lightning would take a batch of the next epoch
+            loop.val_loop._has_run = True  # otherwise Lightning would take a batch of the next epoch
 
     def end_epoch(self, trainer: Trainer, task: LightningModule) -> None:
-        """End the first epoch as any other one."""
-        trainer.fit_loop.restarting = False  # else schedules that watch a metric are left out
-        if self.after_last_batch:  # nothing has been logged, because there was no training step
+        """End the first epoch like any other."""
+        trainer.fit_loop.restarting = False  # otherwise schedules that watch a metric are skipped
+        if self.after_last_batch:  # nothing was logged, as there was no training step
             for metrics in task.children():
                 if isinstance(metrics, MetricCollection) and metrics.prefix == "train/":
                     task.log_dict(metrics)

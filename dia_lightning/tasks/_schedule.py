@@ -14,16 +14,16 @@ Unit = Literal["epoch", "step"]
 
 @dataclass
 class Curve:
-    """Share of the full rate at every time.
+    """Fraction of the full learning rate at each time.
 
     Args:
-        name: ``"step"`` multiplies the rate by ``gamma`` at each milestone, ``"cosine"`` lets it fall to 0 along half
+        name: ``"step"`` multiplies the rate by ``gamma`` at each milestone, ``"cosine"`` decays it to 0 along half
             a cosine from the end of the warm-up to the end of the training, ``"constant"`` keeps it.
-        unit: what time is counted in: epochs or optimizer steps, both from 0.
+        unit: the unit of time: epochs or optimizer steps, both from 0.
         milestones: times, warm-up included.
         gamma: factor at each milestone.
         warmup: time during which the rate rises linearly to its full value.
-        length: time at which the training ends; needed for ``"cosine"`` only.
+        length: time at which the training ends; needed only for ``"cosine"``.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Curve:
     length: int | None = None
 
     def __call__(self, time: int) -> float:
-        """Return the share at a time."""
+        """Return the fraction at a time."""
         if time < self.warmup:
             return (time + 1) / (self.warmup + 1)
         if self.name == "step":
@@ -47,19 +47,19 @@ class Curve:
 class NamedSchedule(LRScheduler):
     """Sets the rates of an optimizer to their full value times a curve, whatever they were before.
 
-    A rate that somebody else sets meanwhile is followed: the full value becomes the one that explains it.
+    If a rate is changed from outside, the full value is adjusted to match it.
 
     Args:
-        optimizer: whose rates are set.
-        curve: the share at every time.
+        optimizer: the optimizer whose rates are set.
+        curve: the fraction at each time.
     """
 
     def __init__(self, optimizer: Optimizer, curve: Curve) -> None:
-        self.curve = self.planned = curve  # a checkpoint brings another one, as it was trained with
+        self.curve = self.planned = curve  # a checkpoint replaces it by the one it was trained with
         super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:
-        """Return the rates at the present time."""
+        """Return the rates at the current time."""
         before = self.curve(self.last_epoch - 1) if self.last_epoch > 0 else 0.0
         for number, group in enumerate(self.optimizer.param_groups):
             if before > 0 and group["lr"] != self._last_lr[number]:
@@ -67,7 +67,7 @@ class NamedSchedule(LRScheduler):
         return [rate * self.curve(self.last_epoch) for rate in self.base_lrs]
 
     def follow(self, curve: Curve) -> None:
-        """Take another curve; the rates of the optimizer stay as they are."""
+        """Replace the curve, without changing the optimizer's rates."""
         self.curve = curve
         self._last_lr = [rate * curve(self.last_epoch) for rate in self.base_lrs]
 
@@ -77,10 +77,10 @@ class NamedSchedule(LRScheduler):
         return {"curve": asdict(self.curve), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curve of a checkpoint, also of one of version 0.1, which had schedules of torch.
+        """Resume the curve of a checkpoint, including those of version 0.1, which had torch schedules.
 
         Raises:
-            ValueError: if it is that of another schedule.
+            ValueError: if it belongs to another schedule.
         """
         state = state_dict if "curve" in state_dict else _from_torch(state_dict)
         self.curve = Curve(**state["curve"])
@@ -88,7 +88,7 @@ class NamedSchedule(LRScheduler):
 
 
 def _from_torch(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a ``MultiStepLR`` or ``CosineAnnealingLR`` is here, with a ``LinearLR`` before it or without."""
+    """Return the curve of a ``MultiStepLR`` or ``CosineAnnealingLR``, with or without a ``LinearLR`` before it."""
     parts = state.get("_schedulers", [state])
     main, warmup = parts[-1], state["_milestones"][0] if len(parts) > 1 else 0
     if "T_max" in main:
@@ -98,7 +98,7 @@ def _from_torch(state: Mapping[str, Any]) -> dict[str, Any]:
         curve = Curve("step" if milestones else "constant", "epoch", milestones, main["gamma"], warmup)
     else:
         raise ValueError(
-            "The checkpoint was trained with a schedule of its own, which cannot continue as 'step', 'cosine' or "
+            "The checkpoint was trained with a custom schedule, which cannot continue as 'step', 'cosine' or "
             "'constant'. Pass the same schedule, or start anew from the weights with init_from."
         )
     kept = {name: state[name] for name in ("last_epoch", "_last_lr")}
@@ -106,12 +106,12 @@ def _from_torch(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Warmup(LRScheduler):
-    """Counts the time of a linear rise that multiplies a schedule; :class:`GroupRates` applies it.
+    """Counts the time of a linear warm-up that multiplies a schedule; :class:`GroupRates` applies it.
 
     Args:
-        optimizer: whose rates rise.
-        total_iters: time after which they are full.
-        start_factor: share of the full rate at the start.
+        optimizer: the optimizer to warm up.
+        total_iters: time after which rates are full.
+        start_factor: fraction of the full rate at the start.
     """
 
     def __init__(self, optimizer: Optimizer, total_iters: int, start_factor: float) -> None:
@@ -121,11 +121,11 @@ class Warmup(LRScheduler):
 
     @property
     def factor(self) -> float:
-        """Share of the rate at the present time."""
+        """Fraction of the rate at the current time."""
         if self.last_epoch >= self.total_iters:
             return 1.0
         return self.start_factor + (1 - self.start_factor) * self.last_epoch / self.total_iters
 
     def get_lr(self) -> list[Any]:
-        """Return the rates as they are."""
+        """Return the rates unchanged."""
         return [group["lr"] for group in self.optimizer.param_groups]

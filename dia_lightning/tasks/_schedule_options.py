@@ -1,4 +1,4 @@
-"""From the options of a task to what Lightning steps."""
+"""From the options of a task to the schedules that Lightning steps."""
 
 from typing import Any
 
@@ -16,22 +16,22 @@ from dia_lightning.tasks.optimization_options import OptimizationOptions
 def make_schedule(
     options: OptimizationOptions, trainer: Trainer, optimizer: Optimizer
 ) -> tuple[LRSchedulerTypeUnion, Unit]:
-    """Return the schedule that the options name or make, and what it is stepped by.
+    """Return the schedule that the options name or make, and the interval it is stepped by.
 
     Raises:
-        ValueError: if it needs a length of the training that is not known, or is no schedule of torch.
+        ValueError: if it needs an unknown length of the training, or is not a torch schedule.
     """
     if isinstance(options.schedule, str):
         curve = planned_curve(options, options.schedule, trainer)
         return NamedSchedule(optimizer, curve), curve.unit
     schedule = options.schedule(optimizer)
     if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
-        raise ValueError(f"schedule must return an LRScheduler of torch, got a {type(schedule).__name__}.")
+        raise ValueError(f"schedule must return a torch LRScheduler, got a {type(schedule).__name__}.")
     return schedule, options.schedule_interval
 
 
 def make_warmup(options: OptimizationOptions, optimizer: Optimizer) -> tuple[Warmup | None, Unit]:
-    """Return the warm-up that multiplies the schedule, if there is one, and what it is stepped by.
+    """Return the warm-up that multiplies the schedule, if any, and the interval it is stepped by.
 
     Source: torchvision, references/detection/engine.py, for the warm-up in steps
     """
@@ -43,15 +43,15 @@ def make_warmup(options: OptimizationOptions, optimizer: Optimizer) -> tuple[War
 
 
 def planned_curve(options: OptimizationOptions, name: str, trainer: Trainer) -> Curve:
-    """Return the curve of a schedule by name, for a training as long as it is now.
+    """Return the curve of a schedule by name, for the training's current length.
 
     Raises:
-        ValueError: if it needs a length of the training that is not known.
+        ValueError: if it needs an unknown length of the training.
     """
     ends_by, length = training_length(trainer) if name == "cosine" else ("epoch", None)
     if name == "cosine" and length is None:
         raise ValueError(
-            "schedule='cosine' needs trainer.max_epochs or trainer.max_steps, to know where it ends, got none."
+            "schedule='cosine' needs trainer.max_epochs or trainer.max_steps to know where it ends, got neither."
         )
     by_step = options.schedule_interval == "step" or ends_by == "step"
     warmup: int | None = int(options.warmup_epochs)
@@ -61,8 +61,8 @@ def planned_curve(options: OptimizationOptions, name: str, trainer: Trainer) -> 
             length = steps_in(trainer, length)
     if warmup is None or (name == "cosine" and length is None):
         raise ValueError(
-            f"schedule={name!r} is counted in steps here, but the data do not tell how many an epoch has. Set "
-            "trainer.max_steps, and warmup_steps in place of warmup_epochs."
+            f"schedule={name!r} is counted in steps here, but the number of steps per epoch is unknown. Set "
+            "trainer.max_steps, and warmup_steps instead of warmup_epochs."
         )
     unit: Unit = "step" if by_step else "epoch"
     milestones = [int(time) for time in options.milestones]
@@ -80,16 +80,16 @@ def lightning_config(options: OptimizationOptions, schedule: LRSchedulerTypeUnio
         if monitor is not None:
             raise ValueError(
                 f"schedule_monitor is for ReduceLROnPlateau, but the schedule is {type(schedule).__name__}, got "
-                f"{monitor!r}. Leave it out."
+                f"{monitor!r}. Omit it."
             )
-        # Lightning would count the batches of an epoch, and not optimizer steps
+        # Lightning would count batches of an epoch, not optimizer steps
         return {"scheduler": schedule, "interval": interval, "frequency": 1 if interval == "step" else frequency}
     own = getattr(schedule, "monitor", None)  # of lightning.pytorch.cli.ReduceLROnPlateau
     if monitor is not None and own not in (None, monitor):
         raise ValueError(f"schedule_monitor is {monitor!r}, but ReduceLROnPlateau has {own!r}. Give one of them.")
     if monitor is None and own is None:
         raise ValueError(
-            "ReduceLROnPlateau needs a metric to watch. Set schedule_monitor, for example to 'val/loss', or take "
+            "ReduceLROnPlateau needs a metric to watch. Set schedule_monitor, for example to 'val/loss', or use "
             "lightning.pytorch.cli.ReduceLROnPlateau with monitor."
         )
     schedule.monitor = monitor or own  # type: ignore[attr-defined]
@@ -98,12 +98,12 @@ def lightning_config(options: OptimizationOptions, schedule: LRSchedulerTypeUnio
         "interval": interval,
         "frequency": frequency,
         "monitor": schedule.monitor,  # type: ignore[attr-defined]
-        "strict": interval == "step",  # for epochs on_train_epoch_end knows better what may be missing
+        "strict": interval == "step",  # for epochs, on_train_epoch_end knows better which metrics may be missing
     }
 
 
 def warn_of_long_warmup(trainer: Trainer, options: OptimizationOptions) -> None:
-    """Say so if training ends within the warm-up, so that the rate never gets to its full value."""
+    """Warn if training ends within the warm-up, so the rate never reaches its full value."""
     epochs, steps = options.warmup_epochs, options.warmup_steps
     ends_by, length = training_length(trainer) if epochs or steps else ("epoch", None)
     rise = steps or epochs
@@ -116,7 +116,7 @@ def warn_of_long_warmup(trainer: Trainer, options: OptimizationOptions) -> None:
 
 
 def warn_of_other_end(trained: Curve, planned: Curve) -> None:
-    """Say so if a cosine of a checkpoint ends elsewhere than the training."""
+    """Warn if a checkpoint's cosine does not end with the training."""
     if "cosine" == trained.name == planned.name and (trained.unit, trained.length) != (planned.unit, planned.length):
         option = "trainer.max_epochs is" if planned.unit == "epoch" else "training ends at step"
         rank_zero_warn(

@@ -1,4 +1,4 @@
-"""Tasks that are saved to folders, here and on the Hugging Face Hub, and loaded from there."""
+"""Saving tasks to folders, local or on the Hugging Face Hub, and loading them."""
 
 import os
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ Task = TypeVar("Task", bound="Shareable")
 
 
 class Shareable(LightningModule):
-    """What :class:`~dia_lightning.tasks.DIATask` offers to share a network without its checkpoint."""
+    """Methods of :class:`~dia_lightning.tasks.DIATask` for sharing a network without its checkpoint."""
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, metrics: Mapping[str, float] | None = None) -> Path:
         """Write the task to a folder that :meth:`from_pretrained` loads: weights, hyperparameters, a model card.
 
         Args:
-            folder: where to; files of the same names are replaced, a ``README.md`` of your own is not.
+            folder: the folder to write to; replaces files of the same names, but not your own ``README.md``.
             metrics: for the model card; by default those of validation and test that the Trainer has.
 
         Returns:
@@ -48,23 +48,23 @@ class Shareable(LightningModule):
         local_files_only: bool = False,
         **arguments: Any,
     ) -> Task:
-        """Load a task, in evaluation mode, on the CPU and not compiled. No code is run and nothing else is read.
+        """Load a task in evaluation mode, on the CPU and not compiled. No code is run and nothing else is read.
 
         Args:
-            source: a folder that :meth:`save_pretrained` wrote, or a repository of the Hugging Face Hub, such as
+            source: a folder written by :meth:`save_pretrained`, or a Hugging Face Hub repository, such as
                 ``"user/network"``.
             revision: branch, tag or commit of a repository.
             token: for a private repository; by default that of ``hf auth login``.
             cache_dir: where downloads are kept.
-            local_files_only: take what was downloaded before, and nothing else.
-            **arguments: of the task, in place of those that were saved: objects, such as a backbone of your own, have
-                to be given again.
+            local_files_only: only use files that are already downloaded.
+            **arguments: of the task, overriding the saved ones: objects, such as a custom backbone, must be given
+                again.
 
         Returns:
-            The task; ``DIATask.from_pretrained`` finds out of which class.
+            The task; ``DIATask.from_pretrained`` determines its class.
 
         Raises:
-            ValueError: if the folder is damaged or holds another task, or an object is missing.
+            ValueError: if the folder is damaged or holds a different task, or an object is missing.
             ImportError: if safetensors, or for a repository huggingface_hub, is not installed.
 
         Example:
@@ -92,20 +92,20 @@ class Shareable(LightningModule):
         commit_message: str = "Upload task with dia-lightning",
         metrics: Mapping[str, float] | None = None,
     ) -> str:
-        """Put what :meth:`save_pretrained` writes into a repository of the Hugging Face Hub, made if need be.
+        """Push what :meth:`save_pretrained` writes to a Hugging Face Hub repository, creating it if needed.
 
         Args:
             repo_id: name of the repository, such as ``"user/network"``.
             private: whether a new repository is private; ``None`` for the default of the account.
-            token: with the right to write; by default that of ``hf auth login``.
-            commit_message: of the commit.
+            token: with write access; by default that of ``hf auth login``.
+            commit_message: the commit message.
             metrics: for the model card; by default those of validation and test that the Trainer has.
 
         Returns:
-            URL of the commit; nothing in processes of a distributed run but the first.
+            URL of the commit; empty in all but the first process of a distributed run.
 
         Raises:
-            ValueError: if the Hub does not take it.
+            ValueError: if the Hub rejects it.
             ImportError: if huggingface_hub or safetensors is not installed.
         """
         trainer = trainer_of(self)

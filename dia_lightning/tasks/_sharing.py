@@ -1,4 +1,4 @@
-"""Tasks as folders, here and on the Hugging Face Hub."""
+"""Tasks as folders, local and on the Hugging Face Hub."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from dia_lightning.tasks.checkpoints import task_named
 
 Task = TypeVar("Task", bound=DIATask)
 
-#: What a config holds, and of which type.
+#: The entries of a config, and their types.
 _KINDS: dict[str, Any] = {
     "dia_task": str,
     "hyper_parameters": dict,
@@ -25,7 +25,7 @@ _KINDS: dict[str, Any] = {
     "trained_steps": int | None,
     "versions": dict,
 }
-#: Facts about the data, and the type of their entries.
+#: Facts about the data, and the types of their entries.
 _FACTS: dict[str, Any] = {"class_names": str, "image_shape": int, "mean": int | float, "std": int | float}
 _PIPELINES = {
     "ClassificationTask": "image-classification",
@@ -57,7 +57,7 @@ def write(task: DIATask, folder: str | os.PathLike[str], metrics: Mapping[str, f
     """Write weights, config and model card of a task; ``metrics`` are those of the Trainer if there are none."""
     config = {
         "dia_task": type(task).__name__,
-        # names that begin with _ are of Lightning, which would run what they say
+        # names that begin with _ are Lightning's, which would run what they name
         "hyper_parameters": redact(primitive({key: value for key, value in task.hparams.items() if key[:1] != "_"})),
         "data": primitive(task._data),
         "trained_steps": task.global_step or task.trained_steps,
@@ -67,10 +67,10 @@ def write(task: DIATask, folder: str | os.PathLike[str], metrics: Mapping[str, f
 
 
 def read(kind: type[Task], folder: Path, given: dict[str, Any]) -> Task:
-    """Return the task of a folder, of the class ``kind`` or one below it, in evaluation mode.
+    """Return the task of a folder, of the class ``kind`` or a subclass, in evaluation mode.
 
     Raises:
-        ValueError: if the folder is damaged or holds another task, or an object is missing that is not ``given``.
+        ValueError: if the folder is damaged or holds a different task, or an object is not ``given``.
     """
     path, config = str(folder / _hub.CONFIG), _hub.read_config(folder)
     wrong = [f"{name} is missing" for name in ("dia_task", "hyper_parameters") if name not in config]
@@ -79,11 +79,11 @@ def read(kind: type[Task], folder: Path, given: dict[str, Any]) -> Task:
         f"{name} is {value!r:.100}" for name, value in config.items() if not isinstance(value, _KINDS.get(name, object))
     ]
     if wrong:
-        raise ValueError(f"{path!r} is no config of a task of dia-lightning: {'; '.join(wrong)}.")
+        raise ValueError(f"{path!r} is not a config of a dia-lightning task: {'; '.join(wrong)}.")
     found = task_named(config["dia_task"], path)
     if not issubclass(found, kind):
         raise ValueError(
-            f"{str(folder)!r} holds a {found.__name__} and no {kind.__name__}: {found.__name__}.from_pretrained(...)."
+            f"{str(folder)!r} holds a {found.__name__}, not a {kind.__name__}: {found.__name__}.from_pretrained(...)."
         )
     checkpoint = {
         "dia_task": found.__name__,
@@ -107,7 +107,7 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
     """Return the hyperparameters of a task as its constructor takes them.
 
     Raises:
-        ValueError: if one is unknown, stands for code, or was an object that is not given.
+        ValueError: if one is unknown, stands for code, or was an object and is not given.
     """
     code = [*from_file(found, path)[1], *(name for name in found if name.startswith("_"))]
     if code:
@@ -115,7 +115,7 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
     known = kind.option_names() - {"init_from"}  # which would read another file
     strange = [name for name in found if name not in known]
     if strange:
-        raise ValueError(f"{path!r}: {kind.__name__} takes no {strange[0]!r}. Update dia-lightning, or take it out.")
+        raise ValueError(f"{path!r}: {kind.__name__} takes no {strange[0]!r}. Update dia-lightning, or remove it.")
     arguments = {name: value for name, value in found.items() if name != "compile" and name not in given}
     for name, value in list(arguments.items()):
         if OBJECT not in repr(value):
@@ -123,8 +123,8 @@ def _arguments(kind: type[DIATask], found: dict[str, Any], given: Mapping[str, A
         if name in ("optimizer", "schedule"):
             del arguments[name]
             rank_zero_warn(
-                f"The task was trained with an object as {name} ({value!r:.100}), which no file can hold. To train on, "
-                f"give it again: from_pretrained(..., {name}=...)."
+                f"The task was trained with an object as {name} ({value!r:.100}), which no file can hold. To continue "
+                f"training, give it again: from_pretrained(..., {name}=...)."
             )
         else:
             raise ValueError(
@@ -138,7 +138,7 @@ def _data(facts: dict[str, Any], path: str) -> dict[str, Any]:
     """Return facts about the data.
 
     Raises:
-        ValueError: if one is of another type.
+        ValueError: if one has the wrong type.
     """
     for name, value in facts.items():
         of = _FACTS.get(name, str | int | float)

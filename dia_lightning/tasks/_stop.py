@@ -1,4 +1,4 @@
-"""Saving and stopping when a signal asks for it, at a moment from which training can go on."""
+"""Saving and stopping on a signal, at a moment from which training can resume."""
 
 import os
 import signal
@@ -17,29 +17,29 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dia_lightning.tasks._finite import NonFiniteLossError
 
-_GRACE = 3.0  # seconds in which processes end by themselves when another has failed
-_ECHO = 1.0  # seconds in which a second Ctrl-C is the same one: launchers hand on what the terminal has sent to all
+_GRACE = 3.0  # seconds for processes to end on their own when another has failed
+_ECHO = 1.0  # seconds in which a second Ctrl-C is the same one: launchers forward what the terminal sent to all
 
 
 class StopOnSignal(Callback):
-    """Save at the end of the step and stop on SIGTERM or Ctrl-C, in all processes; requeue a SLURM job there too.
+    """On SIGTERM or Ctrl-C, save at the end of the step and stop, in all processes; requeue a SLURM job likewise.
 
-    Lightning's own handlers communicate and write wherever the signal finds the process, which stalls other processes
-    and may save half an optimizer step. Here they only make a note. The program ends with 143 or 130; a Ctrl-C more
-    than a second after the first stops at once.
+    Lightning's own handlers communicate and write wherever the signal hits the process, which stalls other processes
+    and may save half an optimizer step. Here, handlers only set a flag. The program exits with 143 or 130; a Ctrl-C
+    more than a second after the first stops at once.
     """
 
     def __init__(self) -> None:
         self._stop = 0  # number of the signal
         self._requeue = 0
-        self._agrees = True  # whether all processes take equally many steps, and so can talk after each
+        self._agrees = True  # whether all processes take equally many steps, and so can communicate after each
         self._asked_at = 0.0  # when Ctrl-C was pressed
         self._parent = os.getppid()
 
     # ---- signals
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place of Lightning's handlers, which it installs before it runs and takes away afterwards."""
+        """Replace Lightning's handlers, which it installs before running and removes afterwards."""
         connector: Any = trainer._signal_connector
         connector._sigterm_notifier_fn = self._note_stop
         connector._slurm_sigusr_handler_fn = self._note_requeue
@@ -57,7 +57,7 @@ class StopOnSignal(Callback):
             return
         self._stop, self._asked_at = number, time.monotonic()
         if number == signal.SIGINT:  # print would fail if the signal came in the middle of another one
-            os.write(2, b"\nStopping after this step, to save it. Press Ctrl-C once more to stop without.\n")
+            os.write(2, b"\nStopping after this step, to save it. Press Ctrl-C again to stop without saving.\n")
 
     def _note_requeue(self, number: int, frame: Any) -> None:
         self._requeue = number
@@ -81,14 +81,14 @@ class StopOnSignal(Callback):
         self._compare_lengths(trainer, trainer.num_val_batches)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Stop; a training is saved such that it begins this validation anew when it goes on."""
+        """Stop; a training is saved such that it restarts this validation when resumed."""
         if not self._is_asked(trainer):
             return
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             self._halt(trainer)
         elif self._agrees and self._stop:
             progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            before = progress.total.completed - progress.current.completed  # in other validations of this epoch
+            before = progress.total.completed - progress.current.completed  # in earlier validations of this epoch
             for each, done in ((progress.total, before), (progress.current, 0)):  # as in the middle of the first batch
                 each.processed = each.completed = done
                 each.ready = each.started = done + 1
@@ -109,19 +109,19 @@ class StopOnSignal(Callback):
         self._compare_lengths(trainer, trainer.num_predict_batches)
 
     def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Stop, which Lightning does not do here."""
+        """Stop here, unlike Lightning."""
         if self._is_asked(trainer):
             self._halt(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell that a signal came, although it was too late to leave anything out."""
+        """Report the signal even if it came too late to skip anything."""
         if self._stop:
             self._halt(trainer)
 
     # ---- what happens then
 
     def _is_asked(self, trainer: Trainer) -> bool:
-        """Tell whether any process was asked to stop or to requeue."""
+        """Return whether any process was asked to stop or to requeue."""
         if trainer.world_size > 1 and self._agrees:
             noted = torch.tensor([self._stop, self._requeue], device=trainer.strategy.root_device)
             torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
@@ -149,14 +149,14 @@ class StopOnSignal(Callback):
             raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the program its exit code, and tell which process failed."""
+        """Set the program's exit code, and report which process failed."""
         children = getattr(trainer.strategy.launcher, "procs", [])
         if not all(isinstance(child, subprocess.Popen) for child in children):
-            children = []  # of multiprocessing, which ends them itself
+            children = []  # multiprocessing ends them itself
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + (self._stop or signal.SIGTERM)
         if isinstance(exception, (SIGTERMException, NonFiniteLossError)):
-            children.clear()  # all end by themselves: Lightning would kill this process for the exit code of another
+            children.clear()  # all end on their own: Lightning would kill this process for the exit code of another
         elif trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
@@ -168,7 +168,7 @@ class StopOnSignal(Callback):
         rank = trainer.global_rank
         first = next(iter(str(exception).splitlines()), "")
         lines = [f"rank {rank} of {trainer.world_size} ends with {type(exception).__name__}: {first}"]
-        time.sleep(0.5)  # a connection is closed before the process is gone
+        time.sleep(0.5)  # a connection closes before the process is gone
         if children:
             ended = [(number, child.pid, child.poll()) for number, child in enumerate(children, start=1)]
             lines += [f"rank {number} (process {pid}) {_end(code)}" for number, pid, code in ended if code]
@@ -180,7 +180,7 @@ class StopOnSignal(Callback):
 
 
 def _end_all(children: list[Any]) -> None:
-    """Let other processes say what happened to them, and end those that hang."""
+    """Let other processes report what happened to them, and end those that hang."""
     mine = list(children)
     children.clear()  # Lightning would kill this process for the exit code of another
     until = time.monotonic() + _GRACE
@@ -197,7 +197,7 @@ def _end(code: int) -> str:
 
 
 def _save(trainer: Trainer) -> None:
-    """Save where the newest checkpoint goes: beside the best one if there is no place for it."""
+    """Save where the newest checkpoint goes: next to the best one if there is no place for it."""
     callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     callbacks = [each for each in callbacks if not each.save_weights_only]
     if any(each._last_global_step_saved == trainer.global_step for each in callbacks) or trainer.fast_dev_run:  # type: ignore[attr-defined]

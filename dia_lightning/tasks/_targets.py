@@ -1,4 +1,4 @@
-"""What a detector must be told about a batch, checked before torchvision trains on it."""
+"""Checks of a detector's targets before torchvision trains on them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -14,12 +14,12 @@ def check_targets(targets: Sequence[Target], *, images: int, num_classes: int, m
 
     Args:
         targets: of a batch.
-        images: number of images of that batch.
+        images: number of images in that batch.
         num_classes: number of classes without the background, K.
         masks: whether masks are needed.
 
     Raises:
-        ValueError: if a key is missing, numbers differ, a label is not in 1..K, or a box is not finite or is empty.
+        ValueError: if a key is missing, counts differ, a label is not in 1..K, or a box is not finite or is empty.
     """
     if len(targets) != images:
         raise ValueError(f"The batch has {images} images and {len(targets)} targets, but each image needs one target.")
@@ -27,7 +27,7 @@ def check_targets(targets: Sequence[Target], *, images: int, num_classes: int, m
     for position, target in enumerate(targets):
         missing = [name for name in needed if name not in target]
         if missing:
-            hint = " Set masks=True of the data module." if missing == ["masks"] else ""
+            hint = " Set masks=True in the data module." if missing == ["masks"] else ""
             raise ValueError(f"The target of {_image(position, target)} has no {', '.join(missing)}.{hint}")
         for name in needed[1:]:
             if len(target[name]) != len(target["boxes"]):
@@ -56,7 +56,7 @@ def check_targets(targets: Sequence[Target], *, images: int, num_classes: int, m
 
 
 def _place(targets: Sequence[Target], good: Tensor) -> str:
-    """Return the image of the first box that is not good."""
+    """Return the image of the first bad box."""
     number = int(torch.nonzero(~good)[0])
     for position, target in enumerate(targets):
         if number < len(target["boxes"]):

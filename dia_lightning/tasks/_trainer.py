@@ -4,9 +4,9 @@ from lightning.pytorch import LightningModule, Trainer
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Return the trainer that a module is attached to; ``None`` if it is used without one, or with Fabric."""
+    """Return the trainer that a module is attached to; ``None`` without one, or with Fabric."""
     try:
         trainer = module.trainer
-    except RuntimeError:  # what Lightning raises for none
+    except RuntimeError:  # raised by Lightning if there is none
         return None
     return trainer if isinstance(trainer, Trainer) else None

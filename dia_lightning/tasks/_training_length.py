@@ -1,4 +1,4 @@
-"""How long a training is, as its trainer knows before it starts."""
+"""How long a training will be, as its trainer knows before it starts."""
 
 import math
 
@@ -9,7 +9,7 @@ from dia_lightning.tasks._schedule import Unit
 
 
 def training_length(trainer: Trainer) -> tuple[Unit, int | None]:
-    """Return what the training ends by, and after how many of these; ``None`` if neither epochs nor steps end it."""
+    """Return the unit that ends the training, and how many; ``None`` if neither epochs nor steps end it."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
     has_epochs = epochs is not None and epochs >= 0
     if steps >= 0:
@@ -20,8 +20,8 @@ def training_length(trainer: Trainer) -> tuple[Unit, int | None]:
 
 
 def steps_in(trainer: Trainer, epochs: int) -> int | None:
-    """Return the number of optimizer steps of the first epochs; ``None`` if the data do not tell their length."""
-    trainer.fit_loop.setup_data()  # does nothing where the data are loaded
+    """Return the number of optimizer steps of the first epochs; ``None`` if the data have no length."""
+    trainer.fit_loop.setup_data()  # does nothing if the data are already loaded
     batches = trainer.num_training_batches
     if math.isinf(batches):
         return None

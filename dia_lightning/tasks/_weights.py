@@ -12,12 +12,12 @@ from dia_lightning._extras import require
 
 
 def load_weights(network: nn.Module, path: str) -> str:
-    """Load a network's weights from a file and say what was loaded.
+    """Load a network's weights from a file and report what was loaded.
 
     The file may be a checkpoint of this package, a state dict (``.pt``, ``.pth``, bare or under ``state_dict`` or
     ``model``), or a ``.safetensors`` file.
-    Weights of a plain network go into one with attention, whose unit then keeps its start. A classifier of another
-    number of classes keeps its start too. Anything else that does not fit is an error.
+    Weights of a plain network can be loaded into one with attention, whose unit is then left at initialization, as is
+    a classifier with a different number of classes. Any other mismatch is an error.
 
     Args:
         network: whose weights are replaced, in place.
@@ -28,7 +28,7 @@ def load_weights(network: nn.Module, path: str) -> str:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is remote or damaged, or holds the weights of another network.
+        ValueError: if the file is remote or damaged, or holds the weights of a different network.
     """
     weights = _without_prefix(_state_dict(_read(path), path), "backbone.")
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -41,10 +41,10 @@ _DETECTOR_HEADS = ("roi_heads.box_predictor", "roi_heads.mask_predictor", "head.
 
 
 def load_detector_weights(detector: nn.Module, path: str) -> str:
-    """Load a detector's weights, or a classifier's into its backbone, and say what was loaded.
+    """Load a detector's weights, or a classifier's into its backbone, and report what was loaded.
 
-    The file is read as :func:`load_weights` reads it. What depends on the number of classes keeps its start where that
-    number differs; of a classifier, what the backbone has not is left out.
+    The file is read as by :func:`load_weights`. Layers that depend on the number of classes are left at initialization
+    if that number differs; weights of a classifier that the backbone lacks are ignored.
 
     Args:
         detector: whose weights are replaced, in place.
@@ -55,7 +55,7 @@ def load_detector_weights(detector: nn.Module, path: str) -> str:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is remote or damaged, or holds the weights of another network.
+        ValueError: if the file is remote or damaged, or holds the weights of a different network.
     """
     weights = _without_prefix(_state_dict(_read(path), path), "detector.")
     if any(key.startswith(("rpn.", "roi_heads.", "head.classification_head.")) for key in weights):
@@ -73,23 +73,23 @@ def load_detector_weights(detector: nn.Module, path: str) -> str:
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], path: str, heads: Sequence[str]) -> str:
-    """Load weights into a network; those of the given heads may have other shapes."""
+    """Load weights into a network; those of the given heads may have different shapes."""
     own = network.state_dict()
     head = [key for key, value in weights.items() if key in own and own[key].shape != value.shape]
     if any(not key.startswith(tuple(f"{name}." for name in heads)) for key in head):
-        raise ValueError(f"{path!r} holds another network: {_sizes(head, weights, own)}.")
+        raise ValueError(f"{path!r} holds a different network: {_sizes(head, weights, own)}.")
     result = network.load_state_dict({key: value for key, value in weights.items() if key not in head}, strict=False)
     attention = [key for key in result.missing_keys if _belongs_to_attention(key)]
     if attention and any(map(_belongs_to_attention, weights)):
         raise ValueError(
-            f"{path!r} holds other attention than this network has: {_some(attention)} missing. Use the same "
+            f"{path!r} holds different attention than this network: {_some(attention)} missing. Use the same "
             "attention, share, plug and identity as in training, or a file of the plain network."
         )
     missing = sorted(set(result.missing_keys) - set(attention) - set(head))
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"{path!r} holds another network: {len(missing)} weights are missing ({_some(missing)}) and "
-            f"{len(result.unexpected_keys)} are too many ({_some(result.unexpected_keys)})."
+            f"{path!r} holds a different network: {len(missing)} weights are missing ({_some(missing)}) and "
+            f"{len(result.unexpected_keys)} are unexpected ({_some(result.unexpected_keys)})."
         )
     kept = [*(["the attention"] if attention else []), *(["the classifier"] if head else [])]
     keep = "keeps its" if len(kept) == 1 else "keep their"
@@ -103,7 +103,7 @@ def _read(path: str) -> Any:
         raise ValueError(f"Weights are read from local files only, got {path!r}. Download and check it first.")
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"There is no file {path!r} to take weights from.")
+        raise FileNotFoundError(f"There is no file {path!r} to load weights from.")
     is_safetensors = file.suffix == ".safetensors"
     read = require("safetensors.torch", by=f"Reading {path!r}").load_file if is_safetensors else load
     try:
@@ -128,7 +128,7 @@ def _state_dict(found: Any, path: str) -> dict[str, Tensor]:
 
 
 def _without_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the weights below a prefix, or all of them, without what DataParallel adds, if none is there."""
+    """Return the weights below a prefix, or all if there are none, without the prefix DataParallel adds."""
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     return own or {key.removeprefix("module."): value for key, value in weights.items()}
 
@@ -138,7 +138,7 @@ def _belongs_to_attention(key: str) -> bool:
 
 
 def _sizes(keys: list[str], weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    return ", ".join(f"{key} is {tuple(weights[key].shape)} and not {tuple(own[key].shape)}" for key in keys[:3])
+    return ", ".join(f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}" for key in keys[:3])
 
 
 def _some(keys: list[str]) -> str:

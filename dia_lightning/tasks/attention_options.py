@@ -14,7 +14,7 @@ from dia_lightning.attention.inspection import needs_example, parameters_saved
 if TYPE_CHECKING:
     Attention: TypeAlias = str | Callable[[int], nn.Module]
 else:
-    Attention = str  # what the command line knows
+    Attention = str  # what the command line takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +22,17 @@ class AttentionOptions:
     """Which attention a network gets, and where.
 
     Args:
-        attention: name of an attention module, path of a class of your own (``"package.module.Gate"``), a callable
+        attention: name of an attention module, path of a custom class (``"package.module.Gate"``), a callable
             ``channels -> nn.Module``, or ``None`` for the plain network.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
         plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
-        branches: which branches get attention, by default all; of U-Nets the residual blocks unless
+        branches: which branches get attention, by default all; in U-Nets only the residual blocks unless
             ``["conv", "attention"]`` asks for both.
-        sites: layers that end branches, in place of those that are found.
-        existing: what becomes of attention modules that the backbone has of its own.
+        sites: layers that end branches, instead of those found automatically.
+        existing: what to do with the backbone's own attention modules.
         identity: start with maps of exactly 1, for pretrained networks.
-        branch_norm: whether pre-activation branches get a norm before the attention module; those of diffusers do not.
+        branch_norm: whether pre-activation branches get a norm before the attention module; diffusers' do not.
 
     Example:
         >>> from dia_lightning.models import get_model
@@ -56,11 +56,11 @@ class AttentionOptions:
         check_is_no_mark("attention", self.attention)
 
     def attach_to(self, network: nn.Module, example: Any = None) -> None:
-        """Attach the attention to a network, in place, or say that options for it are unused.
+        """Attach the attention to a network, in place, or log that its options are unused.
 
         Args:
             network: the backbone.
-            example: what it takes, for one that :func:`~dia_lightning.attention.attach` does not know.
+            example: its example input, if :func:`~dia_lightning.attention.attach` does not know the network.
 
         Raises:
             ValueError: if it cannot be attached.
@@ -76,11 +76,11 @@ class AttentionOptions:
 
     @property
     def changes_network(self) -> bool:
-        """Whether attention is attached, or what the network has of its own replaced or shared."""
+        """Whether attention is attached, or the network's own attention replaced or shared."""
         return self.attention is not None or self.existing != "keep"
 
     def arguments(self) -> dict[str, Any]:
-        """Return what :func:`~dia_lightning.attention.attach` is called with beside the network."""
+        """Return the arguments of :func:`~dia_lightning.attention.attach` besides the network."""
         own = {field.name: getattr(self, field.name) for field in fields(AttentionOptions)}
         own.pop("attention_args")
-        return dict(**own, **(self.attention_args or {}))  # refuses a name that is in both
+        return dict(**own, **(self.attention_args or {}))  # raises for a name that is in both

@@ -43,14 +43,14 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
     ``32-true``, and those of ``64-true`` within 1e-5; a score differs where two outputs were nearly equal. The mean of
     an epoch is exact to float32 after any number of batches. ``bf16-true`` and ``16-true`` also round the weights, what
     an optimizer step changes in them, and class probabilities of mixup, to 8 and 11 bits; detection refuses them.
-    ``16-true`` has no loss scaling, so that it warns, and refuses optimizers whose ``eps`` is 0 in float16.
+    ``16-true`` has no loss scaling: it gives a warning, and optimizers whose ``eps`` is 0 in float16 are refused.
 
     Args:
         **options: those of :class:`AttentionOptions`, which :meth:`attach_attention` uses, and of
             :class:`OptimizationOptions`.
 
     Raises:
-        ValueError: if a number is out of its range or a name is unknown; when it runs, if the precision does not suit.
+        ValueError: if a number is out of range or a name is unknown; at run time, if the precision is unsuitable.
     """
 
     def __init__(self, **options: Unpack[TaskOptions]) -> None:
@@ -59,7 +59,7 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         self.lr = float(self._options.lr)
         self._data: dict[str, Any] = {}
         self._compiled: list[nn.Module] = []
-        #: Optimizer steps behind the weights of a checkpoint that was loaded; ``None`` while it trains on.
+        #: Optimizer steps behind the weights of a loaded checkpoint; ``None`` while training continues.
         self.trained_steps: int | None = None
         self._resume_point: ResumePoint | None = None
         self._seen = 0
@@ -70,30 +70,29 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
     def remember(self, arguments: Mapping[str, Any]) -> None:
         """Add a constructor's arguments to the hyperparameters, in a form that loads with ``weights_only=True``.
 
-        Objects are replaced by a mark, and ``init_from`` is left out: a checkpoint brings its own weights.
+        Objects are replaced by a mark, and ``init_from`` is omitted: a checkpoint brings its own weights.
 
         Args:
             arguments: ``locals()`` at the start of the constructor.
         """
-        left_out = ("self", "__class__", "init_from", "options", "optimization")  # the last two are remembered already
+        left_out = ("self", "__class__", "init_from", "options", "optimization")  # the last two are saved already
         kept = {name: value for name, value in arguments.items() if name not in left_out}
-        # The dictionary itself is given, because under LightningCLI the arguments would be read from the parser
-        # instead.
+        # The dictionary itself is passed, because under LightningCLI the arguments would be read from the parser.
         self.save_hyperparameters({name: primitive(value) for name, value in kept.items()}, logger=False)
 
     def attach_attention(self, network: nn.Module, example: Any = None) -> None:
-        """Attach the attention that the options name to a network of the task, in place; none if they name none.
+        """Attach the attention named by the options, if any, to a network of the task, in place.
 
         Args:
             network: the backbone.
-            example: what its forward takes, for one that :func:`~dia_lightning.attention.attach` does not know.
+            example: its example input, if :func:`~dia_lightning.attention.attach` does not know the network.
 
         Raises:
             ValueError: if it cannot be attached.
         """
         self.remember(self._options.values_of(AttentionOptions))
         self._options.attach_to(network, example)
-        # done; and a callable may be one that cannot be pickled
+        # done; and a callable may not be picklable
         self._options = replace(self._options, attention=None, existing="keep")
 
     def compile_parts(self, parts: Sequence[nn.Module]) -> None:
@@ -113,11 +112,11 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
 
     @property
     def normalization(self) -> tuple[list[float], list[float]] | None:
-        """Mean and deviation per channel that images were normalised by, from the data module or the checkpoint."""
+        """Per-channel mean and deviation that images were normalised with, from the data module or the checkpoint."""
         return (self._data["mean"], self._data["std"]) if {"mean", "std"} <= set(self._data) else None
 
     def configure_callbacks(self) -> list[Callback]:
-        """Save and stop on SIGTERM and Ctrl-C; Lightning adds what this returns to the callbacks of the trainer."""
+        """Save and stop on SIGTERM and Ctrl-C; Lightning adds the returned callbacks to the trainer's."""
         return [StopOnSignal()]
 
     # ---- data
@@ -128,7 +127,7 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
             raise ValueError(
                 f"attention={self._options.attention!r} and existing={self._options.existing!r} have no effect, "
                 f"because {type(self).__name__} never attaches any. Call self.attach_attention(network) in its "
-                "constructor, or leave them out."
+                "constructor, or omit them."
             )
         super().setup(stage)
         compile_in_place(self._compiled)  # again in a spawned process, whose copy is not compiled
@@ -140,11 +139,11 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
                 self._data[name] = list(value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to use the network without its data."""
+        """Save what is needed to use the network without its data."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["dia_task"] = type(self).__name__
         checkpoint["dia_data"] = self._data
-        if "loops" in checkpoint and trainer_of(self) is not None:  # of a training that can go on
+        if "loops" in checkpoint and trainer_of(self) is not None:  # of a training that can be resumed
             _process_states.save(self.trainer, self, checkpoint)
         for part in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
             if part in checkpoint:
@@ -156,7 +155,7 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         self.trained_steps = checkpoint.get("global_step")
         trainer = trainer_of(self)
         if trainer is not None and isinstance(trainer.precision_plugin, DoublePrecision):
-            trainer.precision_plugin.convert_module(self)  # Lightning does it later, and would round the weights
+            trainer.precision_plugin.convert_module(self)  # Lightning does so later, and would round the weights
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             leave_out_finders(trainer)
             state = _process_states.restore(trainer, self, checkpoint)
@@ -174,7 +173,7 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
 
     @_restricted_classmethod
     def load_from_checkpoint(
-        cls: type[Task],  # noqa: N805  # Lightning has a decorator of its own
+        cls: type[Task],  # noqa: N805  # Lightning uses its own decorator
         checkpoint_path: str | os.PathLike[str] | IO[bytes],
         map_location: Any = None,
         hparams_file: str | Path | None = None,
@@ -182,19 +181,19 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Task:
-        """Load a task from a checkpoint, which is data: no code is run from it and no class imported, in any case.
+        """Load a task from a checkpoint, which is treated as data: no code is run from it and no class imported.
 
         Args:
-            checkpoint_path: a path, or a file that is open for reading bytes.
+            checkpoint_path: a path, or a file opened in binary mode.
             map_location: as ``torch.load`` takes it; without a GPU, the CPU by default.
             hparams_file: not read.
-            strict: whether the weights must be those of the task, all of them.
+            strict: whether the weights must match the task's exactly.
             weights_only: always ``True``.
-            **kwargs: of the task, in place of those in the checkpoint: objects have to be given again.
+            **kwargs: of the task, overriding those in the checkpoint: objects must be given again.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else, code, or options that do not fit.
+            ValueError: if the file holds something else, code, or invalid options.
         """
         content, source = read_checkpoint(
             checkpoint_path, map_location, hparams_file=hparams_file, weights_only=weights_only
@@ -203,17 +202,17 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         return build(cls, content, kwargs, source, strict=strict)
 
     def tell(self, topic: str, message: str | None) -> None:
-        """Warn of something in the data, once per topic; of ``None`` there is nothing to say."""
+        """Warn of a problem in the data, once per topic; ``None`` means there is none."""
         if message is not None and topic not in self._told:
             self._told.add(topic)
             rank_zero_warn(message)
 
-    # ---- positions of images in their data set
+    # ---- positions of images in their dataset
 
     def sample_index(self, images: Tensor | Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
-        """Return the position ``[B]`` of each image; without it in the batch, count as Lightning deals out samples.
+        """Return the position ``[B]`` of each image; if the batch lacks it, count as Lightning distributes samples.
 
-        Samples that Lightning repeats, so that all processes have equally many, get -1.
+        Samples that Lightning repeats to give all processes equally many get -1.
         """
         if given:
             return given[0]
@@ -223,13 +222,13 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         return torch.where(position < self._count_samples(), position, -1)
 
     def _count_samples(self) -> float:
-        """Return how many samples the loader of this stage has, infinity where it does not tell."""
+        """Return the number of samples in this stage's loader, infinity if unknown."""
         trainer = self.trainer
         loader = trainer.val_dataloaders  # also during fit
         if trainer.testing or trainer.predicting:
             loader = trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders
         data = getattr(loader, "dataset", None)
-        has_samples = getattr(loader, "batch_size", None) is not None  # else the data set may hold whole batches
+        has_samples = getattr(loader, "batch_size", None) is not None  # otherwise the dataset may hold whole batches
         return len(data) if has_samples and isinstance(data, Sized) else float("inf")
 
     def on_validation_epoch_start(self) -> None:
@@ -245,14 +244,14 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         self._seen = 0
 
     def on_train_start(self) -> None:
-        """Go on from a checkpoint, and forget how long its weights were trained."""
+        """Resume from a checkpoint, and forget how long its weights were trained."""
         super().on_train_start()
         self.trained_steps = None
         if self._resume_point is not None:
             self._resume_point.enter(self.trainer, self)
 
     def on_train_epoch_end(self) -> None:
-        """Forget that a training went on from a checkpoint."""
+        """Forget that training resumed from a checkpoint."""
         super().on_train_epoch_end()
         if self._resume_point is not None:
             self._resume_point.end_epoch(self.trainer, self)
@@ -261,16 +260,16 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
     # ---- losses
 
     def evaluation_loss(self, batch: Any) -> Tensor:
-        """Return the loss of a batch of validation or test, summed over its images: the same number at every call.
+        """Return the loss of a validation or test batch, summed over its images: the same value at every call.
 
-        The task must be in evaluation mode, and all modules of the network stay in it: no dropout, no running
-        statistics that move. Nothing is logged and no metric is updated.
+        The task must be in evaluation mode, and all modules of the network stay in it: no dropout, no update of running
+        statistics. Nothing is logged and no metric is updated.
 
         Args:
-            batch: as a data module of this package gives it in validation, on the device of the task.
+            batch: as a data module of this package returns it in validation, on the device of the task.
 
         Raises:
-            ValueError: if a task of the user's own does not define it.
+            ValueError: if a custom task does not define it.
         """
         raise ValueError(
             f"{type(self).__name__} has no evaluation_loss, which an analysis needs. Define it: the loss of a batch, "

@@ -1,4 +1,4 @@
-"""Tasks from checkpoints, whatever class they are of: what the command line and shared folders build on."""
+"""Loading tasks of any class from checkpoints, for the command line and shared folders."""
 
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,17 @@ from dia_lightning.tasks.base import DIATask
 
 
 def load_task(path: str | Path) -> DIATask:
-    """Load a trained task from a checkpoint of this package, in evaluation mode, on the CPU and not compiled.
+    """Load a trained task from a checkpoint of this package in evaluation mode, on the CPU and not compiled.
 
     Args:
-        path: a ``.ckpt`` file that a training run wrote. No code is run from it.
+        path: a ``.ckpt`` file written by a training run. No code is run from it.
 
     Returns:
         The task, of the class that wrote the checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no checkpoint of a task of this package, or names code to build it with.
+        ValueError: if the file is not a checkpoint of a task of this package, or names code to build it with.
 
     Example:
         >>> task = load_task("runs/digits/version_0/checkpoints/last.ckpt")  # doctest: +SKIP
@@ -37,14 +37,14 @@ def load_task(path: str | Path) -> DIATask:
         ) from error
     check_is_of_task(checkpoint, str(path))
     kind = task_named(checkpoint["dia_task"], str(path))
-    # to look at a network, minutes of compiling and a compiler are not needed
+    # inspecting a network needs neither minutes of compiling nor a compiler
     compiled = checkpoint["hyper_parameters"].get("compile")
     options: dict[str, Any] = {"compile": False} if isinstance(compiled, bool | str) and compiled else {}
     return build(kind, checkpoint, options, str(path)).eval()
 
 
 def task_named(name: str, source: str) -> type[DIATask]:
-    """Return the class of a task that wrote a file.
+    """Return the class of the task that wrote a file.
 
     Raises:
         ValueError: if it is not imported.
@@ -56,10 +56,10 @@ def task_named(name: str, source: str) -> type[DIATask]:
 
 
 def check_is_related(name: str, kind: type, source: str) -> None:
-    """Refuse the checkpoint of another task; those of subclasses and of bases may fit.
+    """Refuse the checkpoint of another task; those of subclasses and base classes may match.
 
     Args:
-        name: of the class that wrote it; nothing is known of one that is not imported.
+        name: of the class that wrote it; nothing is known about one that is not imported.
         kind: the class that is to load it.
         source: the file, for the message.
 

@@ -35,44 +35,43 @@ class ClassificationTask(DIATask):
     """Trains a classifier, with or without attention.
 
     Logged: ``train/loss``, ``train/acc``; ``val/`` and ``test/`` followed by ``loss``, ``acc`` (the share of images
-    that are right: micro top-1; of several labels, all must be) and
+    classified correctly: micro top-1; with several labels, all must be correct) and
 
-    - multiclass: ``acc_macro`` (mean over classes) and, above five classes, ``acc5`` (micro top-5);
+    - multiclass: ``acc_macro`` (mean over classes) and, for more than five classes, ``acc5`` (micro top-5);
     - multilabel: ``map`` (average precision, mean over labels) and ``f1`` (mean over labels);
     - binary: ``auroc``, ``ap`` (average precision) and ``f1``, of class 1.
 
     Training batches are ``(images [B, C, H, W], labels)``. Labels are class indices ``[B]`` (multiclass), 0 and 1
-    ``[B, K]`` (multilabel) or 0 and 1 ``[B]`` (binary); in training also probabilities, as after mixup: ``[B, K]``, of
-    a binary task ``[B]`` or ``[B, 2]``. Batches of validation and test may carry the position of each image in its
-    data set as a third item, where -1 marks an image that only fills up the batch of a distributed run and is not
-    counted.
+    ``[B, K]`` (multilabel) or 0 and 1 ``[B]`` (binary); in training also probabilities, as after mixup: ``[B, K]``, for
+    a binary task ``[B]`` or ``[B, 2]``. Validation and test batches may carry the position of each image in its dataset
+    as a third item, where -1 marks an image that only pads the batch of a distributed run and is not counted.
 
     Args:
         backbone: name of a network (see ``dia-lightning models``), or a network that returns logits ``[B, K]``, for a
             binary task ``[B, 1]``.
-        num_classes: number of classes or labels K; of a binary task 2, or left out.
-        task: what labels say, by torchmetrics' names: ``"multiclass"``, one class per image (cross-entropy);
+        num_classes: number of classes or labels K; 2 or omitted for a binary task.
+        task: kind of labels, by torchmetrics' names: ``"multiclass"``, one class per image (cross-entropy);
             ``"multilabel"``, any number of labels per image, or ``"binary"``, one of two classes with a single logit
             (both: binary cross-entropy).
-        image_shape: (C, H, W) of the images, which tells where a backbone of your own takes attention. Data modules of
+        image_shape: (C, H, W) of the images, used to find where a custom backbone takes attention. Data modules of
             this package provide it.
         backbone_args: further arguments of a named backbone, for example ``{"depth": 29}``.
-        dropout: probability, in [0, 1), that a value before the last linear layer is dropped in training, beside what
-            the network drops by itself (``backbone_args``: ``drop_rate`` and ``drop_path_rate`` of timm's networks,
+        dropout: probability, in [0, 1), of dropping a value before the last linear layer in training, in addition to
+            the network's own dropout (``backbone_args``: ``drop_rate`` and ``drop_path_rate`` of timm's networks,
             ``dropout`` and ``stochastic_depth_prob`` of some of torchvision's, ``dropout`` of ``cifar_wrn``).
         label_smoothing: in [0, 1).
-        class_weights: K positive numbers, what an image of each class counts in the training loss (``weight`` of
+        class_weights: K positive numbers that weigh images of each class in the training loss (``weight`` of
             :func:`torch.nn.functional.cross_entropy`), or ``"balanced"`` for N / (K * images of the class), counted in
-            the training data at hand. Of a multilabel task what the positives of each label count, of a binary one a
-            single number for those of class 1 (``pos_weight``); balanced: negatives / positives. Losses of validation
-            and test have no weights, so that they can be compared.
+            the training data. For a multilabel task, weights of the positives of each label; for a binary one, a single
+            number for those of class 1 (``pos_weight``); balanced: negatives / positives. Validation and test losses
+            are not weighted, so they can be compared.
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
-        compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks by itself,
-            which takes less time to compile, because equal blocks are compiled once.
+        compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks separately,
+            which compiles faster because equal blocks are compiled once.
         **options: those of :class:`AttentionOptions` and of :class:`OptimizationOptions`.
 
     Raises:
-        ValueError: if a name is unknown, a number is out of its range, ``num_classes`` is missing, or
+        ValueError: if a name is unknown, a number is out of range, ``num_classes`` is missing, or
             ``compile="blocks"`` finds no residual block.
 
     Example:
@@ -105,13 +104,13 @@ class ClassificationTask(DIATask):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
         if backbone_args and not isinstance(backbone, str):
-            raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
+            raise ValueError("backbone_args are for a named backbone; this one is an object. Omit them.")
         if backbone_args and "num_classes" in backbone_args:
             raise ValueError("backbone_args must not have num_classes: it is an argument of the task.")
         check_class_weights(class_weights, self._kind.outputs, self._kind.weights_for)
         self.remember(arguments)
         self._class_weights = class_weights
-        self._loss_weight: Tensor | None = None  # made when training starts
+        self._loss_weight: Tensor | None = None  # set when training starts
         self.num_classes = self._kind.num_classes
         self.label_smoothing = label_smoothing
         check_is_no_mark("backbone", backbone)
@@ -133,7 +132,7 @@ class ClassificationTask(DIATask):
         self.confusion = self._kind.confusion()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``[B, num_classes]``, or ``[B, 1]`` of a binary task, of images ``[B, C, H, W]``."""
+        """Return the logits ``[B, num_classes]``, or ``[B, 1]`` for a binary task, of images ``[B, C, H, W]``."""
         with naming_channels(self.backbone, images):
             logits: Tensor = self.backbone(images)
         return logits
@@ -145,12 +144,12 @@ class ClassificationTask(DIATask):
 
     def _metrics(self, prefix: str) -> MetricCollection:
         metrics: dict[str, Metric | MetricCollection] = {"acc": self._kind.accuracy(), **self._kind.further_metrics()}
-        # Groups are found by states that are equal after the first batch. Those of different metrics are when all of it
-        # is right, and one would take over the other's values.
+        # Groups are found by states that are equal after the first batch. If all of it is correct, so are those of
+        # different metrics, and one would take over the other's values.
         return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
     def evaluation_loss(self, batch: Any) -> Tensor:
-        """Return the loss of a batch, summed over its images, without label smoothing and weights."""
+        """Return the loss of a batch, summed over its images, without label smoothing or weights."""
         images, labels = batch[:2]
         logits = self._kind.logits(at_least_float32(self(images)))
         return self._kind.losses(logits, self._kind.read(labels, training=False)).sum()
@@ -158,7 +157,7 @@ class ClassificationTask(DIATask):
     # ---- steps
 
     def on_train_start(self) -> None:
-        """Count the classes of the training data if weights depend on them."""
+        """Count the classes of the training data if the weights depend on it."""
         super().on_train_start()
         self._weigh_classes()
 
@@ -177,9 +176,9 @@ class ClassificationTask(DIATask):
         images, labels = batch[:2]
         self._check_images(images, batch_idx)
         if self._class_weights is not None and self._loss_weight is None:
-            self._weigh_classes()  # a subclass has an on_train_start of its own
+            self._weigh_classes()  # a subclass may override on_train_start
         logits = self._kind.logits(at_least_float32(self(images)))
-        labels = self._kind.read(labels, training=True)  # after the network began, because it waits for the device
+        labels = self._kind.read(labels, training=True)  # after the network has started, as it waits for the device
         labels = at_least_float32(labels) if labels.is_floating_point() else labels
         loss = self._kind.training_loss(logits, labels, weight=self._loss_weight, smoothing=self.label_smoothing)
         self.check_loss(loss, batch_idx)
@@ -211,7 +210,7 @@ class ClassificationTask(DIATask):
     def predict_step(self, batch: tuple[Tensor, ...] | Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Return the index ``[B]`` and the class probabilities ``[B, K]`` of images."""
         images, *rest = (batch,) if isinstance(batch, Tensor) else batch
-        # Loaders of other packages give labels as the second item.
+        # Other packages' loaders return labels as the second item.
         index = rest[:1] if hasattr(getattr(self.trainer, "datamodule", None), "sample_name") else []
         self._check_images(images, batch_idx)
         logits = self._kind.logits(at_least_float32(self(images)))
@@ -225,7 +224,7 @@ class ClassificationTask(DIATask):
         images, labels, *rest = batch
         index = self.sample_index(images, rest)
         counts = index >= 0
-        if counts.any():  # metrics refuse an empty batch
+        if counts.any():  # metrics reject an empty batch
             loss, metrics = (self.val_loss, self.val_metrics) if stage == "val" else (self.test_loss, self.test_metrics)
             counted = self._kind.read(labels[counts], training=False)
             scores, hard = self._kind.scores(logits[counts]), self._kind.hard(counted)

@@ -34,7 +34,7 @@ from dia_lightning.tasks.precision import check_keeps_boxes
 if TYPE_CHECKING:
     NamedDetector: TypeAlias = Detector | nn.Module
 else:
-    NamedDetector = Detector  # what the command line knows
+    NamedDetector = Detector  # what the command line takes
 
 Detections: TypeAlias = list[dict[str, Tensor]]
 
@@ -44,47 +44,47 @@ _EVALUATION_SEED = 0
 
 
 class DetectionTask(DIATask):
-    """Trains a detector of torchvision on any backbone, with or without attention.
+    """Trains a torchvision detector on any backbone, with or without attention.
 
-    Logged: ``train/loss`` and each of its terms by torchvision's name (``train/loss_classifier``, ...); ``val/`` and
+    Logged: ``train/loss`` and each of its terms under torchvision's name (``train/loss_classifier``, ...); ``val/`` and
     ``test/`` followed by COCO's scores in [0, 1]: ``map`` (mean over IoU 0.5 to 0.95), ``map_50``, ``map_75``,
     ``map_small``, ``map_medium``, ``map_large``, ``mar_1``, ``mar_10``, ``mar_100``, ... and ``ap/<class>`` of boxes.
-    Mask R-CNN has the overall scores for masks too, as ``mask_map``, ... A score that is not defined, for want of such
-    objects, is not logged, but for ``map``, which is NaN then.
+    Mask R-CNN has the overall scores for masks too, as ``mask_map``, ... A score that is undefined because there are no
+    such objects is not logged, except ``map``, which is then NaN.
 
     Batches are those of :class:`~dia_lightning.datamodules.DetectionDataModule`: ``(images, targets)``, in validation
-    and test with the position of each image in its data set as a third item, where -1 marks an image that only fills up
-    the batch of a distributed run and is not counted. Images are a list of tensors ``[3, H, W]`` in [0, 1]; a target
-    has ``boxes [N, 4]`` (x1, y1, x2, y2 in pixels), ``labels [N]`` in 1..K and for Mask R-CNN ``masks [N, H, W]``.
+    and test with the position of each image in its dataset as a third item, where -1 marks an image that only pads the
+    batch of a distributed run and is not counted. Images are a list of tensors ``[3, H, W]`` in [0, 1]; a target has
+    ``boxes [N, 4]`` (x1, y1, x2, y2 in pixels), ``labels [N]`` in 1..K and for Mask R-CNN ``masks [N, H, W]``.
 
     Args:
         detector: ``"fasterrcnn"``, ``"maskrcnn"``, ``"retinanet"``, ``"fcos"`` or ``"ssdlite"``, see
             :func:`~dia_lightning.models.detectors.get_detector`; or a detector with torchvision's interface, which
             needs no ``backbone``.
         backbone: name of a network (see ``dia-lightning models``), or a network.
-        num_classes: number of kinds of objects K, without the background.
+        num_classes: number of object classes K, without the background.
         backbone_args: further arguments of a named backbone, for example ``{"weights": "DEFAULT"}``; without them
             nothing is downloaded.
         detector_args: further arguments of a named detector, for example ``{"min_size": 480, "fpn_channels": 64}``.
-        trainable_layers: how many layers of the backbone are trained, counted from the end, the stem being one;
-            attention in frozen layers is trained. ``None`` trains all.
-        frozen_norm: keep the statistics and weights of the backbone's batch norms as they are.
-        validation_loss: log the losses of the validation data too (``val/loss``, ...), for which every image passes
+        trainable_layers: how many layers of the backbone to train, counted from the end, the stem being one; attention
+            in frozen layers is trained. ``None`` trains all.
+        frozen_norm: freeze the statistics and weights of the backbone's batch norms.
+        validation_loss: also log the losses of the validation data (``val/loss``, ...), which passes every image
             through the network a second time.
-        max_detections: how many detections of a class, the best, count in an image's scores. COCO has 100; more, which
-            need faster-coco-eval, suit images of more objects, and ``mar_100`` gets the number in its name. The
+        max_detections: how many of the best detections per class count in an image's scores. COCO uses 100; more, which
+            need faster-coco-eval, suit images with more objects, and ``mar_100`` gets the number in its name. The
             detector finds no more than its own limit, ``box_detections_per_img`` (R-CNNs), or ``detections_per_img``
             and ``topk_candidates`` per map of its pyramid (others), in ``detector_args``.
         init_from: file whose weights the network starts from: a checkpoint of this task, a state dict of torchvision's
-            detector, or a classifier, of which the backbone takes the weights.
+            detector, or a classifier, whose weights go into the backbone.
         compile: ``True`` compiles the backbone with its feature pyramid when it first runs, ``"blocks"`` each residual
-            block of the backbone by itself, which takes less time to compile, because equal blocks are compiled once.
-            The heads are never compiled: the number of their boxes changes from batch to batch.
+            block of the backbone separately, which compiles faster because equal blocks are compiled once. The heads
+            are never compiled: their number of boxes changes from batch to batch.
         lr: learning rate, positive; the default suits SGD with 4 images per step.
         **options: those of :class:`AttentionOptions` and of :class:`OptimizationOptions`.
 
     Raises:
-        ValueError: if a name is unknown, a number is out of its range, ``num_classes`` is missing, or
+        ValueError: if a name is unknown, a number is out of range, ``num_classes`` is missing, or
             ``compile="blocks"`` finds no residual block.
         ImportError: if neither faster-coco-eval nor pycocotools is installed.
 
@@ -141,24 +141,24 @@ class DetectionTask(DIATask):
         self.max_detections = max_detections
         self.val_map = MeanAveragePrecision(masks=self.has_masks, max_detections=max_detections)
         self.test_map = MeanAveragePrecision(masks=self.has_masks, max_detections=max_detections)
-        # not by self.log of each batch: its mean over processes divides by a whole number of images, rounded down
+        # not by self.log per batch: its mean over processes divides by an integer number of images, rounded down
         self._val_losses: dict[str, Mean] = {}
 
     @property
     def backbone(self) -> nn.Module:
-        """The network below the feature pyramid, or all of a backbone that has none."""
+        """The network below the feature pyramid, or the whole backbone if it has none."""
         pyramid: Any = self.detector.backbone
         body: nn.Module = getattr(pyramid, "body", pyramid)
         return body
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of all that is not the backbone."""
+        """Return the parameters of everything except the backbone."""
         inside = set(self.backbone.parameters())
         return [parameter for parameter in self.parameters() if parameter not in inside]
 
     @property
     def category_ids(self) -> list[int] | None:
-        """Ids that the user's files have for labels 1..K, from the data module or the checkpoint."""
+        """Ids of labels 1..K in the user's files, from the data module or the checkpoint."""
         return self._data.get("category_ids")
 
     def forward(self, images: Sequence[Tensor]) -> Detections:
@@ -169,7 +169,7 @@ class DetectionTask(DIATask):
             with Mask R-CNN ``masks [N, 1, H, W]`` in [0, 1].
         """
         detections: Detections = self.detector(list(images))
-        # RetinaNet and FCOS have scores for the background too
+        # RetinaNet and FCOS also score the background
         return [{name: values[found["labels"] > 0] for name, values in found.items()} for found in detections]
 
     def setup(self, stage: str) -> None:
@@ -178,14 +178,14 @@ class DetectionTask(DIATask):
         super().setup(stage)
 
     def _check_batch(self, images: Sequence[Tensor], targets: Sequence[Target] | None, batch_index: int) -> None:
-        """Refuse images that do not fit, and look at the first batch of an epoch, for which it waits for the device."""
+        """Refuse unsuitable images; the check of an epoch's first batch waits for the device."""
         check_dtype(images, self.detector)
         check_image_channels(images, self.detector)
         if batch_index > 0:
             return
         ends = pixel_range(images)
         transform: Any = getattr(self.detector, "transform", None)
-        if any(getattr(transform, "image_mean", [1])):  # else it leaves that to the user
+        if any(getattr(transform, "image_mean", [1])):  # otherwise normalisation is left to the user
             self.tell("range", not_in_unit_range(*ends))
         if targets is not None:
             check_targets(targets, images=len(images), num_classes=self.num_classes, masks=self.has_masks)
@@ -197,15 +197,15 @@ class DetectionTask(DIATask):
         """Return torchvision's losses by name; the detector must be in training mode.
 
         Raises:
-            ValueError: if a target does not fit.
+            ValueError: if a target is invalid.
         """
         check_targets(targets, images=len(images), num_classes=self.num_classes, masks=self.has_masks)
         losses: dict[str, Tensor] = self.detector(list(images), [dict(target) for target in targets])
         return losses
 
     def _losses_in_evaluation(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        # torchvision returns losses in training mode only; the backbone, norms, dropout, the size of the images and
-        # the random numbers of the training must not notice
+        # torchvision returns losses only in training mode, which must not affect the backbone, norms, dropout, the size
+        # of the images or the random numbers of the training
         kept = {*self.detector.backbone.modules(), self.detector.transform}  # type: ignore[union-attr]
         kept |= {part for part in self.detector.modules() if has_statistics(part) or isinstance(part, _DROPOUTS)}
         changed = [module for module in self.detector.modules() if module not in kept and not module.training]
@@ -219,7 +219,7 @@ class DetectionTask(DIATask):
                 module.training = False
 
     def evaluation_loss(self, batch: Any) -> Tensor:
-        """Return torchvision's losses of a batch, added up and times its images, with fixed draws of anchors and boxes.
+        """Return the sum of torchvision's losses of a batch times its images, with fixed draws of anchors and boxes.
 
         torchvision divides by the number of images, or of the boxes drawn from them.
         """
@@ -325,7 +325,7 @@ class DetectionTask(DIATask):
 
 
 def _as_in_training(target: Target) -> Target:
-    """Return a target without crowds, which are not trained on."""
+    """Return a target without crowds, which are not used in training."""
     wanted = {name: target[name] for name in target if name not in ("iscrowd", "area")}
     if "iscrowd" not in target:
         return wanted
@@ -350,10 +350,10 @@ def _detector(
         given = [name for name, value in options.items() if value is not None and value is not False and value != {}]
         given += ["backbone"] if backbone is not None else []
         if given:
-            raise ValueError(f"{', '.join(given)}: only for a named detector; this one is an object. Leave it out.")
+            raise ValueError(f"{', '.join(given)}: only for a named detector; this one is an object. Omit it.")
         return detector.train()  # Lightning keeps the mode, and losses are computed in this one
     if backbone is None:
-        raise ValueError("backbone must be a name or a network, got None. Take torchvision/resnet50, for example.")
+        raise ValueError("backbone must be a name or a network, got None. Use torchvision/resnet50, for example.")
     if isinstance(backbone, nn.Module) and options["backbone_args"]:
-        raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
+        raise ValueError("backbone_args are for a named backbone; this one is an object. Omit them.")
     return get_detector(detector, backbone, num_classes=num_classes, **options)  # type: ignore[arg-type]

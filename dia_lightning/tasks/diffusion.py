@@ -25,46 +25,46 @@ from dia_lightning.tasks._weights import load_weights
 from dia_lightning.tasks.base import DIATask
 from dia_lightning.tasks.options import TaskOptions
 
-#: Seed of the noise of validation and test, which never changes.
+#: Seed of the validation and test noise, which never changes.
 _EVALUATION_SEED = 0
 
 
 class DiffusionTask(DIATask):
-    """Trains a network to remove noise from images, with or without attention, and makes images with it.
+    """Trains a network to remove noise from images, with or without attention, and generates images with it.
 
-    Logged: ``train/loss``, and ``val/loss`` and ``test/loss`` with noise and timesteps that depend on the position of
-    the image alone, so that epochs and runs can be compared.
+    Logged: ``train/loss``, and ``val/loss`` and ``test/loss`` with noise and timesteps that depend only on the position
+    of the image, so that epochs and runs can be compared.
 
     Batches are those of :class:`~dia_lightning.datamodules.ClassificationDataModule` with
     ``pixel_range="symmetric"``: ``(images [B, C, H, W] in [-1, 1], labels [B])``, in validation and test with the
-    position of each image in its data set as a third item, where -1 marks an image that only fills up the batch of a
+    position of each image in its dataset as a third item, where -1 marks an image that only pads the batch of a
     distributed run and is not counted.
 
-    The noise of a training step depends on the seed of the run, the process, the epoch and the batch alone, so that a
-    resumed run goes on with the noise that the whole run would have had.
+    The noise of a training step depends only on the seed of the run, the process, the epoch and the batch, so a resumed
+    run continues with the noise of an uninterrupted one.
 
     Args:
-        backbone: name of a network, see :func:`~dia_lightning.models.denoisers.get_denoiser`, or a network that is
-            called as those of diffusers are; a conditional one takes labels 0..K, where K stands for no class.
+        backbone: name of a network, see :func:`~dia_lightning.models.denoisers.get_denoiser`, or a network called like
+            those of diffusers; a conditional one takes labels 0..K, where K stands for no class.
         num_classes: number of classes K; needed if ``conditional``.
         image_shape: (C, H, W). Data modules of this package provide it.
         backbone_args: further arguments of a named network, for example ``{"block_out_channels": [64, 128]}``.
-        conditional: whether the network is told the class.
+        conditional: whether the network is conditioned on the class.
         prediction: what the network predicts: noise (``"epsilon"``), ``"v_prediction"`` or the image (``"sample"``).
         timesteps: number of noise levels T.
         beta_schedule: ``"linear"``, DDPM's, or ``"cosine"``, better for small images.
         loss_weighting: ``"uniform"``, DDPM's simple loss, or ``"min_snr"``.
         snr_gamma: of ``"min_snr"``, positive.
-        label_dropout: share of the labels in [0, 1) that a conditional network is not told in training; guidance needs
+        label_dropout: share of the labels, in [0, 1), withheld from a conditional network in training; guidance needs
             some.
-        gradient_checkpointing: compute activations again in the backward pass, which saves memory and takes time.
+        gradient_checkpointing: recompute activations in the backward pass, which saves memory and takes time.
         init_from: file whose weights the network starts from; unlike resuming, nothing else is taken from it.
-        compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks by itself,
-            which takes less time to compile, because equal blocks are compiled once.
+        compile: ``True`` compiles the network when it first runs, ``"blocks"`` each of its residual blocks separately,
+            which compiles faster because equal blocks are compiled once.
         **options: those of :class:`AttentionOptions` and of :class:`OptimizationOptions`.
 
     Raises:
-        ValueError: if a name is unknown, a number is out of its range, the network does not suit the images, or
+        ValueError: if a name is unknown, a number is out of range, the network does not suit the images, or
             ``compile="blocks"`` finds no residual block.
         ImportError: if diffusers is not installed.
 
@@ -138,7 +138,7 @@ class DiffusionTask(DIATask):
         Args:
             images: noisy ones ``[B, C, H, W]``.
             timesteps: ``[B]`` int64 in 0..T - 1.
-            labels: ``[B]`` int64 in 0..K; ``None`` stands for no class. Without meaning in an unconditional task.
+            labels: ``[B]`` int64 in 0..K; ``None`` stands for no class. Ignored by an unconditional task.
         """
         if self.no_class is None:
             labels = None
@@ -147,7 +147,7 @@ class DiffusionTask(DIATask):
         return predict(self.backbone, images, timesteps, labels)
 
     def _example(self) -> dict[str, Tensor]:
-        """Return what the backbone takes, by the names of its arguments."""
+        """Return the backbone's inputs by the names of its arguments."""
         timesteps = torch.zeros(2, dtype=torch.long, device="meta")
         images = images_like(self.backbone, self.shape)
         example = dict(zip(inspect.signature(self.backbone.forward).parameters, (images, timesteps), strict=False))
@@ -169,24 +169,24 @@ class DiffusionTask(DIATask):
         progress: bool = False,
         trace: bool = False,
     ) -> Tensor:
-        """Make images, in evaluation mode and with the weights that the network has.
+        """Generate images, in evaluation mode and with the network's current weights.
 
-        The noise of image i depends on ``seed`` and ``first + i`` alone, so that the images are the same in batches of
-        any size, on any device and in any number of parts, up to rounding.
+        The noise of image i depends only on ``seed`` and ``first + i``, so the images are the same for any batch size,
+        on any device and in any number of parts, up to rounding.
 
         Args:
             count: how many images, 1 or more.
-            classes: of a conditional task, one class for all or one per image; ``None`` goes round the classes.
+            classes: for a conditional task, one class for all or one per image; ``None`` cycles through the classes.
             steps: how often the network runs per image; for ``"ddim"`` and ``"ddpm"`` a divisor of ``timesteps``.
-            guidance: weight of the class: 1 is none, more makes images more typical and less diverse, 0 ignores the
-                class. Other values than 1 run the network twice.
+            guidance: guidance scale: 1 is none, more makes images more typical and less diverse, 0 ignores the class.
+                Values other than 1 run the network twice.
             sampler: ``"ddim"`` (deterministic, good from 20 steps on), ``"ddpm"`` (ancestral, for 1000 steps) or
                 ``"dpm++"`` (DPM-Solver++, second order, good from 10 steps on).
             seed: 0 or more.
             batch_size: images at a time.
             first: index of the first image.
             progress: show a progress bar.
-            trace: return what the network took the image for at up to 8 steps, from the first to the last.
+            trace: return the network's estimate of the image at up to 8 steps, from the first to the last.
 
         Returns:
             Images ``[count, C, H, W]`` in [0, 1] on the task's device; with ``trace`` ``[count, K, C, H, W]``.
@@ -210,7 +210,7 @@ class DiffusionTask(DIATask):
         return torch.cat(parts)
 
     def denoising(self, *, steps: int, guidance: float, sampler: Sampler, seed: int) -> Denoising:
-        """Return what :meth:`sample` runs for these options, whose ``timesteps`` are known before.
+        """Return the process that :meth:`sample` runs for these options, with its ``timesteps``.
 
         Raises:
             ValueError: if a number is out of its range or does not fit the task.
@@ -228,7 +228,7 @@ class DiffusionTask(DIATask):
         Args:
             images: ``[B, C, H, W]`` in [-1, 1].
             labels: ``[B]`` int64 in 0..K, or ``None``.
-            noise: as ``images``, standard normal.
+            noise: standard normal, shaped like ``images``.
             timesteps: ``[B]`` int64 in 0..T - 1.
         """
         noisy = self.noise.add_noise(images, noise, timesteps)
@@ -240,18 +240,18 @@ class DiffusionTask(DIATask):
         return losses
 
     def training_noise(self, images: Tensor, batch_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noise as ``images``, timesteps ``[B]`` and which labels are dropped ``[B]`` in a training step."""
-        # every process draws its own; the global generators would be the same in all of them
+        """Return noise shaped like ``images``, timesteps ``[B]`` and a mask ``[B]`` of dropped labels for training."""
+        # every process draws its own; the global generators would be identical in all of them
         key = (torch.initial_seed(), self.global_rank, self.current_epoch, batch_index)
         generator = seeded_generator(*key, device=images.device)
         options: dict[str, Any] = {"generator": generator, "device": images.device}
-        # half precision makes itself the default type
+        # half precision changes the default type
         noise = torch.randn(images.shape, dtype=torch.float32, **options)
         timesteps = torch.randint(self.noise.timesteps, (len(images),), **options)
         return noise, timesteps, torch.rand(len(images), dtype=torch.float32, **options) < self.label_dropout
 
     def evaluation_noise(self, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return noise as ``images`` and timesteps ``[B]``, the same for an index ``[B]`` in every epoch."""
+        """Return noise shaped like ``images`` and timesteps ``[B]``, the same for an index ``[B]`` in every epoch."""
         noise, timesteps = [], []
         for position in index.clamp(min=0).tolist():
             generator = seeded_generator(_EVALUATION_SEED, position)
@@ -272,7 +272,7 @@ class DiffusionTask(DIATask):
         """Take class names from the data module, and refuse pixels that are not in [-1, 1]."""
         super().setup(stage)
         datamodule = getattr(self.trainer, "datamodule", None)
-        self._symmetric = hasattr(datamodule, "normalization")  # if it gets through here
+        self._symmetric = hasattr(datamodule, "normalization")  # if it gets past the check
         mean, std = getattr(datamodule, "normalization", ((0.5,), (0.5,)))
         if {*mean, *std} != {0.5}:
             raise ValueError(
@@ -281,15 +281,15 @@ class DiffusionTask(DIATask):
             )
 
     def _check_batch(self, images: Tensor, labels: Tensor | None, batch_index: int) -> Tensor | None:
-        """Refuse a batch that does not fit; return its labels as int64."""
+        """Refuse an unsuitable batch; return its labels as int64."""
         check_dtype(images, self.backbone)
         if tuple(images.shape[1:]) != self.shape:
             raise ValueError(
-                f"The images have the shape {list(images.shape[1:])}, but the network was made for image_shape "
+                f"The images have the shape {list(images.shape[1:])}, but the network was built for image_shape "
                 f"{list(self.shape)}. Change image_size or channels of the data, or image_shape."
             )
         if self.no_class is not None and (labels is None or labels.ndim != 1):
-            raise ValueError("A conditional task needs one label per image: leave out mixup and cutmix.")
+            raise ValueError("A conditional task needs one label per image: disable mixup and cutmix.")
         if self.no_class is not None and labels is not None:
             labels = self._known_labels(labels, self.no_class, batch_index)
         if batch_index == 0:  # once per epoch, since it waits for the device
@@ -310,7 +310,7 @@ class DiffusionTask(DIATask):
     def _check_pixels(self, low: float, high: float) -> None:
         if max(-low, high) > 1.01:
             raise ValueError(
-                f"The images must be in [-1, 1], but reach from {low:.3g} to {high:.3g}. Set pixel_range='symmetric' "
+                f"The images must be in [-1, 1], but range from {low:.3g} to {high:.3g}. Set pixel_range='symmetric' "
                 "in the data module, or subtract 0.5 and divide by 0.5."
             )
         if not self._symmetric:
@@ -356,7 +356,7 @@ class DiffusionTask(DIATask):
         index = self.sample_index(images, rest)
         losses = self.losses(images, labels, *self.evaluation_noise(images, index))
         counts = index >= 0
-        if counts.any():  # metrics refuse an empty batch
+        if counts.any():  # metrics reject an empty batch
             metric.update(losses[counts])
         return {"index": index, "losses": losses}
 
@@ -373,5 +373,5 @@ def _backbone(backbone: Backbone, args: dict[str, Any], shape: tuple[int, int, i
     if isinstance(backbone, str):
         return get_denoiser(backbone, image_shape=shape, num_classes=num_classes, **args)  # type: ignore[arg-type]
     if args:
-        raise ValueError("backbone_args are for a named backbone; this one is an object. Leave them out.")
+        raise ValueError("backbone_args are for a named backbone; this one is an object. Omit them.")
     return backbone

@@ -15,24 +15,24 @@ from dia_lightning.tasks.classification import ClassificationTask, Stage
 
 
 class EnsembleTask(ClassificationTask):
-    r"""Averages the class probabilities of trained classifiers, to validate, test and predict; it is not trained.
+    r"""Averages the class probabilities of trained classifiers in validation, test and predict; it is not trained.
 
     Logged are the metrics of :class:`ClassificationTask` for the ensemble (``test/acc``, ``test/loss``, ...), those of
     each member (``test/member0/acc``, ``test/member0/loss``, ``test/member0/brier``, ...) and an ambiguity
-    decomposition. With the probabilities p of M members, their mean :math:`\bar p`, and y, which is 1 for the right
-    class (or labels) and 0 else, each a vector over classes, for every image
+    decomposition. With the probabilities p of M members, their mean :math:`\bar p`, and y, which is 1 for the correct
+    class (or labels) and 0 otherwise, each a vector over classes, for every image
 
     .. math:: \|\bar p - y\|^2 = \frac1M \sum_m \|p_m - y\|^2 - \frac1M \sum_m \|p_m - \bar p\|^2,
 
-    the error of the ensemble (``brier``) is the mean error of its members (``brier_members``) less how much they
-    disagree (``ambiguity``). This is so for the squared error of probabilities, summed over classes (the Brier score;
-    of a binary task over both classes), and neither for accuracy nor for cross-entropy.
+    the error of the ensemble (``brier``) is the mean error of its members (``brier_members``) minus their disagreement
+    (``ambiguity``). This holds for the squared error of probabilities, summed over classes (the Brier score; for a
+    binary task over both classes), but not for accuracy or cross-entropy.
 
     Args:
         members: two or more trained tasks of the same classes. Their networks may differ.
 
     Raises:
-        ValueError: if there are fewer than two, or one is no classifier, or of other classes.
+        ValueError: if there are fewer than two, or one is not a classifier or has different classes.
 
     Source:
         Krogh and Vedelsby, "Neural Network Ensembles, Cross Validation, and Active Learning", NIPS 7, 1995, for the
@@ -58,7 +58,7 @@ class EnsembleTask(ClassificationTask):
         return list(self.backbone.children())  # type: ignore[arg-type]
 
     def setup(self, stage: str) -> None:
-        """Compare the data with those that the members were trained on."""
+        """Compare the data with those the members were trained on."""
         if stage == "fit":
             raise ValueError("An ensemble is not trained. Train its members one by one.")
         super().setup(stage)
@@ -66,22 +66,22 @@ class EnsembleTask(ClassificationTask):
             self.on_load_checkpoint({"dia_data": member._data, "global_step": self.trained_steps})
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, metrics: Mapping[str, float] | None = None) -> Path:
-        """Refuse to write what could not be loaded.
+        """Refuse to write a folder that could not be loaded.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "An ensemble is made of its members, which a folder has no place for. Save them one by one, and load "
-            "them by EnsembleTask([ClassificationTask.from_pretrained(folder), ...])."
+            "An ensemble consists of its members, which one folder cannot hold. Save them one by one, and load "
+            "them with EnsembleTask([ClassificationTask.from_pretrained(folder), ...])."
         )
 
     def member_logits(self, images: Tensor) -> Tensor:
-        """Return the logits of all members ``[M, B, K]``, or ``[M, B]`` of a binary task."""
+        """Return the logits of all members ``[M, B, K]``, or ``[M, B]`` for a binary task."""
         return torch.stack([self._kind.logits(at_least_float32(member(images))) for member in self.members])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[B, K]``, or ``[B]`` of a binary task, whose probabilities are the mean of the members'."""
+        """Return logits ``[B, K]``, or ``[B]`` for a binary task, whose probabilities are the mean of the members'."""
         return self._kind.average(self.member_logits(images))
 
     def _evaluate(self, batch: tuple[Tensor, ...], batch_index: int, stage: Stage) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class EnsembleTask(ClassificationTask):
 
 
 class _Scores(nn.Module):
-    """Metrics of each member, and the ambiguity decomposition, of one stage."""
+    """Metrics of each member, and the ambiguity decomposition, for one stage."""
 
     def __init__(self, task: EnsembleTask, stage: Stage) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Scores(nn.Module):
         self.brier, self.brier_members, self.ambiguity = Mean(), Mean(), Mean()
 
     def named(self) -> dict[str, Any]:
-        """Return all metrics by the names that follow the stage's."""
+        """Return all metrics by their names without the stage prefix."""
         found = {name: getattr(self, name) for name in ("brier", "brier_members", "ambiguity")}
         for i, (metrics, loss, brier) in enumerate(zip(self.metrics, self.losses, self.briers, strict=True)):
             of_member = {**dict(metrics.items()), "loss": loss, "brier": brier}  # type: ignore[operator]
@@ -135,7 +135,9 @@ class _Scores(nn.Module):
 def _check_same(members: Sequence[ClassificationTask]) -> None:
     for member in members:
         if not isinstance(member, ClassificationTask):
-            raise ValueError(f"An ensemble averages class probabilities, but {type(member).__name__} is no classifier.")
+            raise ValueError(
+                f"An ensemble averages class probabilities; a {type(member).__name__} is not a classifier."
+            )
     if len(members) < 2 or len(set(map(id, members))) < len(members):
         raise ValueError(f"An ensemble needs two or more different members, got {len(members)}.")
     first = members[0]

@@ -1,4 +1,4 @@
-"""How far generated images are from real ones, by the features of a frozen network."""
+"""Distances between generated and real images, by the features of a frozen network."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,19 +13,19 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-_SUBSETS, _SUBSET_SIZE = 100, 1000  # of the kernel distance, as its authors have them
-_PARTS, _PART = 10, 10  # of the Inception score: how many, and how many images at least
-_LOCAL: dict[str, Any] = {"sync_on_compute": False}  # features of all processes come in already
+_SUBSETS, _SUBSET_SIZE = 100, 1000  # of the kernel distance, as in the paper
+_PARTS, _PART = 10, 10  # of the Inception score: how many, and the minimum number of images
+_LOCAL: dict[str, Any] = {"sync_on_compute": False}  # features are already gathered from all processes
 
 
 @dataclass(frozen=True)
 class DescribedImages:
-    """What a network made of a set of images.
+    """A network's outputs for a set of images.
 
     Args:
         features: ``[N, D]``.
         logits: ``[N, K]``.
-        labels: class of each image ``[N]``, that it has or that it was asked to have; -1 where there is none.
+        labels: true or requested class of each image ``[N]``; -1 where there is none.
     """
 
     features: Tensor
@@ -36,8 +36,8 @@ class DescribedImages:
 def frechet_distance(images: DescribedImages, reference: DescribedImages) -> float:
     """Return the squared Fréchet distance between normal distributions fitted to the features of two sets.
 
-    It falls with the number of images even if both sets have the same origin: compare sets of equal size only. Of
-    Inception's features it is the FID, of any others it is not.
+    It falls with the number of images even if both sets have the same origin: only compare sets of equal size. With
+    Inception's features it is the FID, with any others it is not.
 
     Raises:
         ValueError: if a set has fewer than two images.
@@ -55,7 +55,7 @@ def frechet_distance(images: DescribedImages, reference: DescribedImages) -> flo
 def kernel_distance(images: DescribedImages, reference: DescribedImages) -> tuple[float, float | None]:
     """Return mean and standard deviation of the kernel distance over 100 random subsets of 1000 images.
 
-    Of Inception's features it is the KID. Other than the Fréchet distance it does not depend on the number of images.
+    With Inception's features it is the KID. Unlike the Fréchet distance, it does not depend on the number of images.
     Sets of up to 1000 images are compared as a whole, without a deviation.
 
     Raises:
@@ -79,8 +79,8 @@ def kernel_distance(images: DescribedImages, reference: DescribedImages) -> tupl
 def inception_score(images: DescribedImages) -> tuple[float, float | None]:
     """Return mean and standard deviation of the Inception score over 10 equal parts of the images.
 
-    A part has ten images or more, so that fewer than 100 images are fewer parts, of which one has no deviation. The
-    score of a part is at most its number of images: below some thousands of images it tells little.
+    A part has at least ten images, so fewer than 100 images make fewer parts; a single part has no deviation. The score
+    of a part is at most its number of images: below a few thousand images it says little.
 
     Raises:
         ValueError: if there are fewer than ten images.
@@ -99,13 +99,13 @@ def inception_score(images: DescribedImages) -> tuple[float, float | None]:
 
 
 def class_agreement(images: DescribedImages) -> float:
-    """Return the share of images, in [0, 1], that the network takes for the class that they should be of."""
+    """Return the share of images, in [0, 1], that the network assigns to their intended class."""
     return float((images.logits.argmax(1) == images.labels).double().mean())
 
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Draw the same random subsets each time, and leave out the advice that features are kept, which is meant."""
+    """Draw the same random subsets each time, and silence the warning that features are kept, which is intended."""
     with isolate_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
         warnings.filterwarnings("ignore", message="Metric .* will save all extracted features")
@@ -113,7 +113,7 @@ def _repeatable() -> Iterator[None]:
 
 
 class _Given(nn.Module):
-    """Stands for the network in a metric of torchmetrics that gets features in place of images."""
+    """Stands in for the network in a torchmetrics metric that gets features instead of images."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -126,4 +126,4 @@ class _Given(nn.Module):
 def _check_counts(*sets: DescribedImages) -> None:
     for images in sets:
         if len(images.features) < 2:
-            raise ValueError(f"Sets of images are compared from two images on, got {len(images.features)}.")
+            raise ValueError(f"Comparing sets needs two or more images in each, got {len(images.features)}.")

@@ -16,14 +16,14 @@ from dia_lightning.tasks.classification import ClassificationTask
 
 
 class ImageFeatures(nn.Module, ABC):
-    """A network without gradients and always in evaluation mode, called with images ``[B, C, H, W]`` uint8.
+    """A network without gradients, always in evaluation mode, called with images ``[B, C, H, W]`` uint8.
 
     It returns features ``[B, D]`` and logits ``[B, K]``.
     """
 
     #: Names of the K classes, where they mean something to the user.
     class_names: Sequence[str] | None = None
-    #: Channels of images that can be described.
+    #: Numbers of image channels that the network accepts.
     known_channels: tuple[int, ...] = (1, 3)
 
     def freeze(self) -> None:
@@ -43,7 +43,7 @@ class ImageFeatures(nn.Module, ABC):
 class ClassifierFeatures(ImageFeatures):
     """A classifier of this package: the input of its last linear layer, and its logits.
 
-    Images are brought to the size, the channels and the normalisation that the classifier was trained with.
+    Images are converted to the size, channels and normalisation that the classifier was trained with.
 
     Args:
         checkpoint: file of a :class:`ClassificationTask`.
@@ -102,7 +102,7 @@ class ClassifierFeatures(ImageFeatures):
         return seen[-1] if seen else logits.new_empty(0), logits
 
     def _find_last_linear(self, checkpoint: str | Path) -> nn.Linear:
-        """Return the linear layer whose output is the network's."""
+        """Return the linear layer that produces the network's output."""
         for layer in reversed([module for module in self.network.modules() if isinstance(module, nn.Linear)]):
             self._last_linear = layer
             with torch.no_grad():
@@ -110,17 +110,17 @@ class ClassifierFeatures(ImageFeatures):
                 if features.ndim == 2 and torch.equal(layer(features), logits):
                     return layer
         raise ValueError(
-            f"The network of {checkpoint} does not end in a linear layer, so there are no features to compare. Take "
+            f"The network of {checkpoint} does not end in a linear layer, so there are no features to compare. Use "
             "another backbone, for example cifar_resnet."
         )
 
 
 class InceptionFeatures(ImageFeatures):
-    """The Inception network of the FID, by torch-fidelity: pooled features (D = 2048) and logits without bias.
+    """The Inception network of the FID, from torch-fidelity: pooled features (D = 2048) and logits without bias.
 
     Args:
         weights: file ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's releases; ``None`` lets
-            torch-fidelity download it to torch's cache, once.
+            torch-fidelity download it once to torch's cache.
 
     Raises:
         ImportError: if torch-fidelity is not installed.
@@ -141,7 +141,7 @@ class InceptionFeatures(ImageFeatures):
             self.network: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
-        except RuntimeError as error:  # of load_state_dict, with a line per tensor
+        except RuntimeError as error:  # from load_state_dict, with a line per tensor
             raise ValueError(f"{path} does not hold the weights of torch-fidelity's Inception network.") from error
         self.freeze()
 
@@ -152,14 +152,14 @@ class InceptionFeatures(ImageFeatures):
 
 
 def _fetched(url: str) -> Path:
-    """Return the file of a URL in torch's cache, downloaded if it is not there; its name ends in its checksum."""
+    """Return the file of a URL in torch's cache, downloading it if missing; its name ends in its checksum."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2])
-    except (OSError, RuntimeError) as error:  # no network, a full disk; another checksum
+    except (OSError, RuntimeError) as error:  # no network, a full disk; a wrong checksum
         raise ValueError(
             f"The weights of Inception cannot be downloaded ({error}). Fetch {url} elsewhere and give the file."
         ) from error
@@ -167,12 +167,12 @@ def _fetched(url: str) -> Path:
 
 
 def _check_holds_weights_only(path: Path) -> None:
-    """Refuse a file that could run code, which torch-fidelity would not."""
+    """Refuse a file that could run code; torch-fidelity would not."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r} with the weights of Inception.")
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a file that is none fails in many ways
+    except Exception as error:  # an invalid file fails in many ways
         raise ValueError(
-            f"{path} is no file of weights ({type(error).__name__}). Delete it, or give another."
+            f"{path} is not a weights file ({type(error).__name__}). Delete it, or give another."
         ) from error

@@ -25,18 +25,18 @@ _PER_IMAGE = (
 
 
 class Crowd(NamedTuple):
-    """How many objects, without crowds, the fullest images have: of one class, and in all."""
+    """The most objects in an image, without crowds: of one class, and in all."""
 
     of_a_class: int
     in_all: int
 
 
 class Scores(NamedTuple):
-    """What an epoch of evaluation gives.
+    """The scores of an evaluation epoch.
 
     Attributes:
-        overall: values in [0, 1] by torchmetrics' names (``map``, ``map_50``, ``mar_100``, ...), those of masks with
-            ``mask_`` before them. What is not defined, for want of objects, is left out.
+        overall: values in [0, 1] by torchmetrics' names (``map``, ``map_50``, ``mar_100``, ...), those of masks
+            prefixed with ``mask_``. Scores that are undefined because there are no such objects are omitted.
         per_class: average precision by label.
         crowd: of the fullest image.
     """
@@ -49,16 +49,16 @@ class Scores(NamedTuple):
 class MeanAveragePrecision(_MeanAveragePrecision):
     """torchmetrics' ``MeanAveragePrecision``, exact in distributed runs.
 
-    torchmetrics gathers every tensor of every image on its own, which hangs as soon as two ranks have different numbers
-    of images, and evaluates on every rank. Here each rank sends what it has once, rank zero puts the images in the
-    order of their index, each once, and evaluates, and all ranks get its answer.
+    torchmetrics gathers every tensor of every image separately, which hangs as soon as two ranks have different numbers
+    of images, and evaluates on every rank. Here each rank sends its data once, rank zero orders the images by index,
+    each once, and evaluates, and all ranks get its result.
 
     Args:
-        masks: whether masks are scored beside boxes.
-        max_detections: how many detections of a class, the best, count in an image, 100 or more.
+        masks: whether to score masks besides boxes.
+        max_detections: how many of the best detections per class count in an image, 100 or more.
 
     Raises:
-        ValueError: if ``max_detections`` is less than 100, or another number and faster-coco-eval is not installed.
+        ValueError: if ``max_detections`` is less than 100, or more and faster-coco-eval is not installed.
         ImportError: if neither faster-coco-eval nor pycocotools is installed.
     """
 
@@ -66,7 +66,7 @@ class MeanAveragePrecision(_MeanAveragePrecision):
 
     def __init__(self, *, masks: bool, max_detections: int = 100) -> None:
         if max_detections < 100:
-            raise ValueError(f"max_detections must be 100, as COCO has it, or more, got {max_detections}.")
+            raise ValueError(f"max_detections must be 100, as in COCO, or more, got {max_detections}.")
         if max_detections != 100 and coco_backend() != "faster_coco_eval":  # pycocotools gives -1 as mAP
             raise ValueError(
                 f'max_detections={max_detections} needs faster-coco-eval: pip install "dia-lightning[detection]", or '
@@ -82,18 +82,18 @@ class MeanAveragePrecision(_MeanAveragePrecision):
             backend=coco_backend(),
             sync_on_compute=False,
         )
-        self.warn_on_many_detections = False  # that only the best count is as COCO has it
+        self.warn_on_many_detections = False  # counting only the best is as in COCO
         self.add_state("index", default=[], dist_reduce_fx=None)
 
     def add(
         self, detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]], index: Tensor
     ) -> None:
-        """Add the images of a batch; those of index -1 only fill it up and are left out.
+        """Add the images of a batch, skipping padding (index -1).
 
         Args:
             detections: of B images.
             targets: of the same images.
-            index: position in the data set ``[B]``.
+            index: position in the dataset ``[B]``.
 
         Raises:
             ValueError: if a score or a box is not finite.
@@ -103,8 +103,8 @@ class MeanAveragePrecision(_MeanAveragePrecision):
                 continue
             if not (torch.isfinite(found["scores"]).all() and torch.isfinite(found["boxes"]).all()):
                 raise ValueError(
-                    f"The network gives scores or boxes that are not finite for image {position}: its weights are not "
-                    "finite, or the image is not. Take an earlier checkpoint or a lower lr."
+                    f"The network returns scores or boxes that are not finite for image {position}: its weights or the "
+                    "image are not finite. Use an earlier checkpoint or a lower lr."
                 )
             self.update([_prepared(found)], [_prepared(true)])
             self.index.append(torch.tensor(position))
@@ -120,7 +120,7 @@ class MeanAveragePrecision(_MeanAveragePrecision):
         if distributed.get_rank() == 0:
             try:
                 answer = [self._evaluate({key: record for part in gathered for key, record in part.items()})]
-            except Exception as error:  # else the other ranks would wait for ever
+            except Exception as error:  # otherwise the other ranks would wait forever
                 answer = [error]
         distributed.broadcast_object_list(answer)
         if isinstance(answer[0], Exception):
@@ -135,7 +135,7 @@ class MeanAveragePrecision(_MeanAveragePrecision):
         if not images:
             return Scores({}, {})
         kept = {name: getattr(self, name) for name in _PER_IMAGE}
-        ordered = [images[position] for position in sorted(images)]  # equal scores count in the order of images
+        ordered = [images[position] for position in sorted(images)]  # ties are broken by the order of images
         try:
             for name in ordered[0]:
                 setattr(self, name, [record[name] for record in ordered])

@@ -22,35 +22,35 @@ class OptimizationOptions:
     """How a task is trained.
 
     Args:
-        optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which then ignores ``lr``,
-            ``momentum``, ``nesterov`` and ``weight_decay``, but for a rate that a learning-rate finder has found.
-        lr: full learning rate, positive, that schedule, warm-up and factors act on. A finder (``LearningRateFinder``,
-            ``Tuner.lr_find``) writes here. A resumed run keeps that of its checkpoint.
+        optimizer: ``"sgd"``, ``"adamw"``, or a callable ``parameters -> Optimizer``, which ignores ``lr``,
+            ``momentum``, ``nesterov`` and ``weight_decay``, except for a rate set by a learning-rate finder.
+        lr: full learning rate, positive, to which schedule, warm-up and factors apply. A finder
+            (``LearningRateFinder``, ``Tuner.lr_find``) writes here. A resumed run keeps that of its checkpoint.
         momentum: of SGD, in [0, 1).
         nesterov: whether SGD uses Nesterov momentum.
-        weight_decay: applied to all parameters, those of the attention included.
+        weight_decay: applied to all parameters, including those of the attention.
         norm_weight_decay: whether norms and biases have weight decay too.
-        attention_lr: factor of the rate of the attention, 0 or more; its parameters are a group of their own then.
-        layer_decay: factor in (0, 1] of the rate from each layer to the one before; the head has the full rate. A layer
-            is a block of the backbone, or what stands outside of blocks with the norms after it. The attention has
+        attention_lr: learning-rate factor of the attention, 0 or more, whose parameters then form their own group.
+        layer_decay: learning-rate factor in (0, 1] from each layer to the one before; the head has the full rate. A
+            layer is a block of the backbone, or a module outside of blocks with the norms after it. The attention has
             the full rate, times ``attention_lr``.
-        freeze: what is not trained: patterns of names of parameters or modules, such as ``["backbone.layer1"]``, or
-            ``"all-but-attention-and-head"``. Batch norms whose weights are frozen keep their statistics too. Nothing
-            unfreezes it again, and what is frozen by other means stays so.
+        freeze: what not to train: patterns of parameter or module names, such as ``["backbone.layer1"]``, or
+            ``"all-but-attention-and-head"``. Batch norms with frozen weights keep their statistics too. Nothing
+            unfreezes these again, and parameters frozen by other means stay frozen.
         schedule: ``"step"``, ``"cosine"``, ``"constant"``, or a callable ``optimizer -> LRScheduler``; stepped per
-            epoch. ``"cosine"`` ends with the training: if ``trainer.max_steps`` ends it, the cosine is stepped, and
-            ``warmup_epochs`` rise, per optimizer step. It does not know of ``trainer.max_time``.
-        schedule_interval: ``"epoch"``, or ``"step"``, an optimizer step, which milestones count then too.
-        schedule_frequency: a callable's schedule is stepped once in so many intervals.
+            epoch. ``"cosine"`` ends with the training: if ``trainer.max_steps`` ends it, the cosine and the rise of
+            ``warmup_epochs`` are stepped per optimizer step. It ignores ``trainer.max_time``.
+        schedule_interval: ``"epoch"``, or ``"step"`` (optimizer step), then also the unit of milestones.
+        schedule_frequency: a callable's schedule is stepped once every this many intervals.
         schedule_monitor: metric that ``ReduceLROnPlateau`` watches, for example ``"val/loss"``.
         milestones: epochs at which ``"step"`` multiplies the rate by ``gamma``.
         gamma: factor in (0, 1].
-        warmup_epochs: epochs of linear rise before the schedule; that of a callable goes on meanwhile.
-        warmup_steps: optimizer steps of linear rise at the start, usual in detection and diffusion; the schedule goes
-            on meanwhile.
+        warmup_epochs: epochs of linear rise before the schedule; a callable's schedule runs meanwhile.
+        warmup_steps: optimizer steps of linear rise at the start, usual in detection and diffusion; the schedule runs
+            meanwhile.
 
     Raises:
-        ValueError: if a number is out of its range, a name is unknown, or options do not go together.
+        ValueError: if a number is out of range, a name is unknown, or options conflict.
 
     Example:
         >>> OptimizationOptions(schedule="step", milestones=[30, 60], nesterov=True).lr
@@ -97,7 +97,7 @@ class OptimizationOptions:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.nesterov and (name != "sgd" or self.momentum == 0):
             raise ValueError(
-                f"nesterov=True needs optimizer='sgd' and a momentum above 0, got {name!r} and {self.momentum}."
+                f"nesterov=True needs optimizer='sgd' and a positive momentum, got {name!r} and {self.momentum}."
             )
 
     def _check_milestones(self) -> None:
@@ -107,7 +107,7 @@ class OptimizationOptions:
         if milestones is None:  # null in a config
             raise ValueError("milestones must be a list, got null. Write [] for none.")
         if list(milestones) != sorted(set(milestones)) or any(epoch < 1 for epoch in milestones):
-            raise ValueError(f"milestones must be rising epochs of at least 1, got {list(milestones)}.")
+            raise ValueError(f"milestones must be increasing epochs of at least 1, got {list(milestones)}.")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1], got {self.gamma}.")
         if name == "step" and not milestones:
@@ -115,7 +115,7 @@ class OptimizationOptions:
                 "schedule='step' needs milestones, the epochs at which lr is multiplied by gamma; got none."
             )
         if milestones and isinstance(name, str) and name != "step":
-            raise ValueError(f"milestones are for schedule='step', but schedule={name!r}. Leave them out, or write [].")
+            raise ValueError(f"milestones are for schedule='step', but schedule={name!r}. Omit them, or write [].")
 
     def _check_warmup(self) -> None:
         epochs, steps = self.warmup_epochs, self.warmup_steps
@@ -126,7 +126,7 @@ class OptimizationOptions:
         if steps > 0 and epochs > 0:
             raise ValueError(f"Give warmup_epochs or warmup_steps, not both, got {epochs} and {steps}.")
         if epochs > 0 and self.schedule == "step" and self.schedule_interval == "step":
-            raise ValueError(f"Milestones in steps go with warmup_steps, not with warmup_epochs, got {epochs}.")
+            raise ValueError(f"Milestones in steps go with warmup_steps, not warmup_epochs, got {epochs}.")
 
     def _check_stepping(self) -> None:
         if self.schedule_interval not in ("epoch", "step"):
@@ -139,10 +139,10 @@ class OptimizationOptions:
                 raise ValueError(f"{name} is for a callable, but schedule={self.schedule!r}, got {value!r}.")
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> Optimizer:
-        """Return the optimizer that the options name or make, of parameters in groups or not."""
+        """Return the optimizer that the options name or make, for parameters with or without groups."""
         if not isinstance(self.optimizer, str):
             return self.optimizer(parameters)
-        lr, weight_decay = float(self.lr), float(self.weight_decay)  # numbers of numpy would spoil a checkpoint
+        lr, weight_decay = float(self.lr), float(self.weight_decay)  # numpy numbers would spoil a checkpoint
         if self.optimizer == "sgd":
             momentum, nesterov = float(self.momentum), self.nesterov
             return SGD(parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)

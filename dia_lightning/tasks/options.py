@@ -1,4 +1,4 @@
-"""Options that all tasks have, as keywords of their constructors."""
+"""Options common to all tasks, as keywords of their constructors."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -62,7 +62,7 @@ class Options(OptimizationOptions, AttentionOptions):
         OptimizationOptions.__post_init__(self)
 
     def values_of(self, kind: type[AttentionOptions | OptimizationOptions]) -> dict[str, Any]:
-        """Return those of one kind by name."""
+        """Return the options of one kind by name."""
         return {field.name: getattr(self, field.name) for field in fields(kind)}
 
 
@@ -83,13 +83,13 @@ class TakesOptions:
 
     @classmethod
     def option_names(cls) -> set[str]:
-        """Return what the constructors of the class and its bases take by name."""
+        """Return the keywords that the constructors of the class and its bases take."""
         kinds = [base for base in cls.__mro__ if issubclass(base, TakesOptions)]
         return {name for base in kinds for name in inspect.signature(base).parameters}
 
     @classmethod
     def refuse_unknown(cls, names: Iterable[str], known: Iterable[str] = TaskOptions.__annotations__) -> None:
-        """Raise a ValueError with the nearest names if a name is not known."""
+        """Raise a ValueError with the closest names if a name is unknown."""
         for name in (name for name in names if name not in known):
             near = " or ".join(map(repr, get_close_matches(name, cls.option_names())))
             hint = f"Did you mean {near}?" if near else f"help({cls.__name__}) lists them."
@@ -97,7 +97,7 @@ class TakesOptions:
 
 
 class _OfClass:
-    """An attribute that classes have and their instances do not: those are called in another way."""
+    """An attribute of classes that their instances lack, since calling an instance differs."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -114,11 +114,11 @@ def _written_out(constructor: Callable[..., None]) -> inspect.Signature | None:
     if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD or "TaskOptions" not in str(own[-1].annotation):
         return None
     last = own.pop()
-    # jsonargparse finds no defaults in a TypedDict, but those of the base that options of any type are handed on to
+    # jsonargparse finds no defaults in a TypedDict, only those of the base that options of any type are passed on to
     constructor.__annotations__[last.name] = Any
     docs = [inspect.getdoc(kind) or "" for kind in (AttentionOptions, OptimizationOptions)]
     texts = [doc.partition("Args:\n")[2].partition("\n\n")[0] for doc in docs]
-    constructor.__doc__ = "\n".join(["Take options, beside the arguments of the class.", "", "Args:", *texts])
+    constructor.__doc__ = "\n".join(["Take options, besides the arguments of the class.", "", "Args:", *texts])
     options = [
         inspect.Parameter(field.name, last.KEYWORD_ONLY, default=field.default, annotation=field.type)
         for field in fields(Options)
@@ -127,8 +127,8 @@ def _written_out(constructor: Callable[..., None]) -> inspect.Signature | None:
     return inspect.Signature([*own, *options])
 
 
-# Of this constructor alone the function shows them, for classes whose source jsonargparse cannot read. Lightning looks
-# the names up in the frames of those that hyperparameters are saved in.
+# Only this constructor's function shows them, for classes whose source jsonargparse cannot read. Lightning looks the
+# names up in the frames of constructors that save hyperparameters.
 _OWN = inspect.signature(TakesOptions.__init__)
 _SHOWN = [_OWN.parameters["self"], *inspect.signature(Options).parameters.values()]
 _written_out(TakesOptions.__init__)

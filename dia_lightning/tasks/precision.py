@@ -10,7 +10,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def input_dtype(trainer: Trainer) -> torch.dtype:
-    """Return what the trainer converts all float32 tensors of a batch to, whatever they are for."""
+    """Return the type that the trainer converts all float32 tensors of a batch to, whatever they are for."""
     converted: Tensor = trainer.precision_plugin.convert_input(torch.zeros(1, dtype=torch.float32))
     return converted.dtype
 
@@ -24,14 +24,14 @@ def check_keeps_boxes(trainer: Trainer) -> None:
     dtype = input_dtype(trainer)
     if dtype in _HALF:
         raise ValueError(
-            f"precision={trainer.precision!r} would round boxes and anchors, from 512 pixels on to "
+            f"precision={trainer.precision!r} would round boxes and anchors, above 512 pixels to "
             f"{512 * torch.finfo(dtype).eps:g}. Detection takes 32-true, 16-mixed, bf16-mixed and 64-true "
             "(--trainer.precision bf16-mixed)."
         )
 
 
 def check_gradients_survive(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Warn of a precision that loses small gradients, and refuse an optimizer that makes NaN of them.
+    """Warn of a precision that loses small gradients, and refuse an optimizer that makes weights NaN.
 
     Raises:
         ValueError: if the optimizer divides by its ``eps``, and that is 0 in float16.
@@ -41,7 +41,7 @@ def check_gradients_survive(trainer: Trainer, optimizer: Optimizer) -> None:
     eps = optimizer.defaults.get("eps")
     if eps is not None and torch.tensor(eps, dtype=torch.float16) == 0:
         raise ValueError(
-            f"{type(optimizer).__name__} divides by eps={eps:g}, which is 0 with precision='16-true', so that weights "
+            f"{type(optimizer).__name__} divides by eps={eps:g}, which is 0 with precision='16-true', so weights "
             "become NaN. Use 16-mixed or bf16-true (--trainer.precision 16-mixed), or optimizer='sgd'."
         )
     rank_zero_warn(

@@ -445,13 +445,13 @@ def test_a_file_that_is_not_inception_is_refused(classifier: str, tmp_path: Path
     with pytest.raises(FileNotFoundError, match=r"There is no file 'none\.pth'"):
         InceptionFeatures("none.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.pth is no file of weights"):
+    with pytest.raises(ValueError, match=r"text\.pth is not a weights file"):
         InceptionFeatures(tmp_path / "text.pth")
     with pytest.MonkeyPatch.context() as patch:  # the same for a file that lies where the download would be
         patch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").write_text("hello")
-        with pytest.raises(ValueError, match=r"6726825d\.pth is no file of weights"):
+        with pytest.raises(ValueError, match=r"6726825d\.pth is not a weights file"):
             InceptionFeatures()
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth does not hold the weights of torch-fidelity's Inception"):

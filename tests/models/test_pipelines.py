@@ -483,8 +483,8 @@ def plain_unet(**options: Any) -> nn.Module:
     [
         (lambda: "unet", {"attention": Doubling}, r"attention was given as an object \(.*object:Doubling"),
         (Echo, {}, "must be a UNet2DModel or a DiTTransformer2DModel of diffusers to become a pipeline, got Echo"),
-        (lambda: attach(plain_unet(), Doubling), {}, "other weights than a UNet2DModel of its config"),
-        (lambda: plain_unet(image_shape=(1, 16, 16)), {}, r"shape \[1, 16, 16\], by the task \[1, 8, 8\]"),
+        (lambda: attach(plain_unet(), Doubling), {}, "differ from those of a UNet2DModel built from its config"),
+        (lambda: plain_unet(image_shape=(1, 16, 16)), {}, r"shape \[1, 16, 16\], but the task needs \[1, 8, 8\]"),
         (
             lambda: UNet2DModel(
                 in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,

@@ -163,7 +163,7 @@ def test_a_detector_tells_what_is_unusual(tmp_path: Path) -> None:
     (message,) = told(tiny_task("retinanet"), changed(0.01), tmp_path)
     assert "All boxes of the first batch are in [0, 1]" in message
     (message,) = told(tiny_task("retinanet"), changed(4), tmp_path)
-    assert "reaches out of its image of 64 x 64 pixels" in message
+    assert "extends beyond its image of 64 x 64 pixels" in message
     plain = tiny_task("retinanet", detector_args={"image_mean": [0.0] * 3, "image_std": [1.0] * 3})
     assert not told(plain, ([image * 2 - 1 for image in images], targets, index), tmp_path)
 

@@ -166,7 +166,7 @@ class Silent(Dataset[Any]):
     [
         (
             DataLoader(Silent(), 2),
-            "needs the label of every training image, which Silent does not tell. Give it an attr",
+            "needs the label of every training image, which Silent does not provide. Give it an attr",
         ),
         (Given([(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1]))]), "which list does not tell"),
         ([DataLoader(Targets(LABELS), 2)] * 2, "which list does not tell"),

@@ -209,7 +209,10 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
         ({"schedule": "cosine", "milestones": [3]}, "milestones are for schedule='step'"),
         ({"schedule": "step"}, "schedule='step' needs milestones"),
         ({"backbone_args": {"num_classes": 7}}, "backbone_args must not have num_classes"),
-        ({"schedule": "step", "milestones": [5, 3]}, r"milestones must be rising epochs of at least 1, got \[5, 3\]"),
+        (
+            {"schedule": "step", "milestones": [5, 3]},
+            r"milestones must be increasing epochs of at least 1, got \[5, 3\]",
+        ),
         ({"schedule": "step", "milestones": [2], "warmup_epochs": 2}, "end before the first milestone, got 2"),
         ({"gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
         ({"backbone": "cifar_resnt"}, "cifar_resnet"),

@@ -129,7 +129,7 @@ def test_a_target_that_does_not_fit_is_refused_with_its_image(
 
 def test_masks_that_are_missing_or_too_few_are_refused() -> None:
     task = tiny_task("maskrcnn").train()
-    with pytest.raises(ValueError, match=r"image 0 of the batch has no masks\. Set masks=True of the data module"):
+    with pytest.raises(ValueError, match=r"image 0 of the batch has no masks\. Set masks=True in the data module"):
         task.losses(*training_batch(1, 2))
     images, targets = training_batch(1, 2, masks=True)
     targets[1]["masks"] = targets[1]["masks"][:1]
@@ -464,7 +464,7 @@ def test_options_of_a_named_detector_are_refused_beside_an_object(options: dict[
         ),
         ({"detector_args": {"frozen_norm": True}}, "detector_args must not have frozen_norm"),
         ({"trainable_layers": 9}, "trainable_layers must be 0"),
-        ({"max_detections": 99}, "max_detections must be 100, as COCO has it, or more, got 99"),
+        ({"max_detections": 99}, "max_detections must be 100, as in COCO, or more, got 99"),
         ({"lr": -1.0}, "lr must be a positive number, got -1.0"),
     ],
 )

@@ -53,7 +53,7 @@ def test_more_objects_than_count_are_told_once(tmp_path: Path) -> None:
     found, told = score(DetectionTask(Perfect(labels), num_classes=2), labels, tmp_path, epochs=2)
     assert found["test/map"] == pytest.approx(67 / 101, abs=1e-3)  # as COCO has it: recall ends at 100 of 150
     (message,) = told
-    assert "150 objects of a class, but the scores count the best 100" in message
+    assert "150 objects of a class, but the scores count only the best 100" in message
     assert "set max_detections=150 (--model.max_detections)" in message
 
 

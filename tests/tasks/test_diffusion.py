@@ -511,8 +511,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
     [
         ((symmetric_images(4, channels=3), torch.zeros(4).long()), r"shape \[3, 8, 8\].* image_shape \[1, 8, 8\]"),
         ((symmetric_images()[:, :, :6, :6], torch.zeros(4).long()), r"shape \[1, 6, 6\].* image_shape \[1, 8, 8\]"),
-        ((symmetric_images() * 3, torch.zeros(4).long()), r"must be in \[-1, 1\], but reach from -\d.* to \d"),
-        ((symmetric_images(), torch.rand(4, 3)), "one label per image: leave out mixup and cutmix"),
+        ((symmetric_images() * 3, torch.zeros(4).long()), r"must be in \[-1, 1\], but range from -\d.* to \d"),
+        ((symmetric_images(), torch.rand(4, 3)), "one label per image: disable mixup and cutmix"),
         (symmetric_images(), "one label per image"),
     ],
 )

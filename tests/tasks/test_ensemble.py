@@ -98,7 +98,7 @@ def test_members_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         EnsembleTask([one])
     with pytest.raises(ValueError, match="two or more different members, got 2"):
         EnsembleTask([one, one])
-    with pytest.raises(ValueError, match="Linear is no classifier"):
+    with pytest.raises(ValueError, match="Linear is not a classifier"):
         EnsembleTask([one, Linear(3)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="An ensemble is not trained"):
         small_trainer(tmp_path).fit(EnsembleTask([one, two]), batches(torch.randint(3, (20,)))[1])

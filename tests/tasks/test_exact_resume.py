@@ -191,7 +191,7 @@ def test_double_precision_and_a_schedule_that_watches_a_metric_go_on(tmp_path: P
 
 def test_the_rate_that_a_finder_found_stays(tmp_path: Path) -> None:
     straight = train(tmp_path, callbacks=[LearningRateFinder(num_training_steps=3)])
-    with pytest.warns(UserWarning, match="LearningRateFinder is left out"):
+    with pytest.warns(UserWarning, match="LearningRateFinder is skipped"):
         resumed = train(tmp_path, callbacks=[LearningRateFinder(num_training_steps=3)], start=EPOCH_END)
     assert differences(straight, resumed) == []
 

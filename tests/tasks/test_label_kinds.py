@@ -226,5 +226,5 @@ def test_a_wrong_task_is_refused(options: dict[str, Any], message: str) -> None:
 
 def test_a_network_with_other_outputs_is_refused(tmp_path: Path) -> None:
     data = Given([(torch.zeros(2, 2, 1, 1), torch.tensor([0, 1]))])
-    with pytest.raises(ValueError, match=r"must give logits \[B, 1\] for task='binary'.*but gives \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"must return logits \[B, 1\] for task='binary'.*but returns \[2, 2\]"):
         small_trainer(tmp_path).validate(ClassificationTask(Scores(), task="binary"), data, verbose=False)

@@ -166,7 +166,10 @@ def test_the_monitor_of_rates_shows_groups_by_name(tmp_path: Path) -> None:
         ({"attention_lr": -1}, "attention_lr must be 0 or a positive factor of lr, got -1"),
         ({"layer_decay": 1.5}, r"layer_decay must be in \(0, 1\], got 1.5"),
         ({"freeze": "backbone"}, r"freeze must be a list of patterns such as \['backbone.layer1'\]"),
-        ({"freeze": ["layer9"]}, "freeze has the pattern 'layer9', which matches no parameter. Their names are such"),
+        (
+            {"freeze": ["layer9"]},
+            "freeze has the pattern 'layer9', which matches no parameter. Parameter names look like",
+        ),
     ],
 )
 def test_wrong_groups_are_refused(options: dict[str, Any], message: str) -> None:
@@ -359,7 +362,7 @@ class Unfreezes(Callback):
 def test_parameters_that_no_optimizer_has_are_named() -> None:
     task = tiny_task()
     task.backbone.stem.requires_grad_(False)
-    with pytest.warns(UserWarning, match="2 parameters were unfrozen but are in no group of the optimizer"):
+    with pytest.warns(UserWarning, match="2 parameters were unfrozen but are in no optimizer group"):
         fit(task, max_epochs=1, callbacks=[Unfreezes()])
 
 

@@ -75,7 +75,7 @@ def test_the_losses_of_the_same_weights_are_those_of_float32(name: str, precisio
     if refused(name, precision):
         with pytest.raises(
             ValueError,
-            match=f"precision='{precision}' would round boxes and anchors, from 512 pixels on to .* bf16-mixed",
+            match=f"precision='{precision}' would round boxes and anchors, above 512 pixels to .* bf16-mixed",
         ):
             losses(name, precision)
         return

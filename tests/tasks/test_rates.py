@@ -213,7 +213,7 @@ def test_one_cycle_has_its_own_rates_and_the_factors_of_groups() -> None:
         optimizer.step()
         if len(expected) < 8:
             reference.step()
-    with pytest.warns(UserWarning, match="OneCycleLR brings rates of its own, so that the rate that was found, 0.002"):
+    with pytest.warns(UserWarning, match="OneCycleLR sets its own rates, so the rate that was found, 0.002"):
         found = fit(task, callbacks=[Finds(0.002)], max_epochs=2)
     assert found.seen == [pytest.approx([rate, 0.1 * rate]) for rate in expected]
 
@@ -314,14 +314,14 @@ def test_a_plateau_waits_for_the_first_validation() -> None:
         ({"schedule": TorchPlateau}, "ReduceLROnPlateau needs a metric to watch. Set schedule_monitor"),
         (
             {"schedule": TorchPlateau, "schedule_monitor": "val/los"},
-            r"watches 'val/los', which is not logged. Logged are: train/acc, train/loss, val/acc, val/acc_macro, ",
+            r"watches 'val/los', which is not logged. Logged: train/acc, train/loss, val/acc, val/acc_macro, ",
         ),
         (
             {"schedule": partial(ReduceLROnPlateau, monitor="a"), "schedule_monitor": "b"},
             "schedule_monitor is 'b', but ReduceLROnPlateau has 'a'",
         ),
         ({"schedule": partial(StepLR, step_size=1), "schedule_monitor": "a"}, "schedule_monitor is for Reduce"),
-        ({"schedule": lambda optimizer: None}, "schedule must return an LRScheduler of torch, got a NoneType"),
+        ({"schedule": lambda optimizer: None}, "schedule must return a torch LRScheduler, got a NoneType"),
         ({"schedule_monitor": "val/loss"}, "schedule_monitor is for a callable, but schedule='constant'"),
         ({"schedule_frequency": 2}, "schedule_frequency is for a callable, but schedule='constant', got 2"),
         ({"schedule_interval": "batch"}, "schedule_interval must be 'epoch' or 'step', got 'batch'"),

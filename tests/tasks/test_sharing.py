@@ -186,11 +186,11 @@ def test_hyperparameters_that_are_none_are_refused(hyperparameters: Any, message
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"dia_task": None}, "no config of a task of dia-lightning: dia_task is None"),
+        ({"dia_task": None}, "not a config of a dia-lightning task: dia_task is None"),
         ({"dia_task": "SegmentationTask"}, "written by SegmentationTask, which is not imported"),
         (
             {"dia_task": "DetectionTask"},
-            "holds a DetectionTask and no ClassificationTask: DetectionTask.",
+            "holds a DetectionTask, not a ClassificationTask: DetectionTask.",
         ),
         ({"hyper_parameters": []}, r"hyper_parameters is \[\]"),
         ({"code": "import os"}, "'code' is unknown"),

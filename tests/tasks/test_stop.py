@@ -124,7 +124,7 @@ def test_a_second_ctrl_c_does_not_wait(
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, Send(signal.SIGINT, "start", 5, times=2))
     assert not isinstance(stop.value, SIGTERMException)
-    assert "Ctrl-C once more" in capfd.readouterr().err
+    assert "Ctrl-C again" in capfd.readouterr().err
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 

@@ -52,9 +52,9 @@ def test_a_classifier_of_other_classes_keeps_its_start(plain: Path) -> None:
 
 
 def test_weights_of_another_network_are_refused(plain: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds another network: .* weights are missing"):
+    with pytest.raises(ValueError, match=r"holds a different network: .* weights are missing"):
         load_weights(get_model("cifar_resnet", depth=20, num_classes=10), str(plain))
-    with pytest.raises(ValueError, match="holds another network"):
+    with pytest.raises(ValueError, match="holds a different network"):
         load_weights(get_model("cifar_wrn", depth=10, widen_factor=4, num_classes=10), str(plain))
 
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_names_code_is_refused(tmp_path: Path, monkeypatch: py
 def test_attention_that_fits_in_part_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     depth = {"backbone_args": {"depth": 20}}
     torch.save(small_task(**depth).backbone.state_dict(), tmp_path / "attached.pth")
-    with pytest.raises(ValueError, match="holds other attention than this network has"):
+    with pytest.raises(ValueError, match="holds different attention than this network"):
         small_task(**depth, **options, init_from=str(tmp_path / "attached.pth"))
 
 
@@ -144,7 +144,7 @@ def test_a_classifier_of_this_package_gives_the_backbone_its_weights(tmp_path: P
     for frozen in (False, True):
         own = body_of(tiny_task(seed=1, init_from=str(tmp_path / "task.ckpt"), frozen_norm=frozen)).state_dict()
         assert all(torch.equal(value, weights[key]) for key, value in own.items())
-    with pytest.raises(ValueError, match="holds other attention than this network has"):
+    with pytest.raises(ValueError, match="holds different attention than this network"):
         tiny_task(identity=True, init_from=str(tmp_path / "task.ckpt"))
 
 
@@ -166,13 +166,13 @@ def test_a_classifier_of_a_library_gives_the_backbone_its_weights(tmp_path: Path
 )
 def test_a_classifier_of_another_kind_is_refused(tmp_path: Path, name: str, args: dict[str, Any]) -> None:
     torch.save(get_model(name, **args).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth' holds another network"):
+    with pytest.raises(ValueError, match=r"other\.pth' holds a different network"):
         tiny_task(init_from=str(tmp_path / "other.pth"))
 
 
 def test_another_detector_is_refused(tmp_path: Path) -> None:
     torch.save(tiny_task("fasterrcnn").detector.state_dict(), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"holds another network: 12 weights are missing \(roi_heads\.mask_"):
+    with pytest.raises(ValueError, match=r"holds a different network: 12 weights are missing \(roi_heads\.mask_"):
         tiny_task("maskrcnn", init_from=str(tmp_path / "other.pth"))
-    with pytest.raises(ValueError, match=r"holds another network"):
+    with pytest.raises(ValueError, match=r"holds a different network"):
         tiny_task("retinanet", init_from=str(tmp_path / "other.pth"))
