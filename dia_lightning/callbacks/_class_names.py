@@ -51,7 +51,7 @@ def class_names(trainer: Trainer, pl_module: LightningModule, count: int) -> lis
 
 
 def has_several_labels(pl_module: LightningModule) -> bool:
-    """Tell whether an image of a task may have any number of labels."""
+    """Return whether an image of a task may have any number of labels."""
     return getattr(pl_module, "task", None) == "multilabel"
 
 

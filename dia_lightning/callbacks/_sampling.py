@@ -1,4 +1,4 @@
-"""How a callback lets a diffusion task make images."""
+"""How a callback makes a diffusion task generate images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -79,5 +79,5 @@ class Sampling:
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Tell whether every process has a part of the weights only, so that the network runs in training steps alone."""
+    """Return whether every process has only a part of the weights, so that the network runs only in training steps."""
     return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))

@@ -29,9 +29,9 @@ class EMA(WeightAveraging):
 
     Training itself is not changed: the trained weights come back after every validation. When ``fit`` ends, the model
     holds the average. In checkpoints ``state_dict`` is the average, so that test and predict use it, and
-    ``current_model_state`` the trained weights, so that a resumed run goes on as if it had not stopped.
+    ``current_model_state`` the trained weights, so that a resumed run continues as if it had not stopped.
 
-    Other than Lightning's ``EMAWeightAveraging``, this callback leaves the trained weights alone until the first
+    Unlike Lightning's ``EMAWeightAveraging``, this callback leaves the trained weights alone until the first
     update, lets ``test`` and ``validate`` after ``fit`` use the checkpoint they are given, puts the trained weights
     back when an exception ends a validation, and keeps the average on the model's device.
 
@@ -41,8 +41,8 @@ class EMA(WeightAveraging):
     Args:
         decay: share d of the old average that is kept at each step, in [0, 1).
         warmup: whether to start with a smaller decay that grows to ``decay``.
-        start_step: number of optimizer steps that are left out at the beginning.
-        device: where the average is kept, for example ``"cpu"`` to save accelerator memory; ``None`` is the
+        start_step: number of optimizer steps to skip at the beginning.
+        device: where to keep the average, for example ``"cpu"`` to save accelerator memory; ``None`` is the
             model's device.
 
     Raises:
@@ -117,7 +117,7 @@ class EMA(WeightAveraging):
             self._swap_in(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the trained weights."""
+        """Continue with the trained weights."""
         self._swap_back(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -146,8 +146,8 @@ class EMA(WeightAveraging):
             checkpoint["state_dict"] = {name: self._exact.get(name, value) for name, value in trained.items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with the average of a checkpoint; only ``fit`` does."""
-        # test and validate after fit would otherwise get the trained weights in place of the average
+        """Continue with the average of a checkpoint; only ``fit`` does."""
+        # test and validate after fit would otherwise get the trained weights instead of the average
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 

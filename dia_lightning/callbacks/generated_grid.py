@@ -31,7 +31,7 @@ class GeneratedGrid(SampleGrid[Tensor]):
     is drawn.
 
     The task is a :class:`~dia_lightning.tasks.DiffusionTask`, or has its ``sample``, ``denoising`` and ``no_class``.
-    Training goes on with the random numbers that it would have without this callback.
+    Training continues with the same random numbers as without this callback.
 
     Args:
         num_images: number of images, 1 to 400; with classes as many as fill whole rows.

@@ -1,4 +1,4 @@
-"""The one way by which every picture of the package reaches the loggers and the disk."""
+"""The one way every picture of the package reaches the loggers and the disk."""
 
 import re
 from collections.abc import Callable, Sequence

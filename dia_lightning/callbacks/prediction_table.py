@@ -40,7 +40,7 @@ class PredictionTable(PredictionGrid):
         super().__init__(num_images=num_images)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warn if nobody would get the table."""
+        """Warn if no logger takes the table."""
         super().setup(trainer, pl_module, stage)
         if stage == "test" and not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
             rank_zero_warn(

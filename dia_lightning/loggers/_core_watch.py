@@ -1,4 +1,4 @@
-"""An end for programs that would wait for ever for a process that hangs."""
+"""Ends programs that would otherwise wait forever for a hung process."""
 
 import atexit
 import sys
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class CoreWatch(threading.Thread):
-    """Kill W&B's process when it is still there some time after this one began to end.
+    """Kill W&B's process if it is still alive some time after this one began to exit.
 
     W&B's own ``finish_timeout`` is kept by that process, which does not help when it hangs.
 
     Args:
-        process: to be killed.
+        process: the process to kill.
         patience: seconds until then.
         folder: of the run, for the message.
     """
@@ -25,7 +25,7 @@ class CoreWatch(threading.Thread):
         self._done = threading.Event()
 
     def start(self) -> None:
-        """Begin to wait for the end of the program; a thread cannot be started when that has come."""
+        """Start waiting for the end of the program, when it would be too late to start a thread."""
         super().start()
         atexit.register(self._begun.set)  # runs before W&B's own, which came earlier
 
@@ -40,9 +40,9 @@ class CoreWatch(threading.Thread):
             )
 
     def __enter__(self) -> None:
-        """Begin to count the seconds."""
+        """Start counting the seconds."""
         self._begun.set()
 
     def __exit__(self, *exception: object) -> None:
-        """Stop to count."""
+        """Stop counting."""
         self._done.set()

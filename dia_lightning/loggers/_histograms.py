@@ -18,7 +18,7 @@ def histograms(network: nn.Module, what: Watch) -> dict[str, Any]:
 
     Args:
         network: the network, after a backward pass; before one there is nothing to see yet.
-        what: which of them.
+        what: which of the two, or ``"all"``.
 
     Example:
         >>> histograms(nn.Linear(2, 1), "all")

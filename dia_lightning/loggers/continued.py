@@ -1,4 +1,4 @@
-"""Loggers that go on in the files of an earlier start, where Lightning's begin anew: for runs that are resumed."""
+"""Loggers that append to the files of an earlier start, where Lightning's begin anew: for resumed runs."""
 
 import csv
 import re

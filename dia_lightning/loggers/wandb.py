@@ -45,7 +45,7 @@ class WandbLogger(LightningWandbLogger):
         project: the project; ``None`` takes ``WANDB_PROJECT``, else ``"dia-lightning"``.
         name: display name of the run; ``None`` lets W&B invent one.
         save_dir: folder in which ``wandb/`` with all the runs' files is made.
-        id: of a run to go on with, or for a new one; letters, digits, ``-`` and ``_``.
+        id: of a run to resume, or for a new one; letters, digits, ``-`` and ``_``.
         entity: user or team; ``None`` takes the account's default.
         group: runs with the same group are shown together.
         job_type: what kind of run it is, for filters.
@@ -142,7 +142,7 @@ class WandbLogger(LightningWandbLogger):
         return cast("Run", super().experiment)
 
     def resume(self, run_id: str) -> None:
-        """Go on in an earlier run; call it before training starts.
+        """Resume an earlier run; call it before training starts.
 
         Args:
             run_id: the id of that run, which is the last part of its address.
@@ -196,7 +196,7 @@ class WandbLogger(LightningWandbLogger):
             self.experiment.finish()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the watch out of copies, which belongs to this process."""
+        """Exclude the watch, which belongs to this process, from copies."""
         return {**super().__getstate__(), "_watch": None}
 
     def _begin_watch(self) -> None:
@@ -232,7 +232,7 @@ class WandbLogger(LightningWandbLogger):
 
     @contextmanager
     def _unless_lost(self) -> Iterator[None]:
-        """Go on without W&B when its process, the network or the disk is gone."""
+        """Continue without W&B when its process, the network or the disk is gone."""
         try:
             yield
         except Exception as error:  # of many classes, of which some have no base in common
