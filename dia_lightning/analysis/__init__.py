@@ -1,4 +1,4 @@
-"""What shared attention does: how maps of different layers agree, what they are, and what it does to gradients."""
+"""What shared attention does: how well maps of layers agree, which values they take, and its effect on gradients."""
 
 from dia_lightning._extras import require
 

@@ -6,19 +6,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: Values of maps are counted in bins of this width, relative to the bound of the unit (1 without identity start).
+#: Number of bins that map values are counted in, from 0 to the bound of the unit (1 without identity start).
 BINS = 200
 
 
 class StageMoments:
-    """Sums over images of what the maps of L layers of one stage are, in memory that does not grow with the images.
+    """Sums over images of the maps of L layers of one stage, in memory that does not grow with the number of images.
 
-    Row 0 of every bootstrapped sum counts each image once. In the rows below, image by image a random number of times
-    (Poisson with mean 1), which is the bootstrap for sums that are made as images come.
+    Row 0 of every bootstrapped sum counts each image once. The other rows count each image a random number of times
+    (Poisson with mean 1), the online form of the bootstrap.
 
     Args:
         layers: number of layers L.
-        size: length N of the vector that a map is.
+        size: length N of a map as a vector.
         replicates: number of bootstrap replicates R.
 
     Source:
@@ -47,7 +47,7 @@ class StageMoments:
         Args:
             maps: ``[B, L, N]``.
             weights: how often each image counts ``[1 + R, B]``; the first row is 1.
-            bound: what maps are between 0 and.
+            bound: upper bound of the maps; the lower one is 0.
         """
         maps = maps.double()
         weights = weights.double()
@@ -66,7 +66,7 @@ class StageMoments:
             self.counts[layer] += torch.bincount(bins[:, layer].flatten(), minlength=BINS)
 
     def combine(self, combined: Callable[[Tensor, Literal["sum", "min", "max"]], Tensor]) -> None:
-        """Add the images of other processes, which drew their bootstrap with other seeds.
+        """Add the images of other processes, whose bootstrap used other seeds.
 
         Args:
             combined: returns the sum, minimum or maximum of a tensor over all processes.
@@ -81,11 +81,11 @@ class StageMoments:
 def _correlations(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Return Pearson's coefficient of each pair of layers over channels, and where it is defined, ``[B, L, L]``.
 
-    Where a map does not vary, the coefficient is not defined and given as 0.
+    Where a map does not vary, the coefficient is undefined and returned as 0.
     """
     centred = maps - maps.mean(2, keepdim=True)
     lengths = centred.norm(dim=2, keepdim=True)  # [B, L, 1]
-    # a constant map is only constant up to rounding
+    # constant maps are constant only up to rounding
     varies = lengths > 1e-7 * maps.norm(dim=2, keepdim=True).clamp(min=1e-30)
     unit = torch.where(varies, centred / lengths.clamp(min=1e-300), 0.0)
     return unit @ unit.mT, varies & varies.mT

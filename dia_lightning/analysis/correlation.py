@@ -23,10 +23,10 @@ class StageCorrelation:
         stage: number of the stage.
         layers: names of the sites.
         matrix: ``[L, L]``, symmetric, in [-1, 1]; NaN where a map never varies.
-        mean: of all pairs of different layers; NaN for a single layer.
-        interval: of the mean, 95 %, by bootstrap over images; NaN without replicates.
-        undefined: share of images and pairs that were left out, because one of the maps did not vary.
-        replicates: the mean in each replicate of the bootstrap ``[R]``; NaN where it is not defined.
+        mean: over all pairs of different layers; NaN for a single layer.
+        interval: 95 % interval of the mean, by bootstrap over images; NaN without replicates.
+        undefined: share of images and pairs that were left out because one of the maps did not vary.
+        replicates: the mean in each replicate of the bootstrap ``[R]``; NaN where undefined.
     """
 
     stage: int
@@ -41,13 +41,13 @@ class StageCorrelation:
 def map_correlation(stages: list[RecordedStage], protocol: Protocol = "per-image") -> list[StageCorrelation]:
     """Return the Pearson correlation between layers' maps, stage by stage.
 
-    Which protocol the paper's "up to 0.85" (arXiv 2210.16101, abstract) rests on is not known. The first two count
-    differences between channels that are the same in every image; the third is free of them.
+    It is not known which protocol the paper's "up to 0.85" (arXiv 2210.16101, abstract) rests on. The first two include
+    differences between channels that are the same in every image; the third does not.
 
     Args:
         stages: of a :class:`MapRecorder`.
         protocol: ``"per-image"``: over the channels of each image, then the mean over images. ``"pooled"``: over all
-            values of all images and channels. ``"centred"``: the same after the mean over images is taken from each
+            values of all images and channels. ``"centred"``: the same after subtracting the mean over images from each
             channel of each layer.
 
     Raises:
@@ -61,13 +61,13 @@ def map_correlation(stages: list[RecordedStage], protocol: Protocol = "per-image
 
 
 def mean_correlation(stages: list[StageCorrelation]) -> float:
-    """Return the mean over all pairs of different layers of a stage, of all stages together."""
+    """Return the mean over all pairs of different layers within a stage, over all stages."""
     pairs = torch.cat([_pairs(stage.matrix) for stage in stages])
     return float(pairs.nanmean())
 
 
 def mean_interval(stages: list[StageCorrelation]) -> tuple[float, float]:
-    """Return the interval of :func:`mean_correlation`, 95 %, by bootstrap over images; NaN without replicates.
+    """Return the 95 % interval of :func:`mean_correlation`, by bootstrap over images; NaN without replicates.
 
     Args:
         stages: of one recorder, whose replicates draw the same images in all stages.
@@ -107,7 +107,7 @@ def _pooled(moments: StageMoments, *, centred: bool) -> Tensor:
         totals = moments.sums.sum(2, keepdim=True)  # [R, L, 1]
         covariance = moments.products - totals @ totals.mT / (images * size)
     variance = covariance.diagonal(dim1=1, dim2=2)  # [R, L]
-    # what is left of rounding is no variance
+    # ignore what rounding leaves
     scale = moments.products.diagonal(dim1=1, dim2=2)
     deviation = torch.where(variance > 1e-12 * scale, variance, torch.nan).sqrt()
     return (covariance / (deviation[:, :, None] * deviation[:, None, :])).clamp(-1, 1)

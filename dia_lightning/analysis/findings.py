@@ -1,4 +1,4 @@
-"""Everything that an analysis of a network finds out."""
+"""Everything an analysis of a network finds."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,17 @@ from dia_lightning.analysis.recommendation import Recommendation
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the command ``analyze`` tables, draws and writes.
+    """What the command ``analyze`` tabulates, plots and writes.
 
     Args:
         subject: what was analyzed, by name.
-        notes: sentences about what these numbers mean for this task and network.
+        notes: sentences on how to read these values for this task and network.
         correlations: per protocol and stage.
         gates: per stage.
         importance: per stage.
-        recommendation: ``None`` for a network whose layers share units already, or that has ``plug``.
+        recommendation: ``None`` for a network that already shares units between layers or uses ``plug``.
         gradients: of the loss, summed over the images of a batch.
-        without_shortcuts: the same with the same weights and no shortcuts; ``None`` for networks that need theirs.
+        without_shortcuts: the same with the same weights but no shortcuts; ``None`` for networks that need theirs.
         change: of the features.
     """
 

@@ -1,4 +1,4 @@
-"""Maps that hardly depend on the image, multiplied into the weights of the layers that they belong to."""
+"""Fold maps that hardly depend on the image into the weights of their layers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +17,13 @@ from dia_lightning.attention.watching import watching
 
 @dataclass(frozen=True)
 class FoldedSite:
-    """A site with attention, and what became of it.
+    """A site with attention, and what happened to it.
 
     Args:
         path: of the site in the network.
-        stage: number of its stage, from 0 on.
-        variation: how much its map varies; NaN if the site has not run, or its unit gives no map.
-        kept: why the attention is still there; empty if it was folded.
+        stage: number of its stage, from 0.
+        variation: how much its map varies; NaN if the site did not run or its unit gives no map.
+        kept: why the attention was kept; empty if it was folded.
     """
 
     path: str
@@ -33,7 +33,7 @@ class FoldedSite:
 
     @property
     def is_folded(self) -> bool:
-        """Whether the map is a part of the weights now."""
+        """Whether the map is now part of the weights."""
         return not self.kept
 
 
@@ -43,9 +43,9 @@ class FoldReport:
 
     Args:
         sites: all sites that had attention, in the order in which they run in their stages.
-        difference: largest difference between the outputs of the network before and after, over all batches.
-        mean_difference: the mean of the absolute differences.
-        magnitude: mean of the absolute outputs before, to compare these with.
+        difference: largest absolute difference between the outputs before and after folding, over all batches.
+        mean_difference: mean of the absolute differences.
+        magnitude: mean of the absolute outputs before folding, for comparison.
     """
 
     sites: list[FoldedSite]
@@ -55,7 +55,7 @@ class FoldReport:
 
     @property
     def folded(self) -> list[FoldedSite]:
-        """The sites whose attention is gone."""
+        """The sites whose attention was folded."""
         return [site for site in self.sites if site.is_folded]
 
 
@@ -66,39 +66,39 @@ def fold_constant_maps(
     *,
     run: Callable[[Any], Any] | None = None,
 ) -> FoldReport:
-    """Replace attention maps that hardly depend on the image by their mean, in place, for deployment.
+    """Replace attention maps that hardly depend on the image with their mean, in place, for deployment.
 
-    The variation of a site is the largest standard deviation, over images (and positions, if the map has them), that
-    an entry of its map has per channel, divided by the mean of the map over channels. Where that is not above the
-    tolerance, the mean map is multiplied into weight and bias of the norm, convolution or linear layer at the site, and
-    the site has no attention any more. In front of a norm that :func:`~dia_lightning.attention.attach` has added, that
-    norm goes into the layer too, which gets a bias for it. A network without any attention left is the plain one.
+    The variation of a site is the largest standard deviation of any channel of its map over images (and positions, if
+    the map has them), divided by the mean of the map over channels. Where it does not exceed the tolerance, the mean
+    map is multiplied into weight and bias of the norm, convolution or linear layer at the site, and the attention there
+    is removed. A norm that :func:`~dia_lightning.attention.attach` added after the layer is folded into it too, and
+    the layer gets a bias for it. A network with no attention left is the plain one.
 
     A unit without memory can be folded at any site. One with memory, such as DIA-LSTM, hands a state from block to
-    block: it is folded at the last sites of a chain only, up to the first that varies, because no later map needs the
-    state of those. Other sites keep their attention: those whose layer does not take a factor per channel, which is
-    tried, such as a norm with an activation in it, and those of the network's own modules.
+    block, so it is folded only at the last sites of a chain, back to the last one that varies: no later map needs their
+    state. Other sites keep their attention: those whose layer cannot absorb a factor per channel (this is tested), such
+    as a norm that includes an activation, and those of the network's own modules.
 
     Args:
-        network: with attention, not compiled. Maps are those of evaluation mode; modes stay.
-        batches: representative data of two images at least, which are gone through twice: a list, or a loader that does
-            not shuffle, and no iterator.
-        tolerance: in [0, 1); 0 folds maps that are exactly the same for all images.
-        run: runs the network on a batch; by default the network is given the batch, or its first item. Tensors in what
-            it returns are compared before and after.
+        network: with attention, not compiled. Maps are those of evaluation mode; the modes are restored.
+        batches: representative data, at least two images, iterated twice: a list, or a loader that does not shuffle;
+            not an iterator.
+        tolerance: in [0, 1); 0 folds only maps that are exactly the same for all images.
+        run: runs the network on a batch; by default the network is called with the batch, or its first item. Tensors in
+            what it returns are compared before and after.
 
     Returns:
-        What became of each site, and how much the outputs have changed.
+        What happened to each site, and how much the outputs changed.
 
     Raises:
-        ValueError: if the tolerance is outside [0, 1), ``batches`` is an iterator or has less than two images, no
+        ValueError: if the tolerance is outside [0, 1), ``batches`` is an iterator or has fewer than two images, no
             attention is attached, or the network is compiled.
 
     Source:
         After arXiv 2304.06345 (Huang, Zhong et al., ECCV 2024), which observes that channel attention approaches
-        constant vectors in training, and there trains a vector in the place of the module's input, so that its map is
-        constant by construction. Folding maps of an ordinary unit after training, how their variation is measured, and
-        what is done about memory is this package's own, and an approximation unless the variation is 0.
+        constant vectors in training, and trains a vector instead of the module's input, so that its map is constant by
+        construction. Folding the maps of an ordinary unit after training, the measure of variation and the treatment of
+        memory are this package's own, and an approximation unless the variation is 0.
 
     Example:
         >>> from dia_lightning.attention import attach
@@ -121,7 +121,7 @@ def fold_constant_maps(
             before = [_outputs(run, batch) for batch in batches]
         if max((each.images for each in moments), default=0) < 2:
             raise ValueError(
-                "batches must have two images at least, to see how much maps vary between images. Give some hundred."
+                "batches must have at least two images, to measure how maps vary between images. Give a few hundred."
             )
         of_slot = {slot: each for (_, slot), each in zip(watched, moments, strict=True)}
         for slot, each in of_slot.items():
@@ -157,7 +157,7 @@ class _Moments:
 
     @property
     def variation(self) -> float:
-        """Largest deviation of a channel, over the mean of the map; NaN if there was none."""
+        """Largest deviation of a channel, divided by the mean of the map; NaN if there was no map."""
         if self._count == 0:
             return math.nan
         deviation = (self._squares / self._count - (self._sums / self._count).square()).clamp_min(0).sqrt().max()
@@ -170,14 +170,14 @@ class _Moments:
 
 
 def _check(network: nn.Module, batches: Iterable[Any], tolerance: float) -> None:
-    if not 0 <= tolerance < 1:  # NaN neither
+    if not 0 <= tolerance < 1:  # also refuses NaN
         raise ValueError(
-            f"tolerance must be in [0, 1), the deviation of a map over its mean, for example 0.01; got {tolerance}."
+            f"tolerance must be in [0, 1), the deviation of a map relative to its mean, such as 0.01; got {tolerance}."
         )
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"batches is a {type(batches).__name__}, which is empty after one pass, and two are needed. Give a list or "
-            "a loader."
+            f"batches is a {type(batches).__name__}, which is exhausted after one pass, but two are needed. Give a "
+            "list or a loader."
         )
     if not is_attached(network):
         raise ValueError("No attention is attached to this network, so there is nothing to fold.")
@@ -191,7 +191,7 @@ def _outputs(run: Callable[[Any], Any], batch: Any) -> list[Tensor]:
 
 
 def _differences(before: list[list[Tensor]], after: list[list[Tensor]]) -> tuple[float, float, float]:
-    """Return the largest and the mean difference, and the mean of what was before."""
+    """Return the largest and the mean absolute difference, and the mean absolute output before."""
     pairs = [pair for one, other in zip(before, after, strict=True) for pair in zip(one, other, strict=True)]
     count = max(1, sum(one.numel() for one, _ in pairs))
     differences = [(one.double() - other.double()).abs() for one, other in pairs if one.numel()]

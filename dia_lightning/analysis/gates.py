@@ -1,4 +1,4 @@
-"""What values the attention maps of each layer take."""
+"""Which values the attention maps of each layer take."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from dia_lightning.analysis._moments import BINS
 from dia_lightning.analysis.recorder import RecordedStage
 
-#: A gate is closed below this share of its bound, and open above one minus it.
+#: A gate is closed below this share of its bound, and open above one minus this share.
 SATURATED = 0.01
 _LOW, _HIGH = 0.01, 0.99  # quantiles of the effective range
 
@@ -20,15 +20,15 @@ class StageGates:
     Args:
         stage: number of the stage.
         layers: names of the sites.
-        bound: what maps are between 0 and: 1, or more with an identity start.
+        bound: upper bound of the maps: 1, or more with an identity start.
         mean: ``[L, N]``.
         deviation: standard deviation over images, ``[L, N]``; 0 for maps that do not depend on the image.
         lowest: ``[L, N]``.
         highest: ``[L, N]``.
         closed: share of values below 1 % of the bound, ``[L]``.
         open: share of values above 99 % of the bound, ``[L]``.
-        low: 1 % of values are below, ``[L]``; exact to a two-hundredth of the bound.
-        high: 1 % of values are above, ``[L]``; the effective range of a layer is ``low`` to ``high``.
+        low: 1 % quantile of the values, ``[L]``; exact to 1/200 of the bound.
+        high: 99 % quantile of the values, ``[L]``; the effective range of a layer is ``low`` to ``high``.
     """
 
     stage: int
@@ -47,21 +47,20 @@ class StageGates:
 def gate_statistics(stages: list[RecordedStage]) -> list[StageGates]:
     """Return statistics of the maps, stage by stage.
 
-    Shares and quantiles are counted within 0 and the bound. Units whose maps leave it (DIA-LSTM with ``activation``
-    ``"tanh"`` or ``"relu"``) have their values counted at its ends, while mean, deviation, lowest and highest are true
-    for any unit.
+    Shares and quantiles are counted between 0 and the bound. Values outside (DIA-LSTM with ``activation`` ``"tanh"`` or
+    ``"relu"``) are counted at the ends of that range, while mean, deviation, lowest and highest are exact for any unit.
 
     Args:
         stages: of a :class:`MapRecorder`.
 
     Raises:
-        ValueError: if it recorded states, which have no bound that they could come near to.
+        ValueError: if it recorded states, which have no bound.
 
     Source:
         This package's own.
     """
     if any(stage.content != "maps" for stage in stages):
-        raise ValueError('These are states, and gates are maps. Record with MapRecorder(network, content="maps").')
+        raise ValueError('These are states, but gates are maps. Record with MapRecorder(network, content="maps").')
     return [_of_stage(stage) for stage in stages]
 
 
@@ -69,7 +68,7 @@ def _of_stage(recorded: RecordedStage) -> StageGates:
     moments, images = recorded.moments, recorded.moments.images[0]
     mean = moments.sums[0] / images
     variance = moments.squares / images - mean.square()
-    # what is left of rounding is no variance
+    # ignore what rounding leaves
     deviation = torch.where(variance > 1e-12 * mean.square(), variance, 0.0).sqrt()
     edge = round(SATURATED * BINS)
     total = moments.counts.sum(1)
@@ -91,7 +90,7 @@ def _of_stage(recorded: RecordedStage) -> StageGates:
 
 
 def _quantile(counts: Tensor, share: float) -> Tensor:
-    """Return what a share of the counted values ``[L, BINS]`` is below, in [0, 1]; in a bin they are evenly spread."""
+    """Return the quantile of the counted values ``[L, BINS]``, in [0, 1], taken as spread evenly within a bin."""
     wanted = share * counts.sum(1, keepdim=True)
     below = counts.cumsum(1)
     bins = (below >= wanted).double().argmax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""How gradients come back through the blocks of a network, and how much each block changes its input."""
+"""How gradients flow back through the blocks of a network, and how much each block changes its input."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,8 +35,8 @@ class RelativeChange:
 
     Args:
         blocks: paths of the blocks, in the order in which they ran.
-        mean: over images, ``[T]``; NaN for blocks whose output has another shape than their input.
-        deviation: standard deviation over images, ``[T]``; NaN likewise.
+        mean: over images, ``[T]``; NaN for blocks whose output differs in shape from their input.
+        deviation: standard deviation over images, ``[T]``; NaN for the same blocks.
     """
 
     blocks: list[str]
@@ -44,26 +44,26 @@ class RelativeChange:
     deviation: Tensor
 
 
-# Called with the path of the block, its input and its output; may return what takes the place of the output.
+# Called with the path of the block, its input and its output; may return a replacement for the output.
 _Visit: TypeAlias = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
 def gradient_flow(
     network: nn.Module, loss: Callable[[], Tensor], *, blocks: Sequence[str] | None = None
 ) -> GradientFlow:
-    """Return how large the gradient of a loss is at the output of each block.
+    """Return the size of the gradient of a loss at the output of each block.
 
-    Parameters, their gradients and running statistics are left as they are. Frozen networks have gradients too.
+    Parameters, their gradients and running statistics do not change. Works for frozen networks too.
 
     Args:
         network: in evaluation mode.
-        loss: runs the network and returns a number. Take a sum over the images rather than a mean, so that the gradient
-            of an image does not depend on the size of the batch.
-        blocks: paths of modules; by default the blocks with attention. For a plain network name them.
+        loss: runs the network and returns a scalar. Sum over the images rather than averaging, so that the gradient of
+            an image does not depend on the batch size.
+        blocks: paths of modules; by default the blocks with attention. Required for a plain network.
 
     Raises:
-        ValueError: if a module is in training mode, a block is not there or did not run, or the loss does not depend on
-            it.
+        ValueError: if a module is in training mode, a block does not exist or did not run, or the loss does not depend
+            on it.
 
     Example:
         >>> from dia_lightning.models import get_model
@@ -76,20 +76,20 @@ def gradient_flow(
     edges: dict[str, Any] = {}
 
     def visit(path: str, before: Tensor, after: Tensor) -> Tensor | None:
-        # where everything up to here is frozen, the graph begins here; a leaf could not be changed in place
+        # if everything up to here is frozen, the graph begins here; a leaf could not be changed in place
         output = after if after.requires_grad else after.detach().requires_grad_().clone()
-        edges[path] = get_gradient_edge(output)  # stays with this value where later code changes it in place
+        edges[path] = get_gradient_edge(output)  # keeps to this value even if later code changes it in place
         return output
 
     with torch.enable_grad():
         value = _run(network, loss, blocks, visit)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            raise ValueError("loss must return one number that gradients can be taken of. Sum it over the images.")
+            raise ValueError("loss must return a scalar that requires grad. Sum it over the images.")
         gradients = torch.autograd.grad(value, list(edges.values()), allow_unused=True)
     sizes = []
     for path, gradient in zip(edges, gradients, strict=True):
         if gradient is None:
-            raise ValueError(f"The loss does not depend on the output of the block {path}. Leave it out of blocks.")
+            raise ValueError(f"The loss does not depend on the output of the block {path}. Remove it from blocks.")
         sizes.append(gradient.detach().abs().double().cpu())
     mean = torch.stack([size.mean() for size in sizes])
     return GradientFlow(list(edges), mean, torch.stack([_quantiles(size.flatten()) for size in sizes], 1))
@@ -102,15 +102,15 @@ def relative_change(
 
     Args:
         network: in evaluation mode.
-        run: runs the network on some images; what it returns is not used.
-        blocks: paths of modules; by default the blocks with attention. For a plain network name them.
+        run: runs the network on some images; its return value is ignored.
+        blocks: paths of modules; by default the blocks with attention. Required for a plain network.
 
     Raises:
-        ValueError: if a module is in training mode, or a block is not there or did not run.
+        ValueError: if a module is in training mode, or a block does not exist or did not run.
 
     Source:
-        A reading of the stiffness of arXiv 2308.09939, whose text was not at hand: the relative change of the features
-        from block to block.
+        An interpretation of the stiffness of arXiv 2308.09939, whose text was not available: the relative change of the
+        features from block to block.
     """
     changes: dict[str, Tensor] = {}
 
@@ -129,14 +129,14 @@ def relative_change(
 
 @contextmanager
 def without_shortcuts(network: nn.Module) -> Iterator[None]:
-    """Take the shortcuts out of all blocks of a network within the context; weights stay as they are.
+    """Disable the shortcuts of all blocks of a network within the context; weights do not change.
 
     Args:
-        network: whose blocks can do without, as those of ``cifar_resnet`` and ``cifar_resnext``; it may be a part of
-            something larger.
+        network: one whose blocks can run without, such as ``cifar_resnet`` and ``cifar_resnext``; it may be part of a
+            larger module.
 
     Raises:
-        ValueError: if no block has a shortcut that can be taken out.
+        ValueError: if no block has a shortcut that can be disabled.
 
     Example:
         >>> from dia_lightning.models import get_model
@@ -147,7 +147,7 @@ def without_shortcuts(network: nn.Module) -> Iterator[None]:
     """
     blocks: list[Any] = [module for module in network.modules() if getattr(module, "has_shortcut", False)]
     if not blocks:
-        raise ValueError("No block has a shortcut that can be taken out. Take a cifar_resnet or cifar_resnext.")
+        raise ValueError("No block has a shortcut that can be disabled. Use a cifar_resnet or cifar_resnext.")
     for block in blocks:
         block.has_shortcut = False
     try:
@@ -158,26 +158,26 @@ def without_shortcuts(network: nn.Module) -> Iterator[None]:
 
 
 def _run(network: nn.Module, run: Callable[[], Any], blocks: Sequence[str] | None, visit: _Visit) -> Any:
-    """Run the network and show the input and the output of each block, in the order in which they run."""
+    """Run the network and pass the input and output of each block to a callback, in the order in which they run."""
     modules = dict(network.named_modules())
     training = [path for path, module in modules.items() if module.training]
     if training:
         where = f"The module {training[0]} of the network" if training[0] else "The network"
-        raise ValueError(f"{where} is in training mode, in which running statistics would change. Call network.eval().")
+        raise ValueError(f"{where} is in training mode, which would change running statistics. Call network.eval().")
     if blocks is None:
         blocks = list(dict.fromkeys(layer.block for layer in attention_layers(network)))
     for path in blocks:
         if path not in modules:
-            raise ValueError(f"The network has no module {path!r}. Name modules as network.named_modules() does.")
+            raise ValueError(f"The network has no module {path!r}. Use a name from network.named_modules().")
     seen: set[str] = set()
-    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):  # compiled code does without hooks
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):  # compiled code skips hooks
         for path in blocks:
             for handle in _watch_block(modules[path], path, visit, seen):
                 hooks.callback(handle.remove)
         output = run()
     missing = [path for path in blocks if path not in seen]
     if missing:
-        raise ValueError(f"The block {missing[0]} did not run in the forward of the network. Leave it out of blocks.")
+        raise ValueError(f"The block {missing[0]} did not run in the network's forward. Remove it from blocks.")
     return output
 
 
@@ -193,17 +193,17 @@ def _watch_block(block: nn.Module, path: str, visit: _Visit, seen: set[str]) -> 
         first, *rest = output if isinstance(output, tuple) else (output,)
         if not isinstance(first, Tensor):
             raise ValueError(
-                f"The output of the block {path} is a {type(first).__name__} and no features. Leave it out of blocks."
+                f"The output of the block {path} is a {type(first).__name__}, not features. Remove it from blocks."
             )
         replaced = visit(path, entered.pop(), first)
         if replaced is None:
-            return None  # leaves the output as it is
+            return None  # keeps the output
         return (replaced, *rest) if isinstance(output, tuple) else replaced
 
     return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
 
 
 def _quantiles(values: Tensor) -> Tensor:
-    """Return the quantiles of values, also of more than the 16 million that torch.quantile takes."""
+    """Return quantiles, even of more than the 16 million values that torch.quantile takes."""
     ranks = [round(share * (len(values) - 1)) for share in QUANTILES]
     return values.sort().values[ranks]

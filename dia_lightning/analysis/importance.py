@@ -1,4 +1,4 @@
-"""How well the attention maps of a layer follow from those of the layers before it."""
+"""How well the attention maps of a layer can be predicted from those of the layers before it."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -23,13 +23,13 @@ class StageImportance:
         stage: number of the stage.
         layers: names of the sites.
         layout: what the rows of the regression were.
-        matrix: ``[L, L]``, row t tells how much a forest that predicts the maps of layer t relies on each layer before
-            it. Rows from 1 on sum to 1; those of maps that never vary, or that no split helps to predict, are NaN. All
+        matrix: ``[L, L]``, row t is how much a forest that predicts the maps of layer t relies on each earlier layer.
+            Rows from 1 on sum to 1; those of maps that never vary, or that no split helps to predict, are NaN. All
             other entries are 0.
-        explained: ``[L]``, share of the variance of layer t that its forest predicts on rows that a tree did not see
-            (out-of-bag R²); NaN for the first layer and for maps that never vary. Where it is near 0, the row of the
-            matrix means nothing. For ``"values"`` it is high wherever channels differ more than images do, because
-            other images show a tree the same channel.
+        explained: ``[L]``, share of the variance of layer t that its forest predicts on rows a tree did not see
+            (out-of-bag R²); NaN for the first layer and for maps that never vary. If it is near 0, the row of the
+            matrix means nothing. For ``"values"`` it is high if channels differ more than images do, because a tree
+            has seen the same channel in other images.
     """
 
     stage: int
@@ -47,29 +47,29 @@ def map_importance(
     trees: int = 30,
     seed: int = 0,
 ) -> list[StageImportance]:
-    """Predict the maps of each layer from those of the layers before it in its stage, and see which of them count.
+    """Predict the maps of each layer from those of the layers before it in its stage, and measure which ones matter.
 
-    For each layer t from 1 on a random forest is fitted on the maps of the layers 0 to t - 1. The importance of a layer
-    is the share of the decrease of the variance that splits on it bring (impurity importance).
+    For each layer t from 1 on, a random forest is fitted to the maps of layers 0 to t - 1. The importance of a layer is
+    the share of the decrease in variance that comes from splits on it (impurity importance).
 
     Args:
         stages: of a :class:`MapRecorder` with ``keep``.
-        layout: ``"values"``: a row is one channel of one image, with one feature per layer before. ``"images"``: a row
-            is an image, with the channels of all layers before as features, whose importance is summed per layer, and
+        layout: ``"values"``: a row is one channel of one image, with one feature per earlier layer. ``"images"``: a row
+            is an image, with the channels of all earlier layers as features (importance is summed per layer) and
             the channels of the layer as targets.
-        rows: at most so many rows, chosen at random.
-        trees: number of trees of a forest, 30 or more; each row is left out by a third of them.
-        seed: of the choice of rows and of the forests.
+        rows: maximum number of rows, chosen at random.
+        trees: number of trees in a forest, at least 30; a third of them leave out any given row.
+        seed: for the choice of rows and the forests.
 
     Returns:
-        One result per stage; the matrix of a stage of a single layer is 0.
+        One result per stage; the matrix of a single-layer stage is 0.
 
     Raises:
         ValueError: if no maps were kept, the layout is unknown, or a number is too small.
 
     Source:
-        After the figure on feature integration of arXiv 1905.10671, whose sample layout is not known; both are this
-        package's own reading.
+        After the figure on feature integration in arXiv 1905.10671, whose sample layout is not known; both layouts are
+        this package's own interpretation.
     """
     check_choice("layout", layout, get_args(Layout))
     for name, value, least in (("rows", rows, 10), ("trees", trees, 30), ("seed", seed, 0)):
@@ -109,14 +109,14 @@ def _fit(sources: _Array, target: _Array, trees: int, seed: int) -> tuple[npt.ND
     """
     from sklearn.ensemble import RandomForestRegressor  # takes seconds to import
 
-    target = target[:, np.ptp(target, 0) > 1e-6 * np.abs(target).max(0)]  # constants up to rounding are no targets
+    target = target[:, np.ptp(target, 0) > 1e-6 * np.abs(target).max(0)]  # drop constants up to rounding
     if target.shape[1] == 0:
         return np.full(sources.shape[2], np.nan), float("nan")
     wide = sources.shape[1] > 1
     forest = RandomForestRegressor(
         trees,
         min_samples_leaf=5,
-        max_features="sqrt" if wide else 1.0,  # of thousands of features, all would take minutes
+        max_features="sqrt" if wide else 1.0,  # all of thousands of features would take minutes
         oob_score=True,
         random_state=seed,
     )

@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Figures of what was measured."""
 
 import math
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ _LAYOUTS: dict[Layout, str] = {"values": "one sample per image and channel", "im
 def draw_correlation(stages: Sequence[StageCorrelation], protocol: Protocol) -> Figure:
     """Draw the correlation matrices of all stages.
 
-    Up to 10 layers the cells name their values. Grey cells are not defined, because a map does not vary.
+    With up to 10 layers, cells show their values. Grey cells are undefined because a map does not vary.
 
     Args:
         stages: of :func:`map_correlation`.
-        protocol: which one they were made by, for the title.
+        protocol: the one that was used, for the title.
     """
     return draw_heat_maps(
         [HeatMap(_correlation_title(stage), stage.matrix.numpy()) for stage in stages],
@@ -71,7 +71,7 @@ def draw_importance(stages: Sequence[StageImportance]) -> Figure:
 
 
 def _importance_map(stage: StageImportance) -> HeatMap:
-    shown = stage.matrix.numpy()[1:, :-1].copy()  # the first layer has no source, the last is none
+    shown = stage.matrix.numpy()[1:, :-1].copy()  # the first layer has no source, and the last is not one
     shown[np.triu_indices(len(shown), 1)] = np.nan
     explained = stage.explained[~stage.explained.isnan()].tolist() or [math.nan]
     share = f"R² {short_number(min(explained))} to {short_number(max(explained))}"
@@ -79,7 +79,7 @@ def _importance_map(stage: StageImportance) -> HeatMap:
 
 
 def draw_gates(stages: Sequence[StageGates]) -> Figure:
-    """Draw mean and effective range of the maps of each layer, and the share of saturated values.
+    """Draw the mean and effective range of each layer's maps, and the share of saturated values.
 
     Args:
         stages: of :func:`gate_statistics`.
@@ -102,7 +102,7 @@ def draw_gradients(flow: GradientFlow, without: GradientFlow | None = None) -> F
 
     Args:
         flow: of :func:`gradient_flow`.
-        without: the same of the same blocks within :func:`without_shortcuts`.
+        without: the same for the same blocks within :func:`without_shortcuts`.
     """
     flows = {"mean": flow} if without is None else {"with shortcuts": flow, "without shortcuts": without}
     return draw_curves(
@@ -120,7 +120,7 @@ def _gradient_curve(name: str, flow: GradientFlow) -> Curve:
 
 
 def draw_relative_change(change: RelativeChange) -> Figure:
-    """Draw how much each block changes its input; blocks that change its shape have no point.
+    """Draw how much each block changes its input; blocks that change its shape are left out.
 
     Args:
         change: of :func:`relative_change`.
@@ -135,7 +135,7 @@ def draw_relative_change(change: RelativeChange) -> Figure:
 
 
 def stage_title(stage: int, layers: Sequence[str]) -> str:
-    """Return the number of a stage and the container that its sites have in common; of one site its block.
+    """Return the number of a stage and the container that its sites share; for a single site, its block.
 
     Args:
         stage: its number.

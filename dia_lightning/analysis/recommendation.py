@@ -14,11 +14,11 @@ class Recommendation:
     """Which layers could share one unit.
 
     Args:
-        threshold: the least correlation of two layers of a group.
-        groups: per stage, the numbers of the layers in the stage; every layer is in one group.
+        threshold: the minimum correlation between two layers of a group.
+        groups: per stage, groups of layer numbers within the stage; every layer is in one group.
         plug: for :func:`~dia_lightning.attention.attach` with ``share="stage"``: attention in the blocks of the largest
-            group of each stage, and none in its other blocks. ``None`` if no two layers agree that well, or if those
-            that do fill no whole block; to ``attach``, ``None`` means attention in every block.
+            group of each stage, and none in its other blocks. ``None`` if no two layers agree that well, or those that
+            do fill no whole block; to ``attach``, ``None`` means attention in every block.
     """
 
     threshold: float
@@ -27,13 +27,13 @@ class Recommendation:
 
 
 def recommend(network: nn.Module, stages: Sequence[StageCorrelation], *, threshold: float = 0.8) -> Recommendation:
-    """Group consecutive layers of a stage whose maps agree pairwise, and say how to attach one unit to them.
+    """Group consecutive layers of a stage whose maps agree pairwise, and return how to attach one unit to them.
 
-    Layers are taken in the order in which they run; one joins the group before it if its correlation with all layers of
-    the group is at least the threshold. Maps that correlate are no proof that one unit does as well: train both.
+    Layers are visited in the order in which they run; one joins the group before it if its correlation with every layer
+    of the group is at least the threshold. Correlated maps do not prove that one unit works as well: train both.
 
     Args:
-        network: the network that was recorded, with attention in every block.
+        network: the recorded network, with attention in every block.
         stages: of :func:`map_correlation`.
         threshold: in (0, 1].
 

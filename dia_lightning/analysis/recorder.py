@@ -1,4 +1,4 @@
-"""What the attention maps of a network are over many images."""
+"""Record the attention maps of a network over many images."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ Content: TypeAlias = Literal["maps", "states"]
 
 @dataclass(frozen=True)
 class RecordedStage:
-    """The layers of a stage, and sums over their maps, or over their states.
+    """The layers of a stage, and sums over their maps or states.
 
     Args:
-        stage: number of the stage, from 0 on.
+        stage: number of the stage, from 0.
         layers: names of the sites, in the order in which they run.
         moments: the sums.
-        bound: what maps are between 0 and: 1, or more with an identity start.
+        bound: upper bound of the maps: 1, or more with an identity start.
         kept: maps of the first images ``[K, L, N]``, float32.
         content: what was recorded.
     """
@@ -43,19 +43,19 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
     """Sums over the attention maps of every forward within the context, for correlations and statistics.
 
     Works with any unit, shared per stage or one per block, and with any code that runs the network. Outputs do not
-    change, and memory does not grow with the number of images. A map is a vector of N values per image: of maps that
-    vary over positions the mean per channel; of maps that are the same for all channels, the positions.
+    change, and memory does not grow with the number of images. A map is a vector of N values per image: the mean per
+    channel if it varies over positions, or the positions if it is the same for all channels.
 
     Args:
-        network: a network that :func:`~dia_lightning.attention.attach` was applied to, or one with attention modules of
-            its own, such as a pretrained EfficientNet.
-        replicates: of the bootstrap that gives intervals; 0 for none.
-        keep: of how many images, the first, the maps themselves are kept, which :func:`map_importance` needs.
+        network: a network that :func:`~dia_lightning.attention.attach` was applied to, or one with its own attention
+            modules, such as a pretrained EfficientNet.
+        replicates: number of bootstrap replicates for the intervals; 0 for none.
+        keep: number of images, from the first, whose maps are kept themselves; :func:`map_importance` needs them.
         seed: of the bootstrap.
-        content: ``"maps"``, or ``"states"``: what a unit hands to the next layer, as one vector per image; of a
-            DIA-LSTM the hidden and the cell state of each cell, one after the other.
-        own: whether to record the network's own modules; by default where no attention is attached.
-        example: what the network takes, for those; as for :func:`~dia_lightning.attention.attach`.
+        content: ``"maps"``, or ``"states"``: what a unit hands to the next layer, as one vector per image; for a
+            DIA-LSTM, the hidden and cell states of all cells, concatenated.
+        own: whether to record the network's own modules; by default if no attention is attached.
+        example: an input of the network, for those; as for :func:`~dia_lightning.attention.attach`.
 
     Raises:
         ValueError: if no attention is attached, a number is negative, or a unit whose states are to be recorded has
@@ -91,7 +91,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self.replicates = replicates
         self.keep = keep
         self.content = content
-        self._watched = watched_layers(network, own, example)  # the network is not looked at again
+        self._watched = watched_layers(network, own, example)  # the network is not inspected again
         self.layers = [layer for layer, _ in self._watched]
         self._random = np.random.default_rng(seed)
         self._bound = _bound(network)
@@ -102,17 +102,17 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         self._weights: Tensor | None = None
         self._weighted: set[int] = set()  # stages that have seen the images of these weights
         self._counted: Tensor | None = None
-        self._awaited: set[int] | None = None  # stages that are still to be recorded; all and always if None
+        self._awaited: set[int] | None = None  # stages still to be recorded; None records all of them, always
         self._watch: AbstractContextManager[Any] | None = None
 
     @property
     def images(self) -> int:
-        """Number of images that were recorded."""
+        """Number of recorded images."""
         return 0 if not self._moments else int(next(iter(self._moments.values())).images[0])
 
     @property
     def stages(self) -> list[RecordedStage]:
-        """What was recorded, stage by stage.
+        """The records, stage by stage.
 
         Raises:
             ValueError: if there was no forward within the context.
@@ -132,11 +132,11 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         ]
 
     def only_next(self, counted: Tensor | None) -> None:
-        """Record the next forward, and none after it until this is called again.
+        """Record only the next forward, until this is called again.
 
         Args:
-            counted: which of its images count ``[B]``; ``None`` for all. Padding of distributed runs does not. Forwards
-                of another number of images are passed over.
+            counted: which of its images count ``[B]``; ``None`` for all. Padding in distributed runs must not. Forwards
+                with a different number of images are skipped.
         """
         self._counted = None if counted is None else counted.cpu()
         self._awaited = set(self._members)
@@ -156,7 +156,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
     def _see(self, layer: int, attention_map: Tensor, state: Any) -> None:
         stage = self.layers[layer].stage
         members = self._members[stage]
-        if layer == members[0]:  # a new forward: forget what an abandoned one left
+        if layer == members[0]:  # a new forward: drop what an aborted one left
             for number in members:
                 self._arrived.pop(number, None)
             if self._weights is None or stage in self._weighted or self._weights.shape[1] != len(attention_map):
@@ -180,7 +180,7 @@ class MapRecorder(AbstractContextManager["MapRecorder"]):
         if stage not in self._moments:
             self._moments[stage] = StageMoments(maps.shape[1], maps.shape[2], replicates=self.replicates)
             self._kept[stage] = [maps[:0].float()]
-        if len(maps) == 0:  # a batch of nothing but padding
+        if len(maps) == 0:  # the batch is all padding
             return
         missing = self.keep - sum(map(len, self._kept[stage]))
         if missing > 0:

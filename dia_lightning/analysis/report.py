@@ -1,4 +1,4 @@
-"""The report of an analysis: a text with its tables, all numbers, and pictures."""
+"""The report of an analysis: text with tables, all values, and figures."""
 
 import json
 import math
@@ -26,13 +26,13 @@ UNKNOWN_PROTOCOL = (
 def write(
     analysis: Analysis, pictures: dict[str, Figure], folder: Path, *, checkpoint: Path | None, config: Path
 ) -> None:
-    """Write ``result.json``, ``report.md`` and the pictures.
+    """Write ``result.json``, ``report.md`` and the figures.
 
     Args:
         analysis: the results.
-        pictures: of them, from :func:`figures`.
-        folder: which exists.
-        checkpoint: where the network is from, ``None`` if it was built from the config.
+        pictures: figures of the results, from :func:`figures`.
+        folder: an existing folder.
+        checkpoint: where the network is from; ``None`` if it was built from the config.
         config: where the data are from.
 
     Raises:
@@ -55,7 +55,7 @@ def write(
             with written_whole(folder / f"{name}.png") as part:
                 figure.savefig(part, format="png")
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}). Give another folder: --out.") from error
+        raise ValueError(f"Cannot write to {folder} ({error.strerror}). Give another folder: --out.") from error
 
 
 def report(analysis: Analysis, origin: str, pictures: list[str]) -> str:
@@ -64,7 +64,7 @@ def report(analysis: Analysis, origin: str, pictures: list[str]) -> str:
     Args:
         analysis: the results.
         origin: where the network is from.
-        pictures: names of their files.
+        pictures: names of the figures' files.
     """
     subject = ", ".join(f"{name} {value}" for name, value in analysis.subject.items())
     correlations, layers, blocks = (markdown(table) for table in tables(analysis))
@@ -99,7 +99,7 @@ def origin(checkpoint: Path | None, config: Path) -> str:
 
 
 def figures(analysis: Analysis) -> dict[str, Figure]:
-    """Return the pictures by name."""
+    """Return the figures by name."""
     found = {f"correlation_{name}": draw_correlation(stages, name) for name, stages in analysis.correlations.items()}
     found["gates"] = draw_gates(analysis.gates)
     if any(len(stage.layers) > 1 for stage in analysis.importance):
@@ -110,7 +110,7 @@ def figures(analysis: Analysis) -> dict[str, Figure]:
 
 
 def summary(analysis: Analysis) -> str:
-    """Return the means of the correlations and the recommendation, as a few lines."""
+    """Return the mean correlations and the recommendation, in a few lines."""
     lines = ["mean correlation between attention maps of layers (the paper's protocol is not known):"]
     for protocol, stages in analysis.correlations.items():
         of_stages = ", ".join(number(stage.mean) for stage in stages)
@@ -119,12 +119,12 @@ def summary(analysis: Analysis) -> str:
 
 
 def advice(analysis: Analysis) -> str:
-    """Return what the analysis recommends, in a sentence."""
+    """Return the recommendation as a sentence."""
     found = analysis.recommendation
     if found is None:
         return (
-            "Which layers could share a unit is told for networks with a unit of its own in every block (--model.share "
-            "block, no plug): that layers agree which share one already says nothing about it."
+            "A recommendation of layers to share a unit needs a network with a separate unit in every block "
+            "(--model.share block, no plug): agreement between layers that already share one says nothing."
         )
     if found.plug is None and any(len(group) > 1 for groups in found.groups for group in groups):
         return (
@@ -153,7 +153,7 @@ def advice(analysis: Analysis) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold; not-a-number becomes null."""
+    """Return the values in a form that JSON can hold; NaN becomes null."""
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The tables of an analysis, and the numbers that sum it up."""
+"""The tables of an analysis, and its summary metrics."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,12 @@ Cell: TypeAlias = str | int | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """Values by row; those of a column are of one kind, ``None`` where there is none.
+    """Rows of values; those of a column have the same type, or are ``None`` where there is no value.
 
     Args:
         name: of the table.
         columns: names of the columns.
-        rows: cells in the order of the columns.
+        rows: cells, in the order of the columns.
     """
 
     name: str
@@ -32,7 +32,7 @@ def tables(analysis: Analysis) -> list[Table]:
 
 
 def scalars(analysis: Analysis) -> dict[str, float]:
-    """Return the main numbers by name, without those that are not defined."""
+    """Return the main metrics by name, without undefined ones."""
     found: dict[str, float] = {}
     for protocol, stages in analysis.correlations.items():
         found[f"correlation/{protocol}"] = mean_correlation(stages)
@@ -44,7 +44,7 @@ def scalars(analysis: Analysis) -> dict[str, float]:
 
 
 def number(value: float | None) -> str:
-    """Return a number with three digits after the point, or a dash where there is none."""
+    """Return a number with three decimals, or a dash if there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
@@ -99,7 +99,7 @@ def _defined(rows: list[list[Cell]]) -> list[list[Cell]]:
     return [[None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row] for row in rows]
 
 
-# how the numbers of a column are written, where not as ``number`` does
+# formats of columns that ``number`` does not format
 _FORMATS: dict[str, Callable[[float], str]] = {
     "gradient": "{:.3g}".format,
     "gradient without shortcuts": "{:.3g}".format,
@@ -110,7 +110,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {
 
 
 def markdown(table: Table) -> str:
-    """Return a table in Markdown, with numbers rounded as people read them."""
+    """Return a table in Markdown, with numbers rounded for reading."""
     rows = [[_text(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows]
     lines = [table.columns, ["---"] * len(table.columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

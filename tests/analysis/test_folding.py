@@ -160,9 +160,9 @@ def test_a_tolerance_that_is_no_share_is_refused(tolerance: float) -> None:
 
 def test_what_says_nothing_about_images_is_refused() -> None:
     network, _ = network_with("se")
-    with pytest.raises(ValueError, match="two images at least"):
+    with pytest.raises(ValueError, match="at least two images"):
         fold_constant_maps(network, [IMAGES[0][:1]], 0.1)
-    with pytest.raises(ValueError, match="batches is a list_iterator, which is empty after one pass"):
+    with pytest.raises(ValueError, match="batches is a list_iterator, which is exhausted after one pass"):
         fold_constant_maps(network, iter(IMAGES), 0.1)
     with pytest.raises(ValueError, match="No attention is attached"):
         fold_constant_maps(get_model("cifar_resnet", depth=11), IMAGES, 0.1)

@@ -138,7 +138,7 @@ def test_only_a_unit_in_every_block_gets_a_recommendation(run: Run, workplace: P
     assert result["recommendation"] is None
     single = "--model.plug" in options
     assert (result["correlations"]["pooled"][1]["mean"] is None) == single  # of a single layer
-    assert "told for networks with a unit of its own in every block" in Path("here/report.md").read_text()
+    assert "needs a network with a separate unit in every block" in Path("here/report.md").read_text()
 
 
 def test_stages_of_one_layer_have_no_importance(run: Run, trained: Path, workplace: Path) -> None:
