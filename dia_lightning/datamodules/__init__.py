@@ -1,4 +1,4 @@
-"""Data modules with one API. They know where pixels come from; everything else is in the base class."""
+"""Data modules with one API. Each knows where its pixels come from; everything else is in the base class."""
 
 from dia_lightning._extras import require
 

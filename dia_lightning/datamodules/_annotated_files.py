@@ -1,4 +1,4 @@
-"""The annotated objects of a split as columns, and images in files together with them."""
+"""The annotated objects of a split as columns, and image files with their objects."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,22 +13,22 @@ from torch import Tensor
 from dia_lightning.datamodules.sources import FileSource
 
 Segmentation = Any
-"""What COCO has for a mask: polygons, or a dict with run lengths."""
+"""A mask in COCO's format: polygons, or a dict with run lengths."""
 
 
 @dataclass(frozen=True)
 class Objects:
-    """All objects of a split, one row each; columns, because loader workers share them without copying.
+    """All objects of a split, one row each; stored as columns, which loader workers share without copying.
 
     Args:
         image: position of the image of each object ``[M]``.
         boxes: x1, y1, x2, y2 in pixels ``[M, 4]`` float64.
         labels: 1 to K ``[M]``.
-        iscrowd: 1 for what is neither a hit nor a miss, else 0 ``[M]``.
-        area: in pixels, NaN where it is that of the mask, or else of the box ``[M]``.
-        ids: what a person can find each object by ``[M]``, see ``id_name``.
+        iscrowd: 1 for objects that are neither hits nor misses, else 0 ``[M]``.
+        area: in pixels ``[M]``; NaN for the area of the mask, or of the box if there is none.
+        ids: identifies each object for the user ``[M]``, see ``id_name``.
         id_name: what ``ids`` are, such as ``"annotation"``.
-        segmentations: one per object, or ``None`` where no masks are wanted; these are lists, which workers do copy.
+        segmentations: one per object, or ``None`` if masks are not wanted; lists, which workers do copy.
     """
 
     image: npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ class Objects:
         return len(self.image)
 
     def rows(self, chosen: npt.NDArray[np.int64]) -> "Objects":
-        """Return some of the objects, in the order of their positions."""
+        """Return the objects at some positions, in that order."""
         columns = {name: getattr(self, name)[chosen] for name in ("image", "boxes", "labels", "iscrowd", "area", "ids")}
         kept = None if self.segmentations is None else [self.segmentations[row] for row in chosen]
         return replace(self, **columns, segmentations=kept)
@@ -55,11 +55,11 @@ class AnnotatedFiles(FileSource):
 
     Args:
         paths: the files.
-        sizes: width and height of every file as the annotations have it ``[N, 2]``.
+        sizes: width and height of every file according to the annotations ``[N, 2]``.
         objects: good objects only, see :func:`check_boxes`.
         image_ids: id of every image in the user's annotation file; ``None`` means position + 1.
-        decode: makes masks ``[n, H, W]`` uint8 of n segmentations, height and width; needed if there are any.
-        bit_depth: how many bits files of 16 use, see :func:`load_image`.
+        decode: turns n segmentations, height and width into masks ``[n, H, W]`` uint8; needed if there are any.
+        bit_depth: how many bits 16-bit files use, see :func:`load_image`.
         inodes: a number per file that two names of the same file share; ``None`` if unknown.
     """
 
@@ -82,7 +82,7 @@ class AnnotatedFiles(FileSource):
         self._decode = decode
 
     def image(self, position: int) -> Image.Image:
-        """Read one file and compare its size with that of the annotations."""
+        """Read one file and compare its size with the annotations."""
         image = super().image(position)
         width, height = self._sizes[position]
         if image.size != (width, height):
@@ -111,7 +111,7 @@ class AnnotatedFiles(FileSource):
         }
 
     def classes_in(self, positions: npt.NDArray[np.int64]) -> set[int]:
-        """Return the labels of the objects in some images; those that do not count (``iscrowd``) are left out."""
+        """Return the labels of the objects in some images, without those that do not count (``iscrowd``)."""
         here = np.isin(self._objects.image, positions) & (self._objects.iscrowd == 0)
         return set(np.unique(self._objects.labels[here]).tolist())
 

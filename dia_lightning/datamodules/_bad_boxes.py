@@ -1,4 +1,4 @@
-"""What happens to boxes that no detector can learn from: they are found when a split is opened, never in mid-epoch."""
+"""Boxes that no detector can learn from are found when a split is opened, never mid-epoch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,18 +25,18 @@ def check_boxes(
     where: str,
     on_bad_box: OnBadBox,
 ) -> Objects:
-    """Clip every box to its image, and leave out or refuse those that are bad.
+    """Clip every box to its image, and drop or refuse bad ones.
 
-    A box is bad if a coordinate is NaN or infinite, if it has no or a negative width or height, or if less than a pixel
-    of its width or height is inside the image. What is left out, and what is clipped by more than a pixel, is told in
-    one warning each.
+    A box is bad if a coordinate is NaN or infinite, its width or height is not positive, or less than a pixel of its
+    width or height is inside the image. One warning reports the boxes that are dropped, another those that are clipped
+    by more than a pixel.
 
     Args:
         objects: of a split.
         sizes: width and height of every image ``[N, 2]``.
         paths: of every image.
         class_names: name of label i at i - 1.
-        where: what a person calls the split, for the messages.
+        where: name of the split in messages.
         on_bad_box: ``"drop"`` or ``"raise"``.
 
     Raises:

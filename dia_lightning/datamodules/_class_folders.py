@@ -1,4 +1,4 @@
-"""Folders that stand for classes: how they are found, and matched between the splits."""
+"""Class folders: finding them, and matching them between splits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from dia_lightning.datamodules._split_warnings import named, warn_of_files_left_
 _NO_SPLITS = frozenset({"dev", "eval", "evaluation", "testing", "training", "valid", "validate", "validation"})
 
 Folders = dict[str, list[Path]]
-"""The folders of every class: several where two Unicode forms of a name are mixed."""
+"""The folders of every class: several if two Unicode forms of a name are mixed."""
 
 
 def class_folders(folder: Path) -> Folders:
-    """Return the folders in a folder, sorted; those whose names differ in their Unicode form alone are one class."""
+    """Return the folders in a folder, sorted; names that differ only in their Unicode form are one class."""
     forms: Folders = {}
     for name in folders_in(folder, whole=True):
         forms.setdefault(plain(name), []).append(folder / name)
@@ -24,15 +24,15 @@ def class_folders(folder: Path) -> Folders:
 
 
 def match_folders(found: Folders, classes: Sequence[str], where: Path) -> Folders:
-    """Return the folders of a split by the names of the classes, in their order.
+    """Return the folders of a split by class name, in the order of the classes.
 
     Args:
-        found: what the split has.
-        classes: of training.
-        where: folder of the split, for the messages.
+        found: class folders of the split.
+        classes: those of training.
+        where: folder of the split, for messages.
 
     Raises:
-        ValueError: if there are other classes than in training.
+        ValueError: if the classes differ from those of training.
     """
     names = Names(classes)
     matched: Folders = {name: [] for name in classes}
@@ -54,7 +54,7 @@ def match_folders(found: Folders, classes: Sequence[str], where: Path) -> Folder
 
 
 def files_of(folders: Folders, where: Path) -> dict[str, ImageFiles]:
-    """Return the image files of every class, and say what else there is in the folder of the split.
+    """Return the image files of every class, and warn of other files in the folder of the split.
 
     Raises:
         FileNotFoundError: if a class has none.
@@ -77,7 +77,7 @@ def files_of(folders: Folders, where: Path) -> dict[str, ImageFiles]:
 
 
 def warn_of_similar(classes: Sequence[str], where: Path) -> None:
-    """Say which classes may be one: they differ in letter case or blanks alone (but A and a are two letters)."""
+    """Warn of classes that may be the same: they differ only in case or spaces (but A and a are two letters)."""
     similar: dict[str, list[str]] = {}
     for name in classes:
         similar.setdefault(loose(name), []).append(name)
@@ -89,7 +89,7 @@ def warn_of_similar(classes: Sequence[str], where: Path) -> None:
 
 
 def warn_of_unknown_splits(root: Path) -> None:
-    """Say which folders look like splits but have names that are not known."""
+    """Warn of folders that look like splits but have unknown names."""
     if found := [name for name in folders_in(root) if loose(name) in _NO_SPLITS]:
         rank_zero_warn(
             f"{root} has {', '.join(found)}, which nobody looks into: splits are train, val and test. Rename it."
@@ -97,5 +97,5 @@ def warn_of_unknown_splits(root: Path) -> None:
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Tell whether two lists have the same names, whatever their Unicode form and order."""
+    """Return whether two lists have the same names, regardless of Unicode form and order."""
     return same_names(sorted(names, key=plain), sorted(others, key=plain))

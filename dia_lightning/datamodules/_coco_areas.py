@@ -1,4 +1,4 @@
-"""Areas of annotations, which only sort the results by size: those that cannot be true are not used."""
+"""Areas of annotations, which only sort results by size: impossible ones are not used."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,10 @@ _LEAST_BOX = 16  # pixels; thinner objects may have masks of less than a pixel
 
 
 def plausible_areas(objects: Objects, path: Path) -> Objects:
-    """Take the area of the mask or box where that of the file cannot be true, and say so.
+    """Replace impossible areas with the area of the mask or box, with a warning.
 
-    An area cannot be true if it is larger than its box, or less than a pixel in a box of many. None is if all are the
-    same while the boxes are not.
+    An area is impossible if it is larger than its box, or less than a pixel in a box of many pixels. All are if they
+    are equal but the boxes are not.
 
     Args:
         objects: of a split.

@@ -1,4 +1,4 @@
-"""Entries of an annotation file brought together with the files on disk: every picture once."""
+"""Match the entries of an annotation file with the files on disk: every image once."""
 
 import os
 import stat
@@ -29,7 +29,7 @@ class Pictures:
         paths: of their files, each once.
         inodes: a number per file that two names of the same file share.
         sizes: width and height ``[N, 2]``.
-        image_ids: of every image; of several entries for one file the first.
+        image_ids: of every image; the first if a file has several entries.
         objects: of all images.
     """
 
@@ -41,7 +41,7 @@ class Pictures:
 
 
 def find_pictures(file: CocoFile, folder: Path) -> Pictures:
-    """Find the files of all images, and merge entries for the same file.
+    """Find the files of all images and merge entries for the same file.
 
     Args:
         file: an annotation file.
@@ -49,8 +49,8 @@ def find_pictures(file: CocoFile, folder: Path) -> Pictures:
 
     Raises:
         FileNotFoundError: if files are missing; the message counts and names them.
-        ValueError: if a name leads out of the folder, by a symbolic link in it too, or the sizes of two entries for one
-            file differ.
+        ValueError: if a name leads out of the folder, including by a symbolic link, or two entries for one file have
+            different sizes.
     """
     finder, enclosure = FileFinder(), Enclosure(folder)
     paths, inodes, missing = [], [], []
@@ -75,7 +75,7 @@ def find_pictures(file: CocoFile, folder: Path) -> Pictures:
 
 
 def tell_of_unlisted(file: CocoFile, paths: Sequence[str]) -> None:
-    """Say how many images lie beside those of an annotation file that has no entry for them."""
+    """Warn of images next to those of an annotation file that have no entry in it."""
     listed, endings = set(paths), readable_endings()
     unlisted = []
     for folder in sorted({os.path.dirname(path) for path in paths}):
@@ -106,7 +106,7 @@ def _status(path: str) -> os.stat_result | None:
 
 
 def _other_spelling(finder: FileFinder, file: CocoFile, folder: Path, name: str) -> str | None:
-    """Return the file that a name means if it was written on another system."""
+    """Return the file that a name refers to if it was written on another system."""
     found = finder.find(_inside(file, folder, name))
     if found is None and "\\" in name:
         found = finder.find(_inside(file, folder, name.replace("\\", "/")))
@@ -148,7 +148,7 @@ def _size(file: CocoFile, path: str, positions: list[int]) -> tuple[int, int]:
 
 
 def _each_once(objects: Objects, several: set[int]) -> Objects:
-    """Leave out equal objects of images that have several entries."""
+    """Drop duplicate objects of images that have several entries."""
     seen: set[tuple[float, ...]] = set()
     kept = []
     for row, (image, label, crowd) in enumerate(

@@ -1,4 +1,4 @@
-"""Reading annotation files in COCO's format, with every claim checked before anything is trained on it."""
+"""Read annotation files in COCO's format, and check everything in them before training."""
 
 import json
 from collections.abc import Iterable
@@ -19,14 +19,14 @@ _Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What an annotation file says.
+    """The contents of an annotation file.
 
     Args:
         path: the file.
-        categories: name of every category by its id, in the order of the ids.
+        categories: name of every category by its id, sorted by id.
         image_ids: of every image.
         file_names: of every image, relative to the folder of images.
-        sizes: width and height of every image ``[N, 2]``, 0 where the file does not say.
+        sizes: width and height of every image ``[N, 2]``, 0 where the file does not give them.
         objects: all annotations; label i is the i-th category.
     """
 
@@ -43,10 +43,10 @@ def read_coco(path: Path, *, masks: bool) -> CocoFile:
 
     Args:
         path: an existing file.
-        masks: whether to keep segmentations, which every annotation must have then.
+        masks: whether to keep segmentations; then every annotation must have one.
 
     Raises:
-        ValueError: if it is not in COCO's format, or contradicts itself; the message names the file and the value.
+        ValueError: if it is not in COCO's format or is inconsistent; the message names the file and the value.
     """
     content = _parse(path)
     categories = _categories(path, content["categories"])
@@ -78,7 +78,7 @@ def _parse(path: Path) -> dict[str, list[_Entry]]:
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{path} has no list {key!r} of objects, as COCO's format wants it.")
-        if not entries and key != "annotations":  # images without any object are data, too
+        if not entries and key != "annotations":  # images without any object are data too
             raise ValueError(f"{path} has an empty list {key!r}, so there is nothing to load.")
     return content
 
@@ -107,7 +107,7 @@ def _ids(path: Path, kind: str, entries: Iterable[_Entry]) -> list[int]:
 
 
 def _whole(value: Any) -> int | None:
-    """Return a whole number, also where a table or script wrote it as ``1.0``, ``"1"`` or ``true``; else ``None``."""
+    """Return a whole number, even if a table or script wrote it as ``1.0``, ``"1"`` or ``true``; else ``None``."""
     if type(value) is int:
         return value
     if isinstance(value, str):
@@ -152,7 +152,7 @@ def _objects(
 
 
 def _of_known_images(path: Path, annotations: list[_Entry], positions: dict[int | None, int]) -> list[_Entry]:
-    """Leave out the annotations of images that are not in the file, as in a list that was made shorter."""
+    """Drop the annotations of images that are not in the file, as in a shortened list."""
     for annotation in annotations:
         if _whole(annotation.get("image_id")) is None:
             fault = f"is for image_id {annotation.get('image_id')!r}, expected a whole number"

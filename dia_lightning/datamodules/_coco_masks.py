@@ -13,14 +13,14 @@ _FARTHEST = 1e6  # pixels; the C code that fills polygons computes with 32-bit i
 
 
 def segmentation_fault(segmentation: Any, size: Sequence[int] | npt.NDArray[np.int64]) -> str | None:
-    """Say what is wrong with the segmentation of an annotation.
+    """Return what is wrong with the segmentation of an annotation.
 
     Args:
-        segmentation: as it is in the file, ``None`` where it is missing.
+        segmentation: as in the file, ``None`` if it is missing.
         size: width and height of the image, 0 if unknown.
 
     Returns:
-        Half a sentence; ``None`` if nothing is wrong.
+        A phrase for a message; ``None`` if nothing is wrong.
     """
     if not segmentation:
         return "has no segmentation, but masks=True needs one. Set masks=False, or leave the annotation out"

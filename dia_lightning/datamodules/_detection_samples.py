@@ -23,7 +23,7 @@ class DetectionSource(Source, Protocol):
         """
 
     def image_id(self, position: int) -> int:
-        """Return the id of an image in the user's annotation file, position + 1 where there is none."""
+        """Return the id of an image in the user's annotation file, position + 1 if there is none."""
 
 
 class DetectionSamples(Samples):
@@ -34,7 +34,7 @@ class DetectionSamples(Samples):
         self._transform = transform
 
     def load(self, position: int) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Return the transformed image and its objects; for prediction without objects."""
+        """Return the transformed image and its objects; without objects for prediction."""
         image = tv_tensors.Image(v2.functional.pil_to_tensor(self._source.image(position)))
         if self._role == "predict":
             return self._transform(image), None
@@ -47,29 +47,29 @@ class DetectionSamples(Samples):
             target["masks"] = tv_tensors.Mask(target["masks"])
         image, target = self._transform(image, target)
         if self._role == "train" and "masks" in target:
-            # A box can reach into the part that was cut out when no pixel of the object does.
+            # A box can reach into the crop even if no pixel of the object does.
             target = _select(target, (target["masks"] > 0).flatten(1).any(1))
         return image, target
 
     def classes(self) -> set[int] | None:
-        """Return which classes have objects in the samples; ``None`` where the source does not tell."""
+        """Return which classes have objects in the samples; ``None`` if the source does not know."""
         if not hasattr(self._source, "classes_in"):
             return None
         return {label - 1 for label in self._source.classes_in(self._positions)}
 
     def image_id(self, index: int) -> int:
-        """Return the id of a sample's image in the user's annotation file, index + 1 where there is none."""
+        """Return the id of a sample's image in the user's annotation file, index + 1 if there is none."""
         position = self.position(index)
         return self._source.image_id(position) if hasattr(self._source, "image_id") else index + 1
 
 
 def lists(samples: list[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    """Make a batch of images that have sizes of their own: lists instead of stacked tensors."""
+    """Collate images of different sizes: lists instead of stacked tensors."""
     return tuple(list(column) for column in zip(*samples, strict=True))
 
 
 def lists_and_index(samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Make a batch as :func:`lists` does, with the indices as a tensor ``[B]``."""
+    """Collate as :func:`lists` does, with the indices as a tensor ``[B]``."""
     *columns, index = lists(samples)
     return (*columns, torch.tensor(index))
 

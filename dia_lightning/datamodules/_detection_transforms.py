@@ -8,24 +8,24 @@ from torchvision.transforms import v2
 
 DetectionAugment = Literal["none", "hflip", "flips", "lsj", "ssd"]
 
-# ImageNet's mean colour fills what is added around an image, as in torchvision's detection references; masks end there.
+# Padding has ImageNet's mean colour, as in torchvision's detection references; masks are 0 there.
 _FILL: dict[type | str, Any] = {tv_tensors.Image: (123, 117, 104), "others": 0}
 _LSJ_SIZE = (1024, 1024)
 
 
 def build_detection_transform(augment: DetectionAugment) -> v2.Transform:
-    """Chain the steps of one augmentation level, as torchvision's detection references have them.
+    """Chain the steps of one augmentation level, as in torchvision's detection references.
 
     Args:
         augment: ``"none"``: nothing. ``"hflip"``: half of the images mirrored. ``"flips"``: also upside down.
-            ``"lsj"``: large scale jitter, 0.1 to 2 times what fits into 1024 x 1024, then cut or padded to that size,
-            and mirrored. ``"ssd"``: colours changed, image placed on a larger canvas, a part cut out that has objects,
-            and mirrored.
+            ``"lsj"``: large scale jitter, 0.1 to 2 times what fits into 1024 x 1024, then cropped or padded to that
+            size, and mirrored. ``"ssd"``: colours changed, image placed on a larger canvas, cropped to a part with
+            objects, and mirrored.
 
     Returns:
-        A transform of an 8-bit image and a target with ``boxes``, ``labels`` and perhaps ``masks``. It gives float32 in
-        [0, 1] and plain tensors. Boxes that were moved are clipped to the image, and those of about a pixel or less
-        left out together with their labels and masks.
+        A transform of an 8-bit image and a target with ``boxes``, ``labels`` and perhaps ``masks``. It returns float32
+        in [0, 1] and plain tensors. Moved boxes are clipped to the image, and those of about a pixel or less dropped
+        together with their labels and masks.
     """
     steps = _steps(augment)
     if steps:

@@ -1,4 +1,4 @@
-"""Fetching data sets: archives with a checksum, from a list of places."""
+"""Download data sets: archives with a checksum, from a list of URLs."""
 
 import http.client
 import os
@@ -12,18 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-_TIMEOUT = 30  # seconds without a byte, after which the next place is tried
+_TIMEOUT = 30  # seconds without a byte before the next URL is tried
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that a data set is delivered in.
+    """An archive of a data set.
 
     Args:
         filename: name under which it is kept in the data folder.
-        md5: checksum; a file that does not have it is never used, so any mirror will do.
-        urls: where to get it, tried in this order.
-        env: environment variable with a URL to try before those; one that ends with ``/`` is a folder of archives.
+        md5: checksum; a file without it is never used, so any mirror will do.
+        urls: where to download it, tried in this order.
+        env: environment variable with a URL to try first; one that ends with ``/`` is a folder of archives.
     """
 
     filename: str
@@ -39,7 +39,7 @@ class Archive:
         return [own + self.filename if own.endswith("/") else own, *self.urls]
 
     def missing(self, folder: Path, reason: str) -> FileNotFoundError:
-        """Return the error for a data set that is not there: one line with all that is needed to put it there."""
+        """Return the error for a missing data set: one line with all that is needed to provide it."""
         return FileNotFoundError(
             f"There is no whole, unpacked {self.filename} in {folder} ({reason}). Put a copy there (md5 {self.md5}, "
             f"from {self.urls[-1]}), or allow download=True, or set ${self.env} to a URL that has it (file:// works)."
@@ -47,15 +47,15 @@ class Archive:
 
 
 def intact(folder: Path, files: Iterable[tuple[str, str]]) -> bool:
-    """Tell whether all files, given as (name, md5), are in a folder and undamaged."""
+    """Return whether all files, given as (name, md5), are in a folder and intact."""
     return all(check_integrity(folder / name, md5) for name, md5 in files)
 
 
 def obtain(archive: Archive, folder: Path, *, download: bool) -> None:
-    """Unpack an archive into the folder it lies in, after fetching it if it is not there.
+    """Unpack an archive into its own folder, after downloading it if it is missing.
 
     Raises:
-        FileNotFoundError: if it is not there and cannot or must not be fetched.
+        FileNotFoundError: if it is missing and cannot or must not be downloaded.
         ValueError: if a name in it leads out of the folder.
     """
     path = folder / archive.filename
@@ -69,13 +69,13 @@ def obtain(archive: Archive, folder: Path, *, download: bool) -> None:
 def _unpack(path: Path, folder: Path) -> None:
     if tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
-            try:  # else names with .., and links, could write anywhere
+            try:  # otherwise names with .., and links, could write anywhere
                 archive.extractall(folder, filter="data")
             except tarfile.FilterError as error:
                 raise ValueError(
                     f"{path} is not unpacked, because a file in it leads out of {folder} ({error}). Delete it."
                 ) from error
-    else:  # of zip files, Python keeps names inside of the folder
+    else:  # Python keeps names in zip files inside the folder
         extract_archive(os.fspath(path), os.fspath(folder))
 
 

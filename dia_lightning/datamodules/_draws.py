@@ -1,6 +1,6 @@
-"""Training samples whose order and augmentation depend on the seed and their place alone.
+"""Training samples whose order and augmentation depend only on the seed and their place.
 
-Neither the number of workers nor what they have fetched ahead, nor where a training was stopped, changes them.
+Neither the number of workers, nor prefetching, nor an interruption of the training changes them.
 """
 
 import os
@@ -17,8 +17,8 @@ import torch
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 from torch.utils.data import Dataset, DistributedSampler
 
-_SAMPLE, _BATCH, _LOADER = range(3)  # what random numbers are for, so that no two of these share a stream
-_NUMPY = np.random.MT19937()  # in the place of the process's while a sample is loaded
+_SAMPLE, _BATCH, _LOADER = range(3)  # purposes of random numbers, so that no two of them share a stream
+_NUMPY = np.random.MT19937()  # replaces the process's while a sample is loaded
 
 
 class Draw(int):
@@ -27,7 +27,7 @@ class Draw(int):
     key: tuple[int, ...]  # seed, epoch, place in the epoch over all processes
 
     def __new__(cls, index: int, key: tuple[int, ...] = ()) -> "Draw":
-        """Return an index that is drawn at a place."""
+        """Return an index drawn at a place."""
         draw = super().__new__(cls, index)
         draw.key = key
         return draw
@@ -40,7 +40,7 @@ class DrawnSample(tuple[Any, ...]):
 
 
 def load_drawn(load: Callable[[int], tuple[Any, ...]], index: int) -> tuple[Any, ...]:
-    """Load a sample with the random numbers of its draw; with those of the process where it is not a :class:`Draw`."""
+    """Load a sample with the random numbers of its draw, or those of the process if it is not a :class:`Draw`."""
     if not isinstance(index, Draw):
         return load(index)
     with _random_numbers(*index.key, _SAMPLE):
@@ -50,10 +50,10 @@ def load_drawn(load: Callable[[int], tuple[Any, ...]], index: int) -> tuple[Any,
 
 
 class DrawnCollate:
-    """Make a batch with random numbers that depend on the draw of its first sample.
+    """Collate with random numbers that depend on the draw of the first sample.
 
     Args:
-        collate: makes a batch of a list of samples.
+        collate: makes a batch from a list of samples.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
@@ -68,10 +68,10 @@ class DrawnCollate:
 
 
 class DrawingSampler(DistributedSampler[Any]):
-    """Base of the samplers of training data: the ranks share one draw per epoch, each has a part of its own.
+    """Base of the samplers of training data: the ranks share one draw per epoch, and each has its own part.
 
-    Lightning leaves a ``DistributedSampler`` in place, and tells it the epoch. Where nobody does, every pass over the
-    data is the next epoch.
+    Lightning keeps a ``DistributedSampler`` and sets its epoch. If nobody does, every pass over the data is the next
+    epoch.
 
     Args:
         dataset: the training samples.
@@ -89,9 +89,9 @@ class DrawingSampler(DistributedSampler[Any]):
         """Return the samples of an epoch for all ranks ``[total_size]``."""
 
     def start_at(self, epoch: int, done: int) -> None:
-        """Begin with an epoch, and leave out what was seen of it: so many samples of this process.
+        """Start with an epoch, and skip the number of samples that this process has seen of it.
 
-        The length stays that of a whole epoch, because Lightning counts the batches that were left out.
+        The length stays that of a whole epoch, because Lightning counts the skipped batches.
         """
         self._start = epoch, done
         self.epoch = epoch
@@ -105,7 +105,7 @@ class DrawingSampler(DistributedSampler[Any]):
 
 
 class ShuffledSampler(DrawingSampler):
-    """Draw every training sample once per epoch; some twice if the ranks could not have equally many otherwise."""
+    """Draw every training sample once per epoch; some twice if needed to give all ranks equally many."""
 
     def draw(self, generator: np.random.RandomState) -> npt.NDArray[np.int64]:
         """Return a permutation."""
@@ -114,7 +114,7 @@ class ShuffledSampler(DrawingSampler):
 
 
 def training_seed(processes: int) -> int:
-    """Return the seed of ``seed_everything``, without it that of torch; 0 where processes could not agree on one."""
+    """Return the seed of ``seed_everything``, or else torch's; 0 if processes could not agree on one."""
     given = os.environ.get("PL_GLOBAL_SEED")
     if given is None:
         given = str(torch.initial_seed()) if processes == 1 else "0"
@@ -122,7 +122,7 @@ def training_seed(processes: int) -> int:
 
 
 def loader_generator(seed: int, rank: int) -> torch.Generator:
-    """Return the random numbers of a loader's own, so that an iteration takes none of those of the network."""
+    """Return a loader's own generator, so that iterating does not consume the network's random numbers."""
     return torch.Generator().manual_seed(_hash(seed, rank, _LOADER))
 
 
@@ -132,11 +132,11 @@ def _hash(*key: int) -> int:
 
 @contextmanager
 def _random_numbers(*key: int) -> Iterator[None]:
-    """Give torch (on the CPU), NumPy and Python random numbers of a key for a while."""
+    """Seed torch (on the CPU), NumPy and Python from a key within the context."""
     states = torch.default_generator.get_state(), get_bit_generator(), random.getstate()
-    set_bit_generator(_NUMPY)  # a twentieth of the time that NumPy takes to give and take its state
+    set_bit_generator(_NUMPY)  # 20 times faster than getting and setting NumPy's state
     seed = _hash(*key)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators, too
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators too
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:

@@ -1,14 +1,14 @@
-"""Where the paths that an annotation file gives may lead."""
+"""Where the paths in an annotation file may lead."""
 
 import os
 import stat
 
 
 class Enclosure:
-    """Tells of files whether they are in a folder, symbolic links followed.
+    """Checks whether files are in a folder, following symbolic links.
 
-    The folder itself may be a link, as where a data set lies on another disk: it is what the user has named. A link
-    below it that leads elsewhere may have come with the data, and would let whoever made them choose what is read.
+    The folder itself may be a link, for example to another disk: the user named it. A link below it that leads
+    elsewhere may have come with the data, and would let their author choose what is read.
 
     Args:
         folder: its own path may have links.
@@ -19,7 +19,7 @@ class Enclosure:
         self._folders: dict[str, bool] = {}
 
     def has(self, path: str) -> bool:
-        """Tell whether a file is in the folder; each folder on the way is looked at once, each file by one call."""
+        """Return whether a file is in the folder; each folder on the way is resolved once, each file by one call."""
         place = os.path.dirname(path)
         if place not in self._folders:
             self._folders[place] = self._is_below(os.path.realpath(place))
@@ -27,7 +27,7 @@ class Enclosure:
             return False
         try:
             is_link = stat.S_ISLNK(os.lstat(path).st_mode)
-        except (OSError, ValueError):  # it is not there: somebody else says so
+        except (OSError, ValueError):  # it does not exist, which is reported elsewhere
             return True
         return not is_link or self._is_below(os.path.realpath(path))
 

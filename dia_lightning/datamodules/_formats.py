@@ -1,4 +1,4 @@
-"""Which files are images: the one list of formats that may be opened, and of the endings that are looked for."""
+"""Which files are images: the one list of the formats that may be opened, and of their endings."""
 
 import os
 from collections.abc import Iterable
@@ -20,12 +20,12 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "QOI": (".qoi",),
     "SGI": (".bw", ".rgb", ".rgba", ".sgi"),
     "SUN": (".ras",),
-    "TGA": (".icb", ".tga", ".vda", ".vst"),  # last, because its files begin with no mark
+    "TGA": (".icb", ".tga", ".vda", ".vst"),  # last, because its files have no signature
 }
-"""Plain rasters alone: Pillow hands EPS to a program, and WMF, PDF or FPX are documents, whatever a file is called."""
+"""Only plain rasters: Pillow hands EPS to a program, and WMF, PDF and FPX are documents, whatever their ending."""
 
 _CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
-"""What Pillow may have been built without."""
+"""Formats that Pillow may have been built without."""
 
 _COMPANIONS = frozenset(
     {".aae", ".bib", ".cfg", ".csv", ".db", ".html", ".ini", ".json", ".lnk", ".log", ".md", ".md5", ".py", ".sha256"}
@@ -36,34 +36,34 @@ _NO_DATA = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Infor
 
 
 def readable_formats() -> list[str]:
-    """Return the formats of :data:`FORMATS` that Pillow reads here."""
+    """Return the formats of :data:`FORMATS` that this Pillow reads."""
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
     return [name for name in known if name not in _CODECS or features.check(_CODECS[name])]
 
 
 def readable_endings() -> frozenset[str]:
-    """Return the endings, in lower case, of the files that count as images."""
+    """Return the endings of image files, in lower case."""
     return frozenset(ending for name in readable_formats() for ending in FORMATS[name])
 
 
 def ending(name: str) -> str:
-    """Return the ending of a file's name in lower case, with its dot; empty if there is none."""
+    """Return the ending of a file name in lower case, with its dot; empty if there is none."""
     return os.path.splitext(name)[1].lower().strip()
 
 
 def is_companion(name: str) -> bool:
-    """Tell whether a file is a note, a list or a system's own, which nobody takes for data."""
+    """Return whether a file is a note, a list or a system file, which nobody takes for data."""
     return ending(name) in _COMPANIONS or name.lower() in _COMPANION_NAMES
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is hidden, or one that systems and archives leave beside data."""
+    """Return whether a file or folder is hidden, or one that systems and archives leave next to data."""
     return name.startswith(".") or name in _NO_DATA
 
 
 def count_by_ending(names: Iterable[str]) -> dict[str, int]:
-    """Return how many files there are of each ending, those that are hidden or notes left out."""
+    """Return the number of files of each ending, without hidden ones and notes."""
     counts: dict[str, int] = {}
     for name in names:
         if not is_hidden(name) and not is_companion(name):

@@ -1,4 +1,4 @@
-"""The image files of a folder, and what else is there."""
+"""The image files of a folder, and its other files."""
 
 import os
 from collections import Counter
@@ -18,7 +18,7 @@ class ImageFiles:
     Args:
         paths: of the files.
         inodes: a number per file, equal for names of one file; see :func:`inode`.
-        left_out: how many files of which ending are no images that can be read; notes and hidden files do not count.
+        left_out: number of files by ending that are not readable images, without notes and hidden files.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -36,18 +36,18 @@ def joined(parts: Sequence[ImageFiles]) -> ImageFiles:
 
 
 def inode(status: os.stat_result) -> int:
-    """Return a number that two names of one file share (links, or other spellings)."""
+    """Return a number that two names of one file (links, other spellings) share."""
     return status.st_ino & _LARGEST
 
 
 def find_images(folder: Path, *, deep: bool = True) -> ImageFiles:
-    """Find the image files of a folder and of all folders in it, without opening them.
+    """Find the image files of a folder and its subfolders, without opening them.
 
-    Hidden files and folders, and those that systems and archives leave behind, are passed over.
+    Hidden files and folders, and those that systems and archives leave behind, are skipped.
 
     Args:
         folder: where to look.
-        deep: whether to look in the folders in it, too.
+        deep: whether to search subfolders too.
 
     Raises:
         FileNotFoundError: if a file is a symbolic link whose target is gone.
@@ -60,7 +60,7 @@ def find_images(folder: Path, *, deep: bool = True) -> ImageFiles:
 
 
 def images_at(place: Path) -> ImageFiles:
-    """Find the images that are given to be predicted: those of a folder, or a file of any ending.
+    """Find the images to predict: those of a folder, or a single file of any ending.
 
     Raises:
         FileNotFoundError: if there is neither.
@@ -73,14 +73,14 @@ def images_at(place: Path) -> ImageFiles:
 
 
 def has_images(folder: Path) -> bool:
-    """Tell whether there are image files directly in a folder."""
+    """Return whether a folder directly contains image files."""
     endings = readable_endings()
     with os.scandir(folder) as entries:
         return any(ending(entry.name) in endings and not is_hidden(entry.name) and entry.is_file() for entry in entries)
 
 
 def folders_in(folder: Path, *, whole: bool = False) -> list[str]:
-    """Return the names of the folders in a folder, sorted, without hidden ones.
+    """Return the sorted names of the folders in a folder, without hidden ones.
 
     Args:
         folder: where to look, not deeper.
@@ -116,7 +116,7 @@ def _walk(
                 continue
             if entry.is_dir():
                 above = None if parents is None else (*parents, os.path.realpath(folder))
-                # A link to a folder above would be followed without end.
+                # A link to a parent folder would be followed forever.
                 if above is not None and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
                     _walk(entry.path, endings, found, left_out, parents=above)
             elif ending(entry.name) in endings:

@@ -1,4 +1,4 @@
-"""Opening image files so that every kind of file gives the right pixels, or an error that names the file."""
+"""Open image files so that each gives the right pixels, or an error that names the file."""
 
 import os
 
@@ -18,20 +18,20 @@ def load_image(
     """Open an image file with the right orientation, depth and number of channels.
 
     Grey, palette, 1-bit, CMYK and 16-bit files are converted by value (16 bits are scaled, not clipped), transparent
-    pixels are laid over a plain background, EXIF rotation is applied, and the first frame of an animation or page of a
-    document is taken. Only Pillow decodes: ``torchvision.io.decode_image`` can end the process on a damaged PNG.
+    pixels are composited over a plain background, EXIF rotation is applied, and the first frame of an animation or page
+    of a document is used. Only Pillow decodes: ``torchvision.io.decode_image`` can crash the process on a damaged PNG.
 
     Args:
         path: the file.
         channels: 1 for grey, 3 for RGB.
         background: grey level under transparent pixels, 0 (black) to 255 (white).
-        bit_depth: how many bits of a file of 16 are used, 1 to 16: 12 makes 4095 white. Files of 8 bits do not change.
+        bit_depth: how many bits 16-bit files use, 1 to 16: 12 makes 4095 white. 8-bit files do not change.
 
     Returns:
         A fully read 8-bit image of mode ``L`` or ``RGB``.
 
     Raises:
-        ValueError: if the file is empty, truncated, no image, too large, or of unknown value range; the message
+        ValueError: if the file is empty, truncated, not an image, too large, or of unknown value range; the message
             names it.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -41,19 +41,19 @@ def load_image(
         )
     try:
         return _read(path, "L" if channels == 1 else "RGB", background, bit_depth)
-    except Exception as error:  # Pillow's readers raise many kinds, among them OSError, SyntaxError and struct.error
+    except Exception as error:  # Pillow's readers raise many types, including OSError, SyntaxError and struct.error
         raise _unreadable(path, error) from error
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the width and height that :func:`load_image` will give, from the header alone.
+    """Return the width and height that :func:`load_image` will give, from the header only.
 
     Raises:
         ValueError: if the header cannot be read; the message names the file.
     """
     try:
         with open_image(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, perhaps mirrored, too
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees, perhaps also mirrored
             return (image.height, image.width) if turned else image.size
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -65,8 +65,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def deep_values(image: Image.Image) -> npt.NDArray[np.int64] | None:
-    """Return the pixels of an open file of 16 bits per pixel; ``None`` if it has another depth."""
-    # Older Pillow opens 16-bit files as 32-bit integers ("I"), so the mode alone does not tell the depth.
+    """Return the pixels of an open file with 16 bits per pixel; ``None`` for other depths."""
+    # Older Pillow opens 16-bit files as 32-bit integers ("I"), so the mode does not determine the depth.
     if not image.mode.startswith("I"):
         return None
     values = np.asarray(image).astype(np.int64)
@@ -74,7 +74,7 @@ def deep_values(image: Image.Image) -> npt.NDArray[np.int64] | None:
 
 
 def has_deep_colours(image: Image.Image) -> bool:
-    """Tell whether an open file has 16 bits per colour, of which Pillow gives the upper 8."""
+    """Return whether an open file has 16 bits per colour, of which Pillow gives the upper 8."""
     tiles = getattr(image, "tile", [])
     return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in tiles)
 

@@ -1,4 +1,4 @@
-"""Reading lists and annotations that were written on any system."""
+"""Read lists and annotations written on any system."""
 
 import re
 from pathlib import Path
@@ -8,10 +8,10 @@ from dia_lightning._text import read_text
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the lines of a list without blanks around them; empty ones and comments (``# ...``) are left out.
+    """Return the stripped lines of a list, without empty ones and comments (``# ...``).
 
     Raises:
-        ValueError: if the file is neither UTF-8 nor, with its mark, UTF-16.
+        ValueError: if the file is neither UTF-8 nor UTF-16 with a byte order mark.
     """
     lines = [line.strip() for line in read_text(file).splitlines()]
     return [line for line in lines if line and not line.startswith("# ") and line != "#"]
@@ -27,7 +27,7 @@ def read_xml(file: str) -> ElementTree.Element:
     try:
         try:
             return ElementTree.fromstring(content)
-        except ValueError:  # an encoding of several bytes per character that the parser lacks but Python has
+        except ValueError:  # a multi-byte encoding that Python has but the parser lacks
             return ElementTree.fromstring(content.decode(_declared_encoding(content)))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{file} is not valid XML ({error}). Fetch or write it again.") from error

@@ -9,27 +9,27 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 
-WORKER_TIMEOUT = 300  # seconds; a hanging worker would otherwise be waited for without end
-GRACE = 5  # seconds for which a worker outlives the program's end
+WORKER_TIMEOUT = 300  # seconds; otherwise a hanging worker would be waited for forever
+GRACE = 5  # seconds that a worker outlives the program
 
 
 def begin_worker(number: int) -> None:
-    """Let a worker serve the step that a signal to all processes of a group may still finish.
+    """Keep a worker alive for the step that the program may still finish after a signal to the process group.
 
     Args:
         number: of the worker.
     """
     if int(os.environ.get("PL_SEED_WORKERS", "0")):
-        pl_worker_init_function(number)  # as Lightning does where there is no other function
+        pl_worker_init_function(number)  # as Lightning does by default
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # which Windows does not have
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of its own process it may be something else
-        # but not for ever, as its own process ends a hanging worker by the same signal
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # in the parent process it may be something else
+        # but not forever: its parent ends a hanging worker by the same signal
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def replicas(trainer: Trainer | None) -> tuple[int, int]:
-    """Return the number of processes that share the data, and which of them this is."""
+    """Return the number of processes that share the data, and the rank of this one."""
     if trainer is not None:
         return trainer.world_size, trainer.global_rank
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -38,18 +38,18 @@ def replicas(trainer: Trainer | None) -> tuple[int, int]:
 
 
 def automatic_workers(trainer: Trainer | None) -> int:
-    """Return up to 4 loader processes, fewer if the processes of a run would have to share CPUs."""
+    """Return the number of loader processes: up to 4, fewer if the processes of a run would have to share CPUs."""
     local = trainer.num_devices if trainer is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(4, _cpu_count() // local)
 
 
 def silence_worker_advice() -> None:
-    """Turn off Lightning's advice to use more workers, and nothing else: for tiny sets it is wrong."""
+    """Silence only Lightning's advice to use more workers, which is wrong for tiny sets."""
     warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers", PossibleUserWarning)
 
 
 def runs_on_cuda(trainer: Trainer | None) -> bool:
-    """Tell whether batches go to a CUDA device; page-locked memory helps no other."""
+    """Return whether batches go to a CUDA device; page-locked memory helps no other."""
     if trainer is not None:
         return trainer.strategy.root_device.type == "cuda"
     return torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Checks of numbers that users give as options."""
+"""Check numbers that users give as options."""
 
 import math
 from numbers import Integral, Real
@@ -6,17 +6,17 @@ from typing import Any
 
 
 def check_whole(name: str, value: Any, *, least: int, most: int | None = None, optional: bool = False) -> None:
-    """Check an option that counts something.
+    """Check an option that is a count.
 
     Args:
         name: of the option, for the message.
         value: as the user gave it.
         least: smallest value that makes sense.
         most: largest value that makes sense; ``None`` if there is no limit.
-        optional: whether ``None`` is a value, too.
+        optional: whether ``None`` is allowed too.
 
     Raises:
-        ValueError: if it is of another type, too small or too large.
+        ValueError: if it is of the wrong type, too small or too large.
     """
     if optional and value is None:
         return

@@ -1,4 +1,4 @@
-"""Where in the training data a training goes on."""
+"""Where in the training data a training continues."""
 
 import dataclasses
 import warnings
@@ -17,12 +17,12 @@ from dia_lightning.datamodules._sampling import Samples
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a checkpoint says of the training data.
+    """The position in the training data that a checkpoint records.
 
     Args:
         seed: of the order and the augmentation.
-        epoch: that goes on or begins.
-        batches: of it that are done, by each process.
+        epoch: the one to continue or start.
+        batches: how many of its batches each process has done.
         batch_size: training samples per step and process.
         processes: that shared the data.
     """
@@ -34,8 +34,8 @@ class Place:
     processes: int
 
     def compare(self, batch_size: int, trainer: Trainer) -> None:
-        """Say that an epoch goes on in other batches, in which some samples come twice or never, or begins anew."""
-        # Lightning's advice; the sampler goes on where the epoch was left
+        """Warn if an epoch continues with different batches, which repeat or miss samples, or starts over."""
+        # Lightning's advice; the sampler continues where the epoch stopped
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before", PossibleUserWarning)
         processes, overfit = trainer.world_size, trainer.overfit_batches  # type: ignore[attr-defined]
         if self.batches and (self.batch_size, self.processes) != (batch_size, processes):
@@ -52,13 +52,13 @@ class Place:
 
 
 class PlacedData(LightningDataModule):
-    """The part of a data module that knows where in its training data a training is."""
+    """The part of a data module that tracks the position of a training in its data."""
 
     batch_size: int
-    _place: Place | None = None  # where a training goes on
+    _place: Place | None = None  # where a training continues
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where in the training data a training is, for its checkpoint."""
+        """Return the position in the training data, for the checkpoint."""
         if self.trainer is None:
             return {}
         epoch, batches = training_position(self.trainer)
@@ -66,11 +66,11 @@ class PlacedData(LightningDataModule):
         return dataclasses.asdict(place)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the place of a checkpoint; only ``fit`` does."""
+        """Continue at the place of a checkpoint; only ``fit`` does."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         names = [field.name for field in dataclasses.fields(Place)]
-        if not set(names) <= set(state_dict):  # of an older version
+        if not set(names) <= set(state_dict):  # from an older version
             return
         self._place = Place(**{name: state_dict[name] for name in names})  # subclasses add more
         self._place.compare(self.batch_size, self.trainer)
@@ -79,22 +79,22 @@ class PlacedData(LightningDataModule):
     def training_seed(self) -> int:
         """Seed of the order and the augmentation of training samples.
 
-        It is that of ``seed_everything``, without it that of torch (0 with several processes); a training that goes on
-        keeps the one that it began with.
+        It is the seed of ``seed_everything``, or else torch's (0 with several processes); a resumed training keeps the
+        one that it started with.
         """
         return self._place.seed if self._place is not None else training_seed(replicas(self.trainer)[0])
 
     def placed_sampler(self, sampler: DistributedSampler[Any] | None, dataset: Samples) -> DistributedSampler[Any]:
-        """Return what draws training samples from where training goes on.
+        """Return a sampler that draws training samples from where training continues.
 
         Args:
-            sampler: what draws them from the start; ``None`` shuffles.
+            sampler: draws them from the start; ``None`` shuffles.
             dataset: of the training samples.
         """
         count, rank = replicas(self.trainer)
         if sampler is None:
             sampler = ShuffledSampler(dataset, num_replicas=count, rank=rank, seed=self.training_seed)
-        # workers draw before Lightning tells the epoch, and a schedule may ask for the loader before it is restored
+        # workers draw before Lightning sets the epoch, and a schedule may request the loader before it is restored
         now = (0 if self.trainer is None else self.trainer.current_epoch, 0)
         if isinstance(sampler, DrawingSampler):
             epoch, batches = now if self._place is None else max(now, (self._place.epoch, self._place.batches))
@@ -103,14 +103,14 @@ class PlacedData(LightningDataModule):
 
 
 def training_position(trainer: Trainer) -> tuple[int, int]:
-    """Return the epoch that a training goes on in, and how many batches of it are done.
+    """Return the epoch in which a training continues, and how many of its batches are done.
 
-    Behind the last batch of an epoch that is the start of the next one, also before Lightning counts the epoch.
+    After the last batch of an epoch that is the start of the next one, even before Lightning counts the epoch.
     """
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
     if epochs.processed >= epochs.started:
         return epochs.processed, 0
-    # `ready` and `completed` are one off within a batch
+    # `ready` and `completed` are off by one within a batch
     batches: int = loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
     return (epochs.processed + 1, 0) if batches >= loop.max_batches else (epochs.processed, batches)

@@ -1,4 +1,4 @@
-"""Which samples are seen: seeded splits, datasets that carry the index, and padding for distributed evaluation."""
+"""Which samples are used: seeded splits, datasets that carry the index, and padding for distributed evaluation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ Role = Literal["train", "eval", "predict"]
 
 
 def _shuffled_by_class(labels: Positions, seed: int) -> list[Positions]:
-    # RandomState's stream is frozen by NumPy's compatibility promise, so a split stays the same for ever.
+    # NumPy's compatibility policy freezes RandomState's stream, so a split never changes.
     random = np.random.RandomState(seed)
     return [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
 
@@ -34,10 +34,10 @@ def stratified_split(
         labels: of all positions.
         count: how many are drawn.
         seed: of the choice.
-        leave_one: never draw all of a class, where ``count`` allows that.
+        leave_one: never draw all of a class, if ``count`` allows.
 
     Returns:
-        The rest and the drawn positions, both sorted. They are disjoint and together complete.
+        The remaining and the drawn positions, both sorted; disjoint and together complete.
     """
     groups = _shuffled_by_class(labels, seed)
     sizes = np.array([len(group) for group in groups])
@@ -50,14 +50,14 @@ def stratified_split(
 
 
 def balanced_subset(labels: Positions, count: int, seed: int) -> Positions:
-    """Choose up to ``count`` positions, one of each class in turn; a larger count contains the smaller ones."""
+    """Choose up to ``count`` positions, cycling through the classes; a larger count includes the smaller ones."""
     groups = _shuffled_by_class(labels, seed)
     turns = np.concatenate([np.arange(len(group)) for group in groups])
     return np.sort(np.concatenate(groups)[np.argsort(turns, kind="stable")[:count]])
 
 
 class SampleError(ValueError):
-    """A sample cannot be loaded, for example because its file is damaged. The message names the file."""
+    """Raised if a sample cannot be loaded, for example because its file is damaged. The message names the file."""
 
 
 class Samples(Dataset[tuple[Any, ...]], ABC):
@@ -71,7 +71,7 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
         self._source = source
         self._positions = positions
         self._role = role
-        #: What the workers of the latest loader note, where it has any.
+        #: Notes of the latest loader's workers, if it has any.
         self.notes: WorkerNotes | None = None
 
     @abstractmethod
@@ -90,7 +90,7 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
             self.notes.begin(index)
         try:
             image, label = self.load(position)
-        except (Exception, SystemExit) as error:  # a worker that exits with 0 would be waited for
+        except (Exception, SystemExit) as error:  # a worker that exits with 0 would be waited for forever
             raise SampleError(
                 f"Sample {index} ({self._source.name(position)}) cannot be loaded: {_sentence(error)}"
             ) from error
@@ -106,12 +106,12 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
         return self._source.labels[self._positions]
 
     def classes(self) -> set[int] | None:
-        """Return which classes, as positions in ``class_names``, the samples have; ``None`` where nobody knows."""
+        """Return which classes, as positions in ``class_names``, the samples have; ``None`` if unknown."""
         return set(np.unique(self.labels).tolist())
 
     @property
     def inodes(self) -> Positions:
-        """Return a number per sample that two names of the same file share; none where there are no files."""
+        """Return a number per sample that two names of the same file share; empty if there are no files."""
         inodes = getattr(self._source, "inodes", None)
         return np.empty(0, dtype=np.int64) if inodes is None else inodes[self._positions]
 
@@ -120,7 +120,7 @@ class Samples(Dataset[tuple[Any, ...]], ABC):
         return self._source.name(self.position(index))
 
     def position(self, index: int) -> int:
-        """Return where in the source a sample comes from."""
+        """Return the position of a sample in the source."""
         if not 0 <= index < len(self):
             raise IndexError(
                 f"index must be in [0, {len(self)}), got {index}; -1 marks a padding sample without a name."
@@ -146,10 +146,10 @@ def _sentence(error: BaseException) -> str:
 
 
 class PaddedSampler(DistributedSampler[Any]):
-    """Give every rank the same number of samples; those that only fill up are index -1.
+    """Give every rank the same number of samples; padding has index -1.
 
-    It is a ``DistributedSampler`` so that Lightning leaves it in place: Lightning's own repeats real samples, which
-    are then counted twice.
+    It is a ``DistributedSampler`` so that Lightning keeps it: Lightning's own repeats real samples, which are then
+    counted twice.
     """
 
     def __init__(self, dataset: Samples, *, num_replicas: int, rank: int) -> None:
@@ -162,10 +162,10 @@ class PaddedSampler(DistributedSampler[Any]):
 
 
 class BalancedSampler(DrawingSampler):
-    """Draw training samples so that an epoch of the usual length has every class equally often, up to one sample.
+    """Draw training samples so that an epoch of the usual length has equally many of every class, up to one sample.
 
     Within an epoch the samples of a class come equally often too, up to one: those of rare classes several times, of
-    frequent ones only some, chosen anew for every epoch. Draws depend on the seed and the epoch alone.
+    frequent ones only some, chosen afresh for every epoch. Draws depend only on the seed and the epoch.
 
     Args:
         dataset: the training samples.
@@ -184,7 +184,7 @@ class BalancedSampler(DrawingSampler):
         self._groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
     def draw(self, generator: np.random.RandomState) -> Positions:
-        """Return equally many of every class, mixed."""
+        """Return equally many samples of every class, shuffled."""
         counts = np.full(len(self._groups), self.total_size // len(self._groups))
         counts[generator.permutation(len(counts))[: self.total_size - counts.sum()]] += 1
         drawn = [_repeated(group, count, generator) for group, count in zip(self._groups, counts, strict=True)]
@@ -192,13 +192,13 @@ class BalancedSampler(DrawingSampler):
 
 
 def _repeated(group: Positions, count: int, random: np.random.RandomState) -> Positions:
-    """Return ``count`` positions: the whole group in random order as often as it fits, then a part of it."""
+    """Return ``count`` positions: the whole group in random order as often as it fits, then part of it."""
     rounds = [random.permutation(group) for _ in range(-(-count // len(group)))]
     return np.concatenate([*rounds, group[:0]])[:count]
 
 
 class MixingCollate:
-    """Stack a training batch and mix it: mixup, cutmix, or one of both by chance.
+    """Stack a training batch and mix it: mixup, cutmix, or one of the two at random.
 
     Args:
         mixup: alpha of mixup's Beta distribution; 0 turns it off.

@@ -12,8 +12,8 @@ Floats = npt.NDArray[np.float32]
 Masks = npt.NDArray[np.bool_]
 
 _MOST_OBJECTS = 5
-_SIDES = (20 / 128, 48 / 128)  # of a digit, as parts of the side of the canvas
-_TRIES = 30  # random places for a digit before it is left out
+_SIDES = (20 / 128, 48 / 128)  # of a digit, relative to the side of the canvas
+_TRIES = 30  # random places for a digit before it is dropped
 _MOST_OVERLAP = 0.15  # of the smaller of two boxes
 _LEAST_VISIBLE = 0.5  # of the ink of a digit
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
@@ -35,17 +35,17 @@ class Scene:
 
 
 class SceneSource:
-    """Scenes that are composed when they are asked for.
+    """Scenes composed on demand.
 
     A scene is a function of the digits, the seed, the size and its position, so it is the same in every process and
-    session, and whatever was asked for before.
+    session, regardless of earlier requests.
 
     Args:
         glyphs: grey 8x8 digits that scenes are made of ``[M, 8, 8]`` uint8, ink is 255.
-        digits: what they are ``[M]``, 0 to 9.
+        digits: their values ``[M]``, 0 to 9.
         count: number of scenes.
         size: height and width in pixels.
-        seed: of the split; scenes of other seeds are others.
+        seed: of the split; other seeds give other scenes.
         split: first part of the names.
         masks: whether targets have masks.
     """
@@ -68,7 +68,7 @@ class SceneSource:
         self._seed = seed
         self._split = split
         self._masks = masks
-        self._last: tuple[int, Scene] | None = None  # the image and the target of a position are asked for in turn
+        self._last: tuple[int, Scene] | None = None  # image and target of a position are requested in turn
 
     def image(self, position: int) -> Image.Image:
         """Return one scene as RGB."""
@@ -96,7 +96,7 @@ class SceneSource:
     def scene(self, position: int) -> Scene:
         """Compose one scene."""
         if self._last is None or self._last[0] != position:
-            # RandomState's stream is frozen by NumPy's compatibility promise, so a scene stays the same for ever.
+            # NumPy's compatibility policy freezes RandomState's stream, so a scene never changes.
             random = np.random.RandomState([self._seed, position])
             self._last = position, compose(self._glyphs, self._digits, self._size, random)
         return self._last[1]
@@ -108,7 +108,7 @@ def compose(
     """Draw 1 to 5 digits over a background."""
     canvas = _background(size, random)
     masks: Masks = np.zeros((0, size, size), dtype=bool)
-    whole: list[int] = []  # pixels of ink of each digit before others were laid over it
+    whole: list[int] = []  # pixels of ink of each digit before others covered it
     drawn: list[int] = []
     for _ in range(random.randint(1, _MOST_OBJECTS + 1)):
         chosen = random.randint(len(glyphs))
@@ -155,7 +155,7 @@ def _place(ink: Masks, masks: Masks, whole: list[int], random: np.random.RandomS
 
 
 def _overlap(box: Floats, others: Floats) -> Floats:
-    # The shared part of two boxes as a part of the smaller one.
+    # The overlap of two boxes relative to the smaller one.
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     areas = [(b[..., 2:] - b[..., :2]).prod(-1) for b in (box, others)]
     shared: Floats = sides.clip(0).prod(1) / np.minimum(*areas)

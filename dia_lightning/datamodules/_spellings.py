@@ -1,4 +1,4 @@
-"""Names compared as people and file systems do: Unicode forms, then letter case and blanks, do not matter."""
+"""Compare names as people and file systems do: ignoring Unicode forms, then case and spaces."""
 
 import os
 import unicodedata
@@ -7,25 +7,25 @@ from collections.abc import Iterable, Sequence
 
 
 def plain(name: str) -> str:
-    """Return a name in its composed form (NFC): a Mac and its archives write umlauts in two characters."""
+    """Return a name in its composed form (NFC): a Mac and its archives write umlauts as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
 def loose(name: str) -> str:
-    """Return what is left of a name without letter case, blanks around it and more than one within, and marks (BOM)."""
+    """Return a name without letter case, surrounding or repeated spaces, and byte order marks."""
     return plain(" ".join(plain(name).replace("\ufeff", "").split()).casefold())
 
 
 def same_names(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Tell whether two lists have the same names in the same order, whatever their Unicode form."""
+    """Return whether two lists have the same names in the same order, regardless of Unicode form."""
     return [plain(name) for name in names] == [plain(name) for name in others]
 
 
 class Names:
-    """Names that can be found by other spellings.
+    """Names that can be looked up by other spellings.
 
     Args:
-        names: each once.
+        names: without duplicates.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -37,7 +37,7 @@ class Names:
             self._loose[loose(name)].append(name)
 
     def find(self, name: str) -> str | None:
-        """Return the name itself, else the only one of its Unicode form, else of its letters; ``None`` if none."""
+        """Return the exact name, else the only one that matches by Unicode form, else by letters; else ``None``."""
         if name in self._exact:
             return name
         for found in (self._plain.get(plain(name), []), self._loose.get(loose(name), [])):
@@ -47,7 +47,7 @@ class Names:
 
 
 class FileFinder:
-    """Finds files on disk by paths that may be spelled in other ways; every folder is listed only once."""
+    """Finds files on disk by paths that may be spelled differently; every folder is listed only once."""
 
     def __init__(self) -> None:
         self._listed: dict[str, Names] = {}

@@ -1,4 +1,4 @@
-"""What is said of the files of a split when it is opened, and only where something is left out or doubtful."""
+"""Warnings about the files of a split when it is opened, only if something is left out or doubtful."""
 
 import os
 from collections import Counter
@@ -12,13 +12,13 @@ from dia_lightning.datamodules._images import MAX_PIXELS, deep_values, has_deep_
 from dia_lightning.datamodules._sampling import Samples
 from dia_lightning.datamodules.sources import FileSource, Source
 
-_LOOKED_AT = 16  # files of a split; a set of a million must open at once
-_USUAL_DEPTHS = range(1, 15)  # what sensors have; a picture in the darker half of 16 bits may just be dark
+_LOOKED_AT = 16  # files of a split; a set of a million must open instantly
+_USUAL_DEPTHS = range(1, 15)  # what sensors have; an image in the darker half of 16 bits may just be dark
 _NAMED = 3  # how many files a message names
 
 
 def warn_of_files_left_out(left_out: Counter[str], where: object) -> None:
-    """Say how many files of which ending nobody will see.
+    """Warn of the files that are left out, by ending.
 
     Args:
         left_out: as :class:`ImageFiles` has them.
@@ -34,11 +34,11 @@ def warn_of_files_left_out(left_out: Counter[str], where: object) -> None:
 
 
 def warn_of_unused_depth(source: Source, what: str) -> None:
-    """Look at a few files of a split: do they use the bits and the frames that they have?
+    """Check in a few files of a split whether their bits and frames are all used.
 
     Args:
-        source: the split; nothing is said of images that are not in files.
-        what: what a person calls the split.
+        source: the split; images that are not in files are ignored.
+        what: name of the split in messages.
     """
     if not isinstance(source, FileSource):
         return
@@ -52,7 +52,7 @@ def warn_of_unused_depth(source: Source, what: str) -> None:
                 frames += [path] if _has_more_frames(image) else []
                 image.seek(0)
                 depths.append(_used_bits(image))
-        except Exception:  # it is an error, with its name, when the sample is loaded
+        except Exception:  # loading the sample raises an error that names it
             continue
     if frames:
         rank_zero_warn(
@@ -85,16 +85,16 @@ def _has_more_frames(image: Image.Image) -> bool:
         return False
     size = image.size
     image.seek(1)
-    return image.size == size  # else the first page in small
+    return image.size == size  # otherwise a thumbnail of the first page
 
 
 def warn_of_shared_files(train: Samples, other: Samples, what: str) -> None:
-    """Say which files are trained and also evaluated on, whatever names or links they have there.
+    """Warn of files that are both trained and evaluated on, under any name or link.
 
     Args:
         train: the training samples.
-        other: those that are evaluated on.
-        what: what a person calls the others.
+        other: the evaluation samples.
+        what: name of the others in messages.
     """
     _, ours, theirs = np.intersect1d(train.inodes, other.inodes, return_indices=True)
     pairs = [(train.name(int(here)), other.name(int(there))) for here, there in zip(ours, theirs, strict=True)]
@@ -107,13 +107,13 @@ def warn_of_shared_files(train: Samples, other: Samples, what: str) -> None:
 
 
 def warn_of_untrained_classes(names: Sequence[str], trained: set[int], seen: set[int], what: str) -> None:
-    """Say which classes have no training sample, loudly if they are evaluated on.
+    """Report classes without training samples, with a warning if they are evaluated on.
 
     Args:
         names: of all classes.
-        trained: positions in ``names`` of those that training samples have.
+        trained: positions in ``names`` of classes with training samples.
         seen: positions of those that are evaluated on.
-        what: what a person calls the part that is evaluated on.
+        what: name of the evaluated part in messages.
     """
     if lost := sorted((seen - trained) & set(range(len(names)))):
         rank_zero_warn(
@@ -129,5 +129,5 @@ def _same_file(path: str, other: str) -> bool:
 
 
 def named(names: Sequence[str]) -> str:
-    """Return the first few of many names for a message."""
+    """Return the first few names for a message."""
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -1,4 +1,4 @@
-"""From an image to a normalised tensor, with the amount of augmentation that was asked for."""
+"""From an image to a normalised tensor, with the requested augmentation."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -21,11 +21,11 @@ def build_transform(
     """Chain the steps of one augmentation level.
 
     Args:
-        augment: ``"none"`` uses ``resize``, ``"flips"`` adds a flip of every second image; the others start with
+        augment: ``"none"`` uses ``resize``, ``"flips"`` also flips half of the images; the others start with
             ``basic``. ``"auto"`` adds AutoAugment, ``"strong"`` adds RandAugment and, on the tensor, RandomErasing of a
             quarter of the images.
-        resize: steps that bring any image to the network's size without chance.
-        basic: the standard training recipe of the data set, from image to image of the network's size.
+        resize: deterministic steps that bring any image to the network's size.
+        basic: the standard training recipe of the data set, from an image to one of the network's size.
         policy: which AutoAugment policy.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].

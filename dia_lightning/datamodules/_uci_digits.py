@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn, and which of them are for testing."""
+"""The handwritten digits that come with scikit-learn, and their split into training and test."""
 
 from typing import Literal
 

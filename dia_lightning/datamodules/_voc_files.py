@@ -1,4 +1,4 @@
-"""Reading the annotations of PASCAL VOC: one XML file per image."""
+"""Read the annotations of PASCAL VOC: one XML file per image."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from dia_lightning.datamodules._lines_and_xml import read_lines, read_xml
 from dia_lightning.datamodules._spellings import FileFinder, loose, plain
 
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
-# Pixels count from 1 and the last one belongs to the object, so the first pixel, 1 to 1, is the box 0 to 1.
+# Pixels count from 1 and the last one is part of the object, so the first pixel, 1 to 1, is the box 0 to 1.
 _OFFSET = np.array([-1.0, -1.0, 0.0, 0.0])
 
 
@@ -37,12 +37,11 @@ def read_voc(folder: Path, names: Path, classes: Sequence[str]) -> tuple[list[st
 
     Args:
         folder: has ``Annotations`` and ``JPEGImages``.
-        names: list of the images of the split, one name without ending per line.
+        names: file that lists the images of the split, one name without ending per line.
         classes: label i is ``classes[i - 1]``.
 
     Returns:
-        The files of the images, their widths and heights ``[N, 2]``, and the objects in them; those that are difficult
-        have ``iscrowd`` 1.
+        The image files, their widths and heights ``[N, 2]``, and their objects; difficult ones have ``iscrowd`` 1.
 
     Raises:
         FileNotFoundError: if the list, an image or its annotation is missing.
@@ -72,7 +71,7 @@ def read_voc(folder: Path, names: Path, classes: Sequence[str]) -> tuple[list[st
 
 
 class _Folder:
-    """A folder that names of a list lead to, in the spelling of another system perhaps."""
+    """A folder that the names of a list refer to, perhaps in the spelling of another system."""
 
     def __init__(self, folder: Path, names: Path) -> None:
         self._folder = folder
@@ -85,7 +84,7 @@ class _Folder:
         """Return the path of a file.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if it does not exist.
         """
         path = self._folder / name
         found = str(path) if path.is_file() else self._finder.find(str(path))
@@ -102,7 +101,7 @@ class _Folder:
         return path
 
     def image_of(self, line: str) -> str:
-        """Return the path of the image of a line: its name, perhaps with an ending, or followed by -1, 0 or 1."""
+        """Return the path of a line's image: its name, perhaps with an ending, or followed by -1, 0 or 1."""
         name = re.sub(r"\s+(-1|0|1)$", "", line)
         for stem in (line, name):
             if Path(stem).name != stem:

@@ -1,4 +1,4 @@
-"""Which sample a loader's process was at when it died or hung."""
+"""Which sample a loader's process was loading when it died or hung."""
 
 import os
 import re
@@ -14,7 +14,7 @@ _DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 
 
 class NamingLoader(DataLoader[Any]):
-    """A loader that fails in one way when a worker dies, at whatever moment that is."""
+    """A loader that fails in the same way whenever a worker dies."""
 
     def _get_iterator(self) -> _BaseDataLoaderIter:
         return super()._get_iterator() if self.num_workers == 0 else _Iterator(self)
@@ -25,8 +25,8 @@ class _Iterator(_MultiProcessingDataLoaderIter):
         try:
             result: tuple[bool, Any] = super()._try_get_data(timeout)  # type: ignore[no-untyped-call]
             return result
-        except (EOFError, OSError) as error:  # it died between a batch and the way to its memory
-            time.sleep(0.5)  # until the system knows; torch may raise the same here, when it is told
+        except (EOFError, OSError) as error:  # it died between a batch and the handle to its memory
+            time.sleep(0.5)  # until the system knows; torch may raise the same here once notified
             dead = [str(worker.pid) for worker in self._workers if not worker.is_alive()]
             if not dead:
                 raise
@@ -34,26 +34,26 @@ class _Iterator(_MultiProcessingDataLoaderIter):
 
 
 class WorkerNotes:
-    """What the workers of a loader leave in memory that they share with its process, which outlives them.
+    """Notes that the workers of a loader leave in memory shared with its process, which outlives them.
 
     Args:
-        workers: how many.
+        workers: number of workers.
     """
 
     def __init__(self, workers: int) -> None:
-        # of each worker: its process, its last sample, and whether that is still being loaded
+        # for each worker: its process, its last sample, and whether that is still being loaded
         self._rows = torch.zeros(workers, 3, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def begin(self, index: int) -> None:
-        """Note a sample in the process that loads it."""
+        """Record the sample that this process starts to load."""
         self._write(index, 1)
 
     def end(self, index: int) -> None:
-        """Note that it is loaded."""
+        """Record that it is loaded."""
         self._write(index, 0)
 
     def suspects(self, error: BaseException) -> list[int]:
-        """Return the last samples of the workers of which an error of a loader tells; none for another error."""
+        """Return the last samples of the workers that a loader's error is about; none for other errors."""
         text = str(error)
         died = _DIED.match(text)
         processes = [] if died is None else [int(number) for number in died[1].split(",")]
@@ -68,11 +68,11 @@ class WorkerNotes:
 
 
 def add_to_message(error: BaseException, places: Iterable[str]) -> None:
-    """Put into the message of a loader's error what it lacks.
+    """Add the samples to the message of a loader's error.
 
     Args:
-        error: which torch raises, with the number of a process that is gone.
-        places: which samples that process had.
+        error: raised by torch, with the id of a process that is gone.
+        places: the samples of that process.
     """
     found = ", ".join(places)
     if found:

@@ -1,4 +1,4 @@
-"""The one data API: what every data module of this package takes, offers and hands to the trainer."""
+"""The one data API: what every data module of this package takes, offers and passes to the trainer."""
 
 import os
 from abc import ABC, abstractmethod
@@ -62,38 +62,38 @@ class DIADataModule(PlacedData, ABC):
     """Base of all data modules: options, splits and loaders, for any kind of label.
 
     Training batches are ``(images, labels)``, validation and test batches ``(images, labels, index [B] int64)``, and
-    prediction batches ``(images, index)``. ``index`` is the position in the split, or -1 for a sample that only fills
-    up the last batches of a distributed run and must not be counted.
+    prediction batches ``(images, index)``. ``index`` is the position in the split, or -1 for a sample that only pads
+    the last batches of a distributed run and must not be counted.
 
     There is a base class per kind of label, :class:`ClassificationDataModule` and :class:`DetectionDataModule`, which
-    implements :meth:`make_samples`. Below it, a data set implements :attr:`class_names` and :meth:`load_split`; if it
-    can be downloaded also :meth:`archives` and :meth:`is_complete`. Where the classes are read from the data,
-    ``trained_classes`` stands in for data that are not there: the command line sets it to the class names of a
+    implements :meth:`make_samples`. A data set derives from it and implements :attr:`class_names` and
+    :meth:`load_split`; if it can be downloaded, also :meth:`archives` and :meth:`is_complete`. If the classes are read
+    from the data, ``trained_classes`` stands in for missing data: the command line sets it to the class names of a
     checkpoint before the network is built.
 
     Args:
-        root: folder of the data. ``None`` means ``$DIA_DATA``, and without that ``~/.cache/dia_lightning``.
+        root: folder of the data. ``None`` means ``$DIA_DATA``, or ``~/.cache/dia_lightning`` if that is not set.
         batch_size: training samples per step and process.
         eval_batch_size: samples per validation, test and prediction step and process. ``None`` means ``batch_size``.
-        num_workers: loader processes per loader. ``None`` means up to 4, as far as the CPUs go round; 0 for tiny sets.
-        pin_memory: copy batches to page-locked memory. ``None`` means if a CUDA device is used.
+        num_workers: loader processes per loader. ``None`` means up to 4, depending on the CPUs; 0 for tiny sets.
+        pin_memory: copy batches to page-locked memory. ``None`` means only if a CUDA device is used.
         val_split: part of the training set to validate on: a number of samples, or a fraction below 1. It is drawn per
-            class. 0 validates on the test set if the data set has no validation part of its own.
+            class. 0 validates on the test set if the data set has no validation part.
         split_seed: seed of every choice of samples (``val_split``, ``limit``).
-        drop_last: leave out the last, smaller training batch. Evaluation always sees every sample.
-        limit: use only that many samples of every split, chosen evenly over the classes. For smoke runs.
-        download: fetch the data if it is not in ``root``. Without it nothing ever connects to the network.
-        predict_folder: predict the images in this folder and the folders in it, instead of the test set. It may also be
+        drop_last: drop the last, smaller training batch. Evaluation always sees every sample.
+        limit: use only this many samples of every split, chosen evenly over the classes. For smoke runs.
+        download: download the data if they are not in ``root``. Otherwise nothing ever connects to the network.
+        predict_folder: predict the images in this folder and its subfolders, instead of the test set. It may also be
             one image, or a list of images and folders.
-        bit_depth: how many bits grey image files of 16 bits use, from 1 to 16: 12, as of many microscopes, makes 4095
-            white. Files of 8 bits do not change. A warning says where fewer are used.
+        bit_depth: how many bits 16-bit grey image files use, from 1 to 16: 12, as for many microscopes, makes 4095
+            white. 8-bit files do not change. A warning reports files that use fewer.
 
     Raises:
         ValueError: if an option is of the wrong type or out of its range.
     """
 
     trained_classes: list[str] | None = None
-    needs_no_workers: ClassVar[bool] = False  # so small that loader processes cost more than they give
+    needs_no_workers: ClassVar[bool] = False  # so small that loader processes cost more than they save
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class DIADataModule(PlacedData, ABC):
         check_whole("bit_depth", bit_depth, least=1, most=16)
         check_val_split(val_split)
         self.root = Path(root if root is not None else _default_root()).expanduser()
-        # not read from hparams: they hold what a subclass was given, which may hand on something else
+        # not read from hparams, which hold the subclass's arguments; it may pass on other values
         self.batch_size = int(batch_size)  # the batch size finder writes here
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -138,7 +138,7 @@ class DIADataModule(PlacedData, ABC):
         self._sources: dict[Split, Source | None] = {}
         self._samples: dict[_Loaded, Samples] = {}
 
-    # What a data set says about itself
+    # What a data set defines
 
     @property
     @abstractmethod
@@ -150,36 +150,36 @@ class DIADataModule(PlacedData, ABC):
         """Open one split.
 
         Returns:
-            The split; ``None`` for ``"val"`` or ``"test"`` if the data set has no such part of its own.
+            The split; ``None`` for ``"val"`` or ``"test"`` if the data set has no such part.
         """
 
     @abstractmethod
     def make_samples(self, source: Source, positions: Positions, *, role: Role) -> Samples:
-        """Return the data set of the chosen positions of a split, transformed for its role."""
+        """Return the dataset of the chosen positions of a split, transformed for its role."""
 
     def collate_function(self, role: Role) -> Callable[[list[Any]], Any] | None:
-        """Return what makes a batch of samples; ``None`` stacks them."""
+        """Return the function that collates samples into a batch; ``None`` stacks them."""
         return None
 
     def training_sampler(self, dataset: Samples) -> DistributedSampler[Any] | None:
-        """Return what draws the training samples of this process; ``None`` shuffles them.
+        """Return the sampler for the training samples of this process; ``None`` shuffles them.
 
-        One that is not built on ``DrawingSampler`` draws augmentation from the random numbers of the process, and
-        begins its epoch anew when a training goes on.
+        With one that is not a ``DrawingSampler``, augmentation uses the random numbers of the process, and a resumed
+        training restarts its epoch.
         """
         return None
 
     def archives(self) -> Sequence[Archive]:
-        """Return what has to be fetched; empty if nothing can be."""
+        """Return the archives to download; empty if there are none."""
         return ()
 
     @property
     def archive_folder(self) -> Path:
-        """Return the folder that the archives are kept and unpacked in."""
+        """Return the folder in which the archives are kept and unpacked."""
         return self.root
 
     def is_complete(self) -> bool:
-        """Tell whether the unpacked files are all there and undamaged."""
+        """Return whether the unpacked files are complete and intact."""
         return True
 
     @property
@@ -187,7 +187,7 @@ class DIADataModule(PlacedData, ABC):
         """Return 1 if images are grey, 3 if they are RGB."""
         return 3
 
-    # What everybody may ask
+    # For all callers
 
     @property
     def num_classes(self) -> int:
@@ -195,28 +195,28 @@ class DIADataModule(PlacedData, ABC):
         return len(self.class_names)
 
     def sample_name(self, index: int) -> str:
-        """Return the file of a sample of the prediction set, or ``"split/position"`` where there are no files."""
+        """Return the file of a sample of the prediction set, or ``"split/position"`` if there are no files."""
         return self._dataset("predict").name(index)
 
     # Lightning's hooks
 
     @_restricted_classmethod
     def load_from_checkpoint(
-        cls: type[Data],  # noqa: N805  # Lightning has a decorator of its own
+        cls: type[Data],  # noqa: N805  # Lightning has its own decorator
         checkpoint_path: str | os.PathLike[str] | IO[bytes],
         map_location: Any = None,
         hparams_file: str | Path | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Data:
-        """Build the data module of a checkpoint, which is data: no code is run from it and no class imported.
+        """Build the data module of a checkpoint without running code from it or importing its classes.
 
         Args:
-            checkpoint_path: a path, or a file that is open for reading bytes.
+            checkpoint_path: a path, or a file open for reading bytes.
             map_location: as ``torch.load`` takes it.
-            hparams_file: not read.
+            hparams_file: ignored.
             weights_only: always ``True``.
-            **kwargs: options in place of those in the checkpoint: objects have to be given again.
+            **kwargs: options that override those in the checkpoint; objects must be given again.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -235,7 +235,7 @@ class DIADataModule(PlacedData, ABC):
         return data
 
     def prepare_data(self) -> None:
-        """Fetch and unpack what is missing; connects to nothing if all is there."""
+        """Download and unpack what is missing; does not connect if everything is there."""
         if self.is_complete():
             return
         for archive in self.archives():
@@ -256,7 +256,7 @@ class DIADataModule(PlacedData, ABC):
         if stage not in _STAGES:
             raise ValueError(f"stage must be fit, validate, test, predict or None, got {stage!r}.")
         if stage == "fit":
-            self._place = None  # of a fit before this one
+            self._place = None  # left by an earlier fit
         for name in _STAGES[stage]:
             self._dataset(name)
         if "train" in _STAGES[stage]:
@@ -265,8 +265,8 @@ class DIADataModule(PlacedData, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled training batches.
 
-        The order of an epoch depends on the seed and the epoch, and the augmentation of a sample on its place in it
-        too, whatever the number of workers. A training that goes on begins behind the last batch of its checkpoint.
+        The order depends only on the seed and the epoch, and the augmentation of a sample also on its place in it,
+        regardless of the number of workers. A resumed training starts after the last batch of its checkpoint.
         """
         self._check_train_size()
         return self._loader("train")
@@ -284,7 +284,7 @@ class DIADataModule(PlacedData, ABC):
         return self._loader("predict")
 
     def on_exception(self, exception: BaseException) -> None:
-        """Name the samples at which a loader's process died or hung; torch knows only its number."""
+        """Name the samples at which a loader's process died or hung; torch knows only its id."""
         loaded = [(name, samples) for name, samples in self._samples.items() if samples.notes is not None]
         add_to_message(
             exception,
@@ -297,12 +297,11 @@ class DIADataModule(PlacedData, ABC):
         )
 
     def evaluation_dataloader(self, split: Split, *, count: int | None = None) -> DataLoader[Any]:
-        """Return batches of any split as evaluation sees it: in order, without augmentation, with the index.
+        """Return batches of any split as for evaluation: in order, without augmentation, with the index.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
-            count: so many samples, or all if there are fewer, drawn with the shares that the classes have; ``None`` for
-                all.
+            count: number of samples, or all if there are fewer, drawn with the class proportions; ``None`` for all.
         """
         source, positions = self._chosen(split)
         if count is not None and count < len(positions):
@@ -310,7 +309,7 @@ class DIADataModule(PlacedData, ABC):
         return self._loader_of(self.make_samples(source, positions, role="eval"))
 
     def check_test_data(self) -> None:
-        """Open the test data and read a sample, so that what they lack shows before a training and not after it.
+        """Open the test data and read a sample, so that problems show before training, not after it.
 
         Raises:
             ValueError: if there is no sample, or no label to compare with.
@@ -323,7 +322,7 @@ class DIADataModule(PlacedData, ABC):
             raise ValueError(f"The test data of {type(self).__name__} in {self.root} have no sample.")
         samples[0]
 
-    # How it is done
+    # Implementation
 
     def _loader(self, name: _Loaded) -> DataLoader[Any]:
         return self._loader_of(self._dataset(name), role=_ROLES[name])

@@ -38,7 +38,7 @@ class _CIFAR(ClassificationDataModule):
         return ArraySource(data.data, data.targets, split=split, channels=3)
 
     def basic_augmentation(self) -> Sequence[v2.Transform]:
-        """Crop after padding by 4 black pixels, then flip every second image, as the paper does."""
+        """Crop after padding by 4 black pixels, then flip half of the images, as in the paper."""
         return [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
 
     def archives(self) -> Sequence[Archive]:

@@ -27,24 +27,24 @@ Sampling = Literal["shuffle", "balanced"]
 
 
 class ClassificationDataModule(DIADataModule):
-    """Base of the data modules for classification; a subclass only says where pixels come from.
+    """Base of the data modules for classification; a subclass only defines where pixels come from.
 
-    Batches are those of :class:`DIADataModule` with images ``[B, C, H, W]`` float32 and labels ``[B]`` int64, in
-    training soft ``[B, K]`` float32 under mixup or cutmix.
+    Batches are those of :class:`DIADataModule` with images ``[B, C, H, W]`` float32 and labels ``[B]`` int64; under
+    mixup or cutmix, training labels are soft, ``[B, K]`` float32.
 
     A subclass sets ``mean`` and ``std`` of its pixels and ``image_shape`` (C, H, W), and implements
     :attr:`class_names`, :meth:`load_split` and :meth:`basic_augmentation`.
 
     Args:
-        augment: ``"none"``: images as they are. ``"flips"``: every second one mirrored, the usual recipe of diffusion.
-            ``"basic"``: the standard recipe of the data set. ``"auto"``: basic, then torchvision's AutoAugment policy
-            that fits best. ``"strong"``: basic, then RandAugment and RandomErasing.
+        augment: ``"none"``: unchanged images. ``"flips"``: half of them mirrored, the usual recipe for diffusion.
+            ``"basic"``: the standard recipe of the data set. ``"auto"``: basic, then torchvision's best-fitting
+            AutoAugment policy. ``"strong"``: basic, then RandAugment and RandomErasing.
         pixel_range: ``"standardized"``: mean 0 and deviation 1, for classifiers. ``"symmetric"``: from -1 to 1, for
             diffusion.
-        mixup: alpha of mixup, 0 or more; 0 turns it off. With cutmix as well, each batch gets one of the two.
+        mixup: alpha of mixup, 0 or more; 0 turns it off. If cutmix is on too, each batch gets one of the two.
         cutmix: alpha of cutmix, 0 or more; 0 turns it off.
         sampling: ``"shuffle"``: every training image once per epoch. ``"balanced"``: every class equally often in an
-            epoch of the same length; images of rare classes come several times, each time augmented anew.
+            epoch of the same length; images of rare classes come several times, each time with new augmentation.
         **common: as :class:`DIADataModule` takes them.
 
     Raises:
@@ -83,7 +83,7 @@ class ClassificationDataModule(DIADataModule):
         """Return the standard training recipe: from a PIL image to one of the size of ``image_shape``."""
 
     def resizing(self) -> Sequence[v2.Transform]:
-        """Return the steps that bring any PIL image to the size of ``image_shape`` for evaluation."""
+        """Return the steps that bring a PIL image to the size of ``image_shape`` for evaluation."""
         size = self.image_shape[1:]
         return [v2.Resize(min(size)), v2.CenterCrop(size)]
 
@@ -94,7 +94,7 @@ class ClassificationDataModule(DIADataModule):
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return what is subtracted from the pixels in [0, 1], and what they are then divided by, per channel."""
+        """Return, per channel, what is subtracted from pixels in [0, 1], and what they are then divided by."""
         if self.pixel_range == "symmetric":
             half = (0.5,) * self.image_channels
             return half, half
@@ -126,14 +126,14 @@ class ClassificationDataModule(DIADataModule):
         return ClassificationSamples(source, positions, transform=transform, role=role)
 
     def training_sampler(self, dataset: Samples) -> BalancedSampler | None:
-        """Draw every class equally often if asked to."""
+        """Draw every class equally often if requested."""
         if self.sampling == "shuffle":
             return None
         count, rank = replicas(self.trainer)
         return BalancedSampler(dataset, num_replicas=count, rank=rank, seed=self.training_seed)
 
     def collate_function(self, role: Role) -> MixingCollate | None:
-        """Mix training batches if asked to."""
+        """Mix training batches if requested."""
         if role != "train" or (self.mixup == 0 and self.cutmix == 0):
             return None
         return MixingCollate(mixup=self.mixup, cutmix=self.cutmix, num_classes=self.num_classes)

@@ -14,24 +14,24 @@ from dia_lightning.datamodules.sources import Source
 
 
 class CocoDetectionDataModule(DetectionDataModule):
-    """Images in folders and annotations in COCO's format; by default as COCO 2017 is unpacked.
+    """Images in folders and annotations in COCO's format; by default in the layout of COCO 2017.
 
     Labels 1..K are the categories of the training file in the order of their ids, which may have gaps or start at 0;
-    the other files must have the same categories. Images without annotations are kept, several entries for one image
-    file are merged, and areas that cannot be true are not used, each with a warning. Every claim of a file is checked
-    when it is opened. Without ``val_annotations`` the validation part is drawn from the training set by ``val_split``;
-    without ``test_annotations`` the validation part is tested on. Without the training file the classes are those of
-    the checkpoint that is used.
+    the other files must have the same categories. Images without annotations are kept; several entries for one image
+    file are merged, and impossible areas are not used, each with a warning. Files are checked completely when they are
+    opened. Without ``val_annotations``, the validation part is drawn from the training set by ``val_split``; without
+    ``test_annotations``, the validation part is also the test set. Without the training file, the classes are those of
+    the checkpoint in use.
 
     Args:
-        train_annotations: json file, relative to ``root``.
-        train_images: folder that the ``file_name`` of the training file are in, relative to ``root``. It may be a
-            symbolic link; links in it that lead elsewhere are refused.
-        val_annotations: json file for validation; ``None`` if there is none.
+        train_annotations: JSON file, relative to ``root``.
+        train_images: folder that ``file_name`` in the training file is relative to, itself relative to ``root``. It may
+            be a symbolic link; links in it that lead elsewhere are refused.
+        val_annotations: JSON file for validation; ``None`` if there is none.
         val_images: folder of its images.
-        test_annotations: json file for testing; ``None`` if there is none.
+        test_annotations: JSON file for testing; ``None`` if there is none.
         test_images: folder of its images.
-        masks: whether targets have masks; every annotation must have a segmentation then.
+        masks: whether targets have masks; if so, every annotation must have a segmentation.
         **common: as :class:`DetectionDataModule` takes them.
 
     Source: https://cocodataset.org/#format-data
@@ -69,7 +69,7 @@ class CocoDetectionDataModule(DetectionDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Return the names of the categories, in the order of their ids."""
+        """Return the names of the categories, sorted by id."""
         categories = self._categories()
         if categories is not None:
             names = list(categories.values())
@@ -81,7 +81,7 @@ class CocoDetectionDataModule(DetectionDataModule):
 
     @property
     def category_ids(self) -> list[int] | None:
-        """Return the ids of the categories; ``None`` where no file has them and a checkpoint gives names only."""
+        """Return the ids of the categories; ``None`` if no file has them and a checkpoint gives only names."""
         categories = self._categories()
         return None if categories is None else list(categories)
 
@@ -110,10 +110,10 @@ class CocoDetectionDataModule(DetectionDataModule):
         return {**super().state_dict(), "class_names": self.class_names, "category_ids": self.category_ids}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the class mapping of a checkpoint.
+        """Restore the class mapping of a checkpoint.
 
         Raises:
-            ValueError: if the annotation files have another one.
+            ValueError: if the annotation files have a different one.
         """
         super().load_state_dict(state_dict)
         self._restored = dict(zip(state_dict["category_ids"], state_dict["class_names"], strict=True))
@@ -124,7 +124,7 @@ class CocoDetectionDataModule(DetectionDataModule):
             _check_same(file, self._restored, "the checkpoint")
 
     def _categories(self) -> dict[int, str] | None:
-        """Return names by id: of the training file, else of a checkpoint of this data, else of another split."""
+        """Return names by id: of the training file, else a checkpoint of this data, else another split."""
         if self._places["train"][0].is_file():
             return self._file("train").categories
         if self._restored is not None:
@@ -177,5 +177,5 @@ def _named(categories: list[tuple[int, str]]) -> str:
 
 
 def _spelled(path: Path) -> Path:
-    """Return a path as it is spelled on disk, if it is there."""
+    """Return a path as it is spelled on disk, if it exists."""
     return Path(FileFinder().find(str(path)) or path)

@@ -18,25 +18,25 @@ from dia_lightning.datamodules.sources import Source
 
 
 class DetectionDataModule(DIADataModule):
-    """Base of the data modules for detection; a subclass only says where images and boxes come from.
+    """Base of the data modules for detection; a subclass only defines where images and boxes come from.
 
     Batches are those of :class:`DIADataModule` with lists instead of stacked tensors: images float32 ``[3, H, W]`` in
-    [0, 1], each of its own size and not normalised, because torchvision's detectors do that; and one dict per image as
-    label, with ``boxes`` float32 ``[N, 4]`` (x1, y1, x2, y2 in pixels), ``labels`` int64 ``[N]`` in 1..K (0 is the
-    background), where masks are loaded ``masks`` uint8 ``[N, H, W]``, and for evaluation ``iscrowd`` int64 ``[N]`` and
-    ``area`` float32 ``[N]`` in pixels. N is 0 for an image without objects. Objects with ``iscrowd`` 1 are left out of
+    [0, 1], each of its own size and not normalised (torchvision's detectors do that), and one dict per image as label,
+    with ``boxes`` float32 ``[N, 4]`` (x1, y1, x2, y2 in pixels), ``labels`` int64 ``[N]`` in 1..K (0 is the
+    background), if masks are loaded ``masks`` uint8 ``[N, H, W]``, and for evaluation ``iscrowd`` int64 ``[N]`` and
+    ``area`` float32 ``[N]`` in pixels. N is 0 for an image without objects. Objects with ``iscrowd`` 1 are not used in
     training, and are neither hits nor misses in evaluation.
 
     A subclass implements :attr:`class_names` and :meth:`load_split`, which returns a source with targets.
 
     Args:
         batch_size: training images per step and process.
-        augment: augmentation for training, named as in torchvision's detection references. ``"none"``: images as they
-            are. ``"hflip"``: half of them mirrored. ``"flips"``: also upside down. ``"lsj"``: large scale jitter to
+        augment: augmentation for training, named as in torchvision's detection references. ``"none"``: unchanged
+            images. ``"hflip"``: half of them mirrored. ``"flips"``: also upside down. ``"lsj"``: large scale jitter to
             1024 x 1024. ``"ssd"``: colours changed, zoomed out, cropped and mirrored.
         on_bad_box: what to do with boxes that are NaN, infinite, without width or height, or with less than a pixel
-            inside the image. ``"drop"`` leaves them out with a warning that counts and names them; ``"raise"`` makes
-            them an error. Both happens when the data are opened, not in mid-epoch.
+            inside the image. ``"drop"`` drops them with a warning that counts and names them; ``"raise"`` makes them an
+            error. Both happen when the data are opened, not mid-epoch.
         **common: as :class:`DIADataModule` takes them.
 
     Raises:
@@ -61,12 +61,12 @@ class DetectionDataModule(DIADataModule):
     def category_ids(self) -> list[int] | None:
         """Return the id of every class in the user's files: label i is ``category_ids[i - 1]``.
 
-        ``None`` means that the files are not here; a checkpoint knows them.
+        ``None`` means that the files are missing; a checkpoint knows the ids.
         """
         return list(range(1, self.num_classes + 1))
 
     def image_id(self, index: int) -> int:
-        """Return the id of an image of the prediction set in the user's COCO file; index + 1 where there is none."""
+        """Return the id of an image of the prediction set in the user's COCO file; index + 1 if there is none."""
         return cast(DetectionSamples, self._dataset("predict")).image_id(index)
 
     def make_samples(self, source: Source, positions: Positions, *, role: Role) -> DetectionSamples:
@@ -75,11 +75,11 @@ class DetectionDataModule(DIADataModule):
         return DetectionSamples(source, positions, transform=transform, role=role)
 
     def collate_function(self, role: Role) -> Callable[[list[Any]], Any]:
-        """Make lists, because images have sizes of their own."""
+        """Collate into lists, because images differ in size."""
         return lists if role == "train" else lists_and_index
 
     def check_test_data(self) -> None:
-        """Check them as all data modules do, and that there is an object to find."""
+        """Check them as in all data modules, and that there is an object to find."""
         super().check_test_data()
         samples = self._dataset("test")
         if samples.classes() == set():

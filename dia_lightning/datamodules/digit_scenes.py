@@ -16,12 +16,12 @@ _SEEDS: dict[Split, int] = {"train": 0, "val": 1, "test": 2}  # fixed, unlike sp
 
 
 class DigitScenesDataModule(DetectionDataModule):
-    """Scenes of 1 to 5 real handwritten digits, each in a colour of its own, on textured backgrounds.
+    """Scenes of 1 to 5 real handwritten digits, each in its own colour, on textured backgrounds.
 
-    The digits are the 8x8 ones of scikit-learn, made 20 to 48 pixels large on a canvas of 128; training, validation and
-    test scenes are made of different digits. Boxes are tight around the ink that is visible, and masks are that ink:
-    later digits lie over earlier ones, of which at least half stays visible. A scene depends on its split, its number
-    and ``image_size`` alone: it is the same in every run, and a larger split begins with the scenes of a smaller one.
+    The digits are the 8x8 ones of scikit-learn, enlarged to 20 to 48 pixels on a canvas of 128; training, validation
+    and test scenes are made of different digits. Boxes are tight around the visible ink, and masks are that ink: later
+    digits cover earlier ones, of which at least half stays visible. A scene depends only on its split, its number and
+    ``image_size``: it is the same in every run, and a larger split begins with the scenes of a smaller one.
 
     Args:
         image_size: height and width of a scene in pixels, 64 or more.
@@ -29,7 +29,7 @@ class DigitScenesDataModule(DetectionDataModule):
         val_size: number of validation scenes.
         test_size: number of test scenes.
         masks: whether targets have masks.
-        augment: as :class:`DetectionDataModule` takes it; none by default, because mirrored digits are other signs.
+        augment: as :class:`DetectionDataModule` takes it; none by default, because mirrored digits are not digits.
         **common: as :class:`DetectionDataModule` takes them.
 
     Example:

@@ -15,9 +15,9 @@ from dia_lightning.datamodules.sources import ArraySource, Source
 
 
 class DigitsDataModule(ClassificationDataModule):
-    """The 1,797 digits of the UCI "optical recognition of handwritten digits" test set, 8x8 grey, made larger.
+    """The 1,797 digits of the UCI "optical recognition of handwritten digits" test set, 8x8 grey, enlarged.
 
-    With the default ``val_split`` 1,297 are for training, 250 for validation and 250 for testing. The basic recipe is
+    With the default ``val_split``, 1,297 are for training, 250 for validation and 250 for testing. The basic recipe is
     small shifts and rotations, without flips.
 
     Args:

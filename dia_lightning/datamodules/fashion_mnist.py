@@ -23,7 +23,7 @@ class FashionMNISTDataModule(ClassificationDataModule):
 
     The files are in ``root/FashionMNIST/raw``. By default 5,000 training images are for validation. The basic recipe is
     a crop after padding by 4 pixels and a flip. ``$DIA_FASHION_MNIST_URL``, a URL that ends with ``/``, is the folder
-    in which the four archives are looked for first.
+    that is tried first for the four archives.
 
     Args:
         val_split: samples for validation out of the training set: a number, or a fraction below 1; 0 validates on the
@@ -54,12 +54,12 @@ class FashionMNISTDataModule(ClassificationDataModule):
             raise self._missing_data("files are missing")
         try:
             data = datasets.FashionMNIST(self.root, train=split == "train")
-        except (AssertionError, RuntimeError, ValueError) as error:  # the files have no checksum, only the archives do
+        except (AssertionError, RuntimeError, ValueError) as error:  # only the archives have a checksum, not the files
             raise self._missing_data(f"the {split} files are damaged, delete them") from error
         return ArraySource(data.data.numpy(), data.targets.numpy(), split=split, channels=1)
 
     def basic_augmentation(self) -> Sequence[v2.Transform]:
-        """Crop after padding by 4 black pixels, then flip every second image."""
+        """Crop after padding by 4 black pixels, then flip half of the images."""
         return [v2.RandomCrop(28, padding=4), v2.RandomHorizontalFlip()]
 
     def archives(self) -> Sequence[Archive]:
@@ -75,5 +75,5 @@ class FashionMNISTDataModule(ClassificationDataModule):
         return self.root / "FashionMNIST" / "raw"
 
     def is_complete(self) -> bool:
-        """Look for the four unpacked files."""
+        """Return whether the four unpacked files exist."""
         return all((self.archive_folder / Path(name).stem).is_file() for name, _ in datasets.FashionMNIST.resources)

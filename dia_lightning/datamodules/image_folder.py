@@ -1,4 +1,4 @@
-"""Images in folders, one folder per class, as ImageNet is kept."""
+"""Images in folders, one folder per class, as in ImageNet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,19 +29,19 @@ NO_CLASSES = "images"
 class ImageFolderDataModule(ClassificationDataModule):
     """A folder ``root`` with ``train/CLASS/...``, ``val/CLASS/...`` and ``test/CLASS/...``.
 
-    The classes are the folders in ``train``, sorted; ``val`` and ``test`` must have the same. Without ``val`` the split
-    is drawn from ``train`` by ``val_split`` (or ``test`` is used, if that is 0); without ``test``, as in ImageNet,
-    the validation part is tested on. Without ``train`` the classes are those of the checkpoint that is used. Class
-    folders of the splits may differ in their Unicode form, in letter case and in blanks. Hidden names are passed over,
-    and a warning counts other files that are no images. The basic recipe is ImageNet's: a random part of the image,
-    brought to ``image_size``, and a flip; evaluation takes the middle.
+    The classes are the folders in ``train``, sorted; ``val`` and ``test`` must have the same. Without ``val``, the
+    split is drawn from ``train`` by ``val_split`` (or ``test`` is used if that is 0); without ``test``, as in ImageNet,
+    the validation part is also the test set. Without ``train``, the classes are those of the checkpoint in use. Class
+    folders of the splits may differ in Unicode form, case and spaces. Hidden names are skipped, and a warning counts
+    other files that are not images. The basic recipe is ImageNet's: a random crop, resized to ``image_size``, and a
+    flip; evaluation uses a centre crop.
 
-    Images without classes, for unconditional diffusion, may lie directly in ``train`` (and ``val``, ``test``), or in
-    ``root`` itself if that has none of these folders. They are all of one class, ``images``.
+    Images without classes, for unconditional diffusion, may be directly in ``train`` (and ``val``, ``test``), or in
+    ``root`` itself if it has none of these folders. They all belong to one class, ``images``.
 
     Args:
         image_size: height and width in pixels that the network sees.
-        resize_size: shorter side in pixels from which evaluation cuts the middle. ``None`` means 8/7 of
+        resize_size: shorter side in pixels before the centre crop of evaluation. ``None`` means 8/7 of
             ``image_size``, which is ImageNet's 256 for 224.
         **common: as :class:`ClassificationDataModule` takes them.
     """
@@ -61,13 +61,13 @@ class ImageFolderDataModule(ClassificationDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Return the folders in ``root/train``, sorted; without ``root/train`` the classes of the checkpoint."""
+        """Return the folders in ``root/train``, sorted; without ``root/train``, the classes of the checkpoint."""
         trained = self.trained_classes
         if trained is not None and ((folder := self._folder("train")) == self.root or not folder.is_dir()):
             return trained
         if self._class_names is None:
             self._class_names = list(self._class_folders("train"))
-        # In the order and form of the checkpoint: a Mac's names are spelled, and so sorted, in another way.
+        # In the order and form of the checkpoint: a Mac spells, and so sorts, names differently.
         return trained if trained is not None and same_classes(trained, self._class_names) else self._class_names
 
     def load_split(self, split: Split) -> Source | None:
@@ -86,11 +86,11 @@ class ImageFolderDataModule(ClassificationDataModule):
         return FileSource(everything.paths, labels, channels=3, bit_depth=self.bit_depth, inodes=everything.inodes)
 
     def basic_augmentation(self) -> Sequence[v2.Transform]:
-        """Take 8 to 100 % of the image, of random aspect, then flip every second image."""
+        """Crop 8 to 100 % of the image, with random aspect ratio, then flip half of the images."""
         return [v2.RandomResizedCrop(self.image_shape[1:]), v2.RandomHorizontalFlip()]
 
     def resizing(self) -> Sequence[v2.Transform]:
-        """Resize the shorter side, then take the middle."""
+        """Resize the shorter side, then crop the centre."""
         return [v2.Resize(self.resize_size), v2.CenterCrop(self.image_shape[1:])]
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,16 +98,16 @@ class ImageFolderDataModule(ClassificationDataModule):
         return {**super().state_dict(), "class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the class mapping of a checkpoint.
+        """Restore the class mapping of a checkpoint.
 
         Raises:
-            ValueError: if ``root/train`` has other classes.
+            ValueError: if ``root/train`` has different classes.
         """
         super().load_state_dict(state_dict)
         names, before = list(state_dict["class_names"]), self._class_names
         self.trained_classes = names
         if before is not None and not same_names(before, self.class_names):
-            self._sources.clear()  # their labels follow another order
+            self._sources.clear()  # their labels have a different order
             self._samples.clear()
         if self.class_names != names:
             different = sorted(set(names) ^ set(self.class_names))
@@ -120,7 +120,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         )
 
     def _folder(self, split: Split) -> Path:
-        """Return the folder of a split; that of ``train`` is ``root`` itself if only images are there."""
+        """Return the folder of a split; for ``train``, ``root`` itself if it has only images."""
         if not self.root.is_dir():
             return self.root / split
         there = Names(folders_in(self.root))
@@ -128,7 +128,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         return self.root if alone and has_images(self.root) else self.root / (there.find(split) or split)
 
     def _class_folders(self, split: Split) -> Folders:
-        """Return the folders of every class; of images without classes the folder of the split itself."""
+        """Return the folders of every class; for images without classes, the folder of the split itself."""
         folder = self._folder(split)
         if not folder.is_dir():
             raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Images that a CSV file lists with their labels."""
+"""Images listed with their labels in a CSV file."""
 
 import csv
 import os
@@ -25,14 +25,14 @@ from dia_lightning.datamodules.sources import FileSource, Source
 
 
 class ImageTableDataModule(ImageFolderDataModule):
-    """A folder ``root`` with ``train.csv`` and, if there are, ``val.csv`` and ``test.csv``, and the images they list.
+    """A folder ``root`` with ``train.csv``, optionally ``val.csv`` and ``test.csv``, and the images they list.
 
-    The first line of a table has names of columns; the first column has image files below ``root``. One more column
-    has the class of each image by name, which makes batches like those of :class:`ImageFolderDataModule`. Several more
-    columns are labels, 1 where an image has the label and 0 where not, for ``ClassificationTask(task="multilabel")``:
+    The first line of a table names the columns; the first column has image files below ``root``. If there is one other
+    column, it has the class name of each image, and batches are like those of :class:`ImageFolderDataModule`. Several
+    other columns are labels, 1 if an image has the label and 0 if not, for ``ClassificationTask(task="multilabel")``:
     labels of batches are then ``[B, K]`` float32, and for ``val_split`` and ``limit`` an image belongs to the rarest of
-    its labels. Columns are parted by commas, semicolons or tabs; paths may be those of another system. They lead to
-    files in ``root``: folders directly in it may be symbolic links, other links that lead elsewhere are refused.
+    its labels. Columns are separated by commas, semicolons or tabs; paths may be those of another system. They lead
+    to files in ``root``: folders directly in it may be symbolic links, other links that lead elsewhere are refused.
 
     Args:
         **options: as :class:`ImageFolderDataModule` takes them.
@@ -156,7 +156,7 @@ def _read(table: Path) -> tuple[list[str], list[_Row]]:
 
 
 def _find(table: Path, rows: list[_Row]) -> tuple[list[str], list[int]]:
-    """Return the files of all rows, as they are spelled here, and their inodes."""
+    """Return the files of all rows, as spelled on disk, and their inodes."""
     finder, root = FileFinder(), str(table.parent)
     paths: list[str] = []
     enclosures: dict[str, Enclosure] = {}
@@ -179,7 +179,7 @@ def _find(table: Path, rows: list[_Row]) -> tuple[list[str], list[int]]:
 
 
 def _warn_of_contradictions(table: Path, paths: list[str], inodes: list[int], rows: list[_Row]) -> None:
-    """Say which images are listed several times with different labels."""
+    """Warn of images that are listed several times with different labels."""
     labels: dict[int, list[str]] = {}
     entries = zip(paths, inodes, rows, strict=True)
     several = [path for path, number, row in entries if labels.setdefault(number, row.labels) != row.labels]

@@ -11,7 +11,7 @@ from dia_lightning.datamodules._images import load_image
 
 
 class Source(Protocol):
-    """A labelled set of images, addressed by position. It must pickle, because loader workers get a copy."""
+    """A labelled set of images, addressed by position. It must be picklable, because loader workers get a copy."""
 
     labels: npt.NDArray[np.int64]
 
@@ -19,7 +19,7 @@ class Source(Protocol):
         """Return one image as 8-bit ``L`` or ``RGB``."""
 
     def name(self, position: int) -> str:
-        """Return what a person can find the image by: a path, or ``"split/position"``."""
+        """Return a name to find the image by: a path, or ``"split/position"``."""
 
 
 class ArraySource:
@@ -29,7 +29,7 @@ class ArraySource:
         images: their 8-bit pixels, ``[N, H, W]`` or ``[N, H, W, 3]``.
         labels: one class index per image.
         split: first part of the names, such as ``"test"``.
-        channels: 1 gives grey images, 3 gives RGB images, whatever the array holds.
+        channels: 1 gives grey images, 3 gives RGB images, regardless of the array.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class FileSource:
 
     Args:
         paths: the files.
-        labels: one class index per file; ``None`` where there are no labels (all are 0 then).
-        channels: 1 gives grey images, 3 gives RGB images, whatever the files hold.
-        bit_depth: how many bits files of 16 use, see :func:`load_image`.
+        labels: one class index per file; ``None`` if there are no labels (all are 0 then).
+        channels: 1 gives grey images, 3 gives RGB images, regardless of the files.
+        bit_depth: how many bits 16-bit files use, see :func:`load_image`.
         inodes: a number per file that two names of the same file share; ``None`` if unknown.
     """
 
@@ -77,7 +77,7 @@ class FileSource:
         self._channels = channels
 
     def image(self, position: int) -> Image.Image:
-        """Read one file, see :func:`load_image` for what is converted and what is refused."""
+        """Read one file; see :func:`load_image` for what is converted and what is refused."""
         return load_image(self.paths[position], channels=self._channels, bit_depth=self.bit_depth)
 
     def name(self, position: int) -> str:

@@ -14,14 +14,14 @@ from dia_lightning.datamodules.sources import ArraySource, Source
 
 
 class _Labelled(datasets.STL10):  # type: ignore[misc]
-    # torchvision reads all 2.6 GB of unlabelled images on every opening, only to check them.
+    # torchvision reads all 2.6 GB of unlabelled images every time, only to check them.
     train_list = datasets.STL10.train_list[:2]
 
 
 class STL10DataModule(ClassificationDataModule):
     """STL-10: 5,000 training and 8,000 test images of 10 classes, 96x96 RGB, in ``root/stl10_binary``.
 
-    By default 500 training images are for validation. The 100,000 unlabelled images are not used, and may be deleted.
+    By default 500 training images are for validation. The 100,000 unlabelled images are not used and may be deleted.
     The basic recipe is a crop after padding by 12 pixels and a flip. ``$DIA_STL10_URL`` is tried before the original.
 
     Args:
@@ -54,7 +54,7 @@ class STL10DataModule(ClassificationDataModule):
         return ArraySource(np.ascontiguousarray(data.data.transpose(0, 2, 3, 1)), data.labels, split=split, channels=3)
 
     def basic_augmentation(self) -> Sequence[v2.Transform]:
-        """Crop after padding by 12 black pixels, then flip every second image."""
+        """Crop after padding by 12 black pixels, then flip half of the images."""
         return [v2.RandomCrop(96, padding=12), v2.RandomHorizontalFlip()]
 
     def archives(self) -> Sequence[Archive]:

@@ -25,11 +25,11 @@ class VOCDetectionDataModule(DetectionDataModule):
     """PASCAL VOC 2007 or 2012: 20 classes, in ``root/VOCdevkit/VOC2012`` (or ``VOC2007``).
 
     The splits are those of ``ImageSets/Main``: train, val and test. 2012 has 5,717 and 5,823 images and no annotations
-    for its test set, so it is tested on its validation set; 2007 has 2,501, 2,510 and 4,952. Data of your own may have
+    for its test set, so it is tested on its validation set; 2007 has 2,501, 2,510 and 4,952. Your own data may have
     the folders ``Annotations``, ``ImageSets/Main`` and ``JPEGImages`` directly in ``root``. Objects marked
-    ``difficult`` are left out of training, and have ``iscrowd`` 1 in evaluation, so that they are neither hits nor
-    misses. VOC's own evaluation does so too, but COCO's also forgives detections of a small part of such an object, so
-    that scores differ a little. ``$DIA_VOC_URL`` is tried before the original.
+    ``difficult`` are not used in training, and have ``iscrowd`` 1 in evaluation, so they are neither hits nor misses.
+    VOC's own evaluation does the same, but COCO's also forgives detections of a small part of such an object, so scores
+    differ slightly. ``$DIA_VOC_URL`` is tried before the original.
 
     Args:
         year: ``"2007"`` or ``"2012"``.
@@ -72,13 +72,13 @@ class VOCDetectionDataModule(DetectionDataModule):
     def archives(self) -> Sequence[Archive]:
         """Return the archives of the year that are not unpacked yet."""
         splits: dict[str, str] = {self.year: "train"}
-        if self.year == "2007" and self.download:  # without it, training alone needs no test images
+        if self.year == "2007" and self.download:  # otherwise training needs no test images
             splits["2007-test"] = "test"
         missing = [key for key, split in splits.items() if not self._has(split)]
         return [_archive(DATASET_YEAR_DICT[key]) for key in missing]
 
     def is_complete(self) -> bool:
-        """Tell whether the lists of all splits are there; data of your own are never added to."""
+        """Return whether the lists of all splits exist; nothing is ever added to your own data."""
         return _is_voc(self.root) or not self.archives()
 
     def _has(self, split: str) -> bool:
