@@ -1,4 +1,4 @@
-"""What is done before and after a training: the run in which it goes on, how to resume it, and the test after it."""
+"""What happens around a training: continuing its run, how to resume it, and the test after it."""
 
 import warnings
 from dataclasses import replace
@@ -17,10 +17,10 @@ from dia_lightning.loggers.wandb import WandbLogger
 
 
 class CheckLaterTest(Callback):
-    """Refuse a fit with ``test_after_fit`` whose test could not even start."""
+    """Refuse a fit with ``test_after_fit`` whose test could not start."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look when data have been fetched, in every process, before anything is trained."""
+        """Check in every process, once the data are available and before training."""
         if stage != "fit":
             return
         advice = "Fix this, or leave test_after_fit out"
@@ -34,13 +34,13 @@ class CheckLaterTest(Callback):
 
 
 def begin_anew(trainer: Trainer) -> None:
-    """Keep Lightning from the checkpoints of other jobs, for which it looks unless it believes that a path was set."""
+    """Keep Lightning from loading checkpoints of other jobs, which it does unless it believes that a path was set."""
     trainer._checkpoint_connector._user_managed = True
     warnings.filterwarnings("ignore", message="`trainer.ckpt_path = None` was called")
 
 
 def go_on_in_run(trainer: Trainer, together: KeepRunTogether) -> None:
-    """Go on in the run of the checkpoint, if there is one, unless the options say otherwise."""
+    """Continue in the run of the checkpoint, if any, unless the options specify another."""
     source = together.source
     if source is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
@@ -52,12 +52,12 @@ def go_on_in_run(trainer: Trainer, together: KeepRunTogether) -> None:
             logger.resume(run_id)
             say(f"resuming the Weights & Biases run {run_id}; to start a new one, give the logger a new id")
     say(take_up(trainer, source))
-    # of Lightning; where it is so, it is meant
+    # Lightning's; it is intended here
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
 
 
 def say_if_nothing_was_trained(trainer: Trainer, together: KeepRunTogether, ckpt_path: str | None) -> None:
-    """Say so after a training from a checkpoint that is at its end, or of which only a try was asked for."""
+    """Say if nothing was trained because the checkpoint was at its end, or if this was only a dry run."""
     if ckpt_path is None:
         return
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def say_if_nothing_was_trained(trainer: Trainer, together: KeepRunTogether, ckpt
 
 
 def checkpoint_to_test(trainer: Trainer, together: KeepRunTogether, ckpt_path: str | None) -> str | None:
-    """Return the best checkpoint of a training, else the one that nothing followed; ``None`` for the last weights."""
+    """Return the best checkpoint of a training, else its final one; ``None`` for the last weights."""
     best = [callback.best_model_path for callback in _model_checkpoints(trainer) if callback.monitor is not None]
     path = next(filter(None, best), None if together.has_trained else ckpt_path)
     say(f"testing {path or 'the last weights (there is no best checkpoint)'}")
@@ -79,7 +79,7 @@ def checkpoint_to_test(trainer: Trainer, together: KeepRunTogether, ckpt_path: s
 
 
 def say_how_to_resume(trainer: Trainer) -> None:
-    """Name the newest checkpoint of a training that was stopped."""
+    """Print the newest checkpoint of an interrupted training."""
     saved = [callback.last_model_path or callback.best_model_path for callback in _model_checkpoints(trainer)]
     files = [path for path in saved if path and Path(path).exists()]
     if files:

@@ -1,4 +1,4 @@
-"""The checkpoints of ``--ensemble``, as one task."""
+"""Combine the checkpoints of ``--ensemble`` into one task."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,14 +9,14 @@ from dia_lightning.tasks import ClassificationTask, EnsembleTask
 
 
 def member_paths(given: str | Sequence[str], roots: Iterable[Path]) -> list[str]:
-    """Find the files that ``--ensemble`` means.
+    """Find the files that ``--ensemble`` refers to.
 
     Args:
-        given: paths, ``"last"`` or ``"best"``, as a list or parted by commas.
-        roots: folders below which runs are looked for.
+        given: paths, ``"last"`` or ``"best"``, as a list or separated by commas.
+        roots: folders to search for runs.
 
     Raises:
-        ValueError: if one is not there or comes twice, or there are fewer than two.
+        ValueError: if one does not exist or is repeated, or there are fewer than two.
     """
     names = given.split(",") if isinstance(given, str) else given
     places = list(roots)
@@ -33,8 +33,8 @@ def ensemble_of(paths: Sequence[str]) -> EnsembleTask:
     """Load the members.
 
     Raises:
-        ValueError: if one holds something else than a classifier, or classifiers do not know the same classes.
-        UserError: if a class of the user's own, which the config of a run names, cannot be imported.
+        ValueError: if one does not hold a classifier, or the classifiers' classes differ.
+        UserError: if a custom class that the config of a run names cannot be imported.
     """
     members = []
     for path in paths:

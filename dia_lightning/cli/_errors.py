@@ -1,4 +1,4 @@
-"""How the program ends on a mistake of its user: one line and exit code 2, no stack trace."""
+"""How the program reports a user's mistake: one line and exit code 2, no stack trace."""
 
 import errno
 import os
@@ -8,22 +8,22 @@ from typing import NoReturn
 from dia_lightning._redact import redact_text
 
 PROGRAM = "dia-lightning"
-#: What a full or write-protected disk or folder says, or one in whose place there is a file.
+#: Errors of a full or write-protected disk or folder, or of a file where a folder should be.
 _OF_THE_DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENAMETOOLONG")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its text is the one line to show."""
+    """A mistake that the user can fix; its text is the one line to show."""
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one line to stderr and end the program with an exit code, 2 for mistakes of the user."""
+    """Print one line to stderr and exit, with code 2 for mistakes of the user."""
     sys.stderr.write(f"{PROGRAM}: error: {redact_text(' '.join(message.split()))}\n")
     raise SystemExit(code)
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Tell whether an error's text alone helps: the command line raised it, or this package did, on purpose."""
+    """Return whether an error's text is enough: the command line or this package raised it on purpose."""
     if os.environ.get("DIA_TRACEBACK") == "1":
         return False
     if isinstance(error, UnicodeEncodeError):
@@ -35,7 +35,7 @@ def is_for_the_user(error: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    """Return an error's own words; what comes from a loader's process has that one's trace before them."""
+    """Return an error's own message; an error from a loader's process has a trace before it."""
     text = str(error)
     if isinstance(error, UnicodeEncodeError):
         text = f"{error.object!a:.200} cannot be written in this locale ({error.encoding}). Set PYTHONUTF8=1."
@@ -46,12 +46,12 @@ def message_of(error: BaseException) -> str:
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
-    """Tell whether a disk or a folder refused something, wherever that was tried."""
+    """Return whether a disk or folder refused something, wherever that happened."""
     return isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _OF_THE_DISK
 
 
 def is_ours(error: BaseException) -> bool:
-    """Tell whether an error was raised in a line of this package."""
+    """Return whether an error was raised in a line of this package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

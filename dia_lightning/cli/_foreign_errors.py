@@ -1,4 +1,4 @@
-"""What Lightning, jsonargparse and torch raise where the user is to blame, as errors of this program."""
+"""Turn errors of Lightning, jsonargparse and torch that the user caused into errors of this program."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +13,16 @@ _PACKING = ("Does not validate against", "Call to compute_fn of link")
 
 @contextmanager
 def while_building() -> Iterator[None]:
-    """Say in one line what a class refuses that the parser builds.
+    """Report in one line what a class that the parser builds refuses.
 
     Raises:
-        UserError: in place of an error that is the user's to mend.
+        UserError: instead of an error that the user can fix.
     """
     try:
         yield
     except (ValueError, MisconfigurationException) as error:
         cause: BaseException = error
-        # jsonargparse packs what a class of ours raised into messages about types and links
+        # jsonargparse wraps what a class of ours raised in messages about types and links
         while str(cause).startswith(_PACKING) and cause.__cause__ is not None:
             cause = cause.__cause__
         wrong_argument = isinstance(cause, TypeError) and is_ours(cause)  # of a network
@@ -30,20 +30,20 @@ def while_building() -> Iterator[None]:
             raise UserError(str(cause)) from cause
         raise cause from None
     except TypeError as error:
-        if "`devices`" not in str(error):  # which Lightning compares with the accelerator, each in a way of its own
+        if "`devices`" not in str(error):  # which each accelerator of Lightning checks in its own way
             raise
         raise UserError(f"{error} Use auto, or how many.") from error
 
 
 @contextmanager
 def while_running(ckpt_path: str | None) -> Iterator[None]:
-    """Say in one line that a checkpoint does not fit.
+    """Report in one line that a checkpoint does not fit.
 
     Args:
         ckpt_path: the checkpoint, if there is one.
 
     Raises:
-        UserError: in place of what torch says about weights, or Lightning about another part of the checkpoint.
+        UserError: instead of torch's message about weights, or Lightning's about another part of the checkpoint.
     """
     try:
         yield

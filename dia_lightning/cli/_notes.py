@@ -1,4 +1,4 @@
-"""What the program says about what it does, on stderr, in one process of several."""
+"""What the program reports on stderr, from only one of several processes."""
 
 import sys
 from typing import Any
@@ -16,5 +16,5 @@ def say(message: str) -> None:
 
 
 def listing(values: dict[str, Any]) -> str:
-    """Return options and their values for a line, in the order of their names."""
+    """Return options and their values for a message, sorted by name."""
     return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))

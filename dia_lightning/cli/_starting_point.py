@@ -1,4 +1,4 @@
-"""Which checkpoint a command starts from, and what it takes over from it."""
+"""Which checkpoint a command starts from, and what it takes from it."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -28,18 +28,18 @@ from dia_lightning.cli.runs.run_of_checkpoint import RunSource, config_of, head,
 from dia_lightning.cli.runs.slurm import is_of_other_job, saved_before_requeue, taken_by_lightning
 from dia_lightning.tasks.checkpoints import check_is_related
 
-# those that take the config of the checkpoint's run
+# commands that use the config of the checkpoint's run
 _COMMANDS = ("validate", "test", "predict")
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a command has of its checkpoint; nothing without one.
+    """What a command takes from its checkpoint; empty without one.
 
     Args:
-        taken: hyper-parameters that go into the task.
-        class_names: of the classes that the checkpoint was trained on, if it knows them.
-        source: the run in which a training goes on.
+        taken: hyper-parameters for the task.
+        class_names: the classes that the checkpoint was trained on, if it knows them.
+        source: the run that a training continues.
     """
 
     taken: TakenArguments | None = None
@@ -48,7 +48,7 @@ class StartingPoint:
 
 
 def with_config_of_run(args: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Return the arguments with the config of the checkpoint's run, where there is no other, and that config.
+    """Return the arguments with the config of the checkpoint's run added if no other is given, and that config.
 
     Args:
         args: arguments as in a shell, the command first.
@@ -72,19 +72,19 @@ def with_config_of_run(args: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def starting_point(command: str, config: Namespace, given: Mapping[str, Any]) -> StartingPoint:
-    """Find the checkpoint of a command, and say what is taken from it.
+    """Find the checkpoint of a command, and report what is taken from it.
 
     Args:
         command: its name.
-        config: of the command; paths of checkpoints in it become those of files.
+        config: of the command; checkpoint paths in it are resolved to files.
         given: options of the task that the user gave, by name.
 
     Raises:
-        UserError: if the options exclude each other, or a checkpoint would need ones that were not given.
-        ValueError: if there is no such checkpoint, it is damaged, or it is of another task or network.
+        UserError: if the options exclude each other, or the checkpoint needs options that were not given.
+        ValueError: if the checkpoint does not exist, is damaged, or is of another task or network.
     """
     if (config.get("ensemble") or config.get("ckpt_path")) and config.model.init_args.get("init_from") is not None:
-        config.model.init_args.init_from = None  # checkpoints have all weights, and the file may be gone
+        config.model.init_args.init_from = None  # the checkpoint has all weights, and the file may be gone
     if config.get("ensemble") is not None:
         return _of_members(command, config)
     if config.get("ckpt_path") is None:
@@ -93,7 +93,7 @@ def starting_point(command: str, config: Namespace, given: Mapping[str, Any]) ->
         return StartingPoint()
     config.ckpt_path = find_checkpoint(str(config.ckpt_path), run_roots(config.trainer))
     say(f"checkpoint {config.ckpt_path}")
-    # a sharded checkpoint is a folder and keeps its hyper-parameters elsewhere
+    # a sharded checkpoint is a folder that keeps its hyper-parameters elsewhere
     sharded = Path(config.ckpt_path).is_dir()
     checkpoint = head(Path(config.ckpt_path)) if sharded else read_checkpoint(config.ckpt_path)
     if not sharded:
@@ -107,18 +107,18 @@ def starting_point(command: str, config: Namespace, given: Mapping[str, Any]) ->
 
 
 def find_requeued(command: str, config: Namespace, job: str | None) -> bool:
-    """Go on as with ``--ckpt_path`` in a job that was queued again, and where Lightning would without a word.
+    """Resume as with ``--ckpt_path`` in a requeued job, and where Lightning would do so silently.
 
     Args:
         command: its name.
-        config: of the command, which gets the path.
-        job: that the command runs in, if any.
+        config: of the command; the path is set in it.
+        job: the job that the command runs in, if any.
 
     Returns:
-        Whether the training begins anew, although Lightning would go on from a checkpoint of another job.
+        Whether the training starts over although Lightning would resume from a checkpoint of another job.
 
     Raises:
-        UserError: if another command than ``fit`` would load such a checkpoint.
+        UserError: if a command other than ``fit`` would load such a checkpoint.
     """
     if config.get("ckpt_path") is not None or config.get("ensemble") is not None:
         return False
@@ -139,7 +139,7 @@ def find_requeued(command: str, config: Namespace, job: str | None) -> bool:
 
 
 def _of_members(command: str, config: Namespace) -> StartingPoint:
-    """Find the checkpoints of an ensemble, and build the network of the first in place of what the config says."""
+    """Find the checkpoints of an ensemble, and build the first one's network instead of the config's."""
     if command == "fit":
         raise UserError("--ensemble is for validate, test and predict. Train its members one by one.")
     if config.get("ckpt_path") is not None:
@@ -169,7 +169,7 @@ def _taken(command: str, config: Namespace, given: Mapping[str, Any], checkpoint
     found = _found_in(checkpoint, config.model.class_path, config.ckpt_path)
     if found:
         check_attention_is_named(given, checkpoint, config.ckpt_path)
-    shown = redact(given)  # as the checkpoint has it
+    shown = redact(given)  # as in the checkpoint
     check_fits(shown, found, config.ckpt_path)
     init_args = config.model.init_args
     taken = {

@@ -1,4 +1,4 @@
-"""Options that a command takes from a checkpoint, on their way into the task: past the parser, which could import."""
+"""Options that a command takes from a checkpoint go to the task directly, not through the parser, which may import."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ class TakenArguments:
 
 
 class TaskMaker(_InstantiatorFn):
-    """Builds the task of a command as its config says, but for what comes from a checkpoint.
+    """Builds the task of a command from its config, except for what comes from a checkpoint.
 
     Args:
-        cli: the command; what was taken is added to its config, once the task has been built with it.
-        taken: goes into the constructor as it is.
+        cli: the command; the taken values are added to its config once the task has been built with them.
+        taken: passed to the constructor unchanged.
     """
 
     def __init__(self, cli: LightningCLI, taken: TakenArguments) -> None:
         super().__init__(cli, "model")
         self._taken = taken
 
-    # with the name that jsonargparse looks for
+    # the name that jsonargparse expects
     def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
         """Build the task."""
         values = dict(self._taken.values)
-        self.cli._dump_config()  # where a task of the user's own looks for its arguments
+        self.cli._dump_config()  # where a custom task looks for its arguments
         self.cli.config_dump["model"]["init_args"] |= values
         try:
             task = super().__call__(

@@ -17,7 +17,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from dia_lightning._config_files import is_packaged
 from dia_lightning._whole_files import remove_parts
-from dia_lightning.callbacks import SafeCheckpointIO  # the classes beside it can then be given by their short names
+from dia_lightning.callbacks import SafeCheckpointIO  # makes short names work for the other classes there
 from dia_lightning.cli._around_fit import (
     CheckLaterTest,
     begin_anew,
@@ -44,14 +44,14 @@ from dia_lightning.cli.runs.version_folders import claim_versions
 from dia_lightning.datamodules import DIADataModule
 from dia_lightning.tasks import DIATask
 
-PEER_TIMEOUT = timedelta(minutes=10)  # longer than for a loader's worker, whose error says more
+PEER_TIMEOUT = timedelta(minutes=10)  # longer than for a loader's worker, whose error is more helpful
 
 
 class DIACLI(LightningCLI):
     """LightningCLI for the tasks and datamodules of this package (or subclasses of their bases).
 
-    The command line overrides config files, these override the checkpoint of ``--ckpt_path``, and that the defaults.
-    Class paths that a checkpoint holds are never imported.
+    The command line overrides config files, which override the checkpoint of ``--ckpt_path``, which overrides the
+    defaults. Class paths in a checkpoint are never imported.
 
     Args:
         args: arguments as in a shell, the command first.
@@ -85,13 +85,13 @@ class DIACLI(LightningCLI):
         mode = config_reader.install()
         return super().init_parser(prog=PROGRAM, parser_mode=mode, allow_abbrev=False, **kwargs)
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's own is static
-        """Return the command that is asked for alone: to collect the options of one takes time."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static
+        """Return only the requested command, because collecting options is slow."""
         known = super().subcommands()
         return {self._command: known[self._command]} if self._command in known else known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what every command takes beside Lightning's own options."""
+        """Add the options of every command besides Lightning's own."""
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint (fit only)."
         )
@@ -99,22 +99,22 @@ class DIACLI(LightningCLI):
             "--ensemble",
             type=list[str] | str | None,
             default=None,
-            help="Checkpoints of classifiers whose probabilities are averaged, in place of --ckpt_path: a.ckpt,b.ckpt "
+            help="Checkpoints of classifiers whose probabilities are averaged, instead of --ckpt_path: a.ckpt,b.ckpt "
             "(validate, test and predict only).",
         )
         parser.link_arguments("data", "model.init_args.num_classes", self._count_classes, apply_on="instantiate")
-        # a task that does not take it goes without
+        # skipped for tasks that do not take it
         parser.link_arguments("data", "model.init_args.image_shape", _image_shape, apply_on="instantiate")
         try_whole_numbers_first(parser)
         try_lists_of_loggers_first(parser)
 
     def _count_classes(self, data: DIADataModule) -> int:
-        """Return the number of classes; where the data are not at hand, that of the checkpoint."""
+        """Return the number of classes, from the checkpoint if the data are not available."""
         data.trained_classes = self._start.class_names
         return data.num_classes
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and keep apart what the user gave from what is default."""
+        """Parse, keeping what the user gave separate from defaults."""
         self.config = parser.parse_args(args)
         for path in filter(None, self.config[self.config.subcommand].get("config") or ()):
             if is_packaged(path.absolute) and not Path(path.relative).exists():
@@ -129,7 +129,7 @@ class DIACLI(LightningCLI):
                     "Leave it out of the command and the config."
                 )
         refuse_null("--model", self.config[self.config.subcommand].model.class_path, self._given)
-        # of what was given only: a path that a checkpoint has imports nothing
+        # only for what was given: a path in a checkpoint imports nothing
         import_attention(self._given.get("attention"), "--model.attention")
         for note in notes_on_lists(args, self.config[self.config.subcommand]):
             say(note)
@@ -138,7 +138,7 @@ class DIACLI(LightningCLI):
         self._begins_anew = find_requeued(command, config, self._together.job)
         self._start = starting_point(command, config, self._given)
         self._together.source = self._start.source
-        # out of sight of Lightning, which lets the checkpoint overrule the command line and imports its class paths
+        # hidden from Lightning, which lets the checkpoint override the command line and imports its class paths
         self._ckpt_path, config.ckpt_path = config.ckpt_path, None
 
     def before_instantiate_classes(self) -> None:
@@ -148,10 +148,10 @@ class DIACLI(LightningCLI):
         if config.get("weights_only") is False and "weights_only" in config:
             raise UserError("--weights_only false would run code from the checkpoint. Leave it out.")
         if config.get("weights_only", False) is None:
-            config.weights_only = True  # else an environment variable could let a checkpoint run code
+            config.weights_only = True  # otherwise an environment variable could let a checkpoint run code
         if self.config.subcommand == "predict" and config.return_predictions is None:
-            config.return_predictions = False  # nobody reads them here, and masks of a folder would fill the memory
-        if config.trainer.logger is False:  # Lightning refuses to monitor rates that go nowhere
+            config.return_predictions = False  # unused here, and the masks of a folder would fill the memory
+        if config.trainer.logger is False:  # Lightning refuses to monitor learning rates without a logger
             callbacks = as_list(config.trainer.callbacks)
             config.trainer.callbacks = [item for item in callbacks if not is_rate_monitor(item)] or None
         if self._start.taken is not None:
@@ -159,7 +159,7 @@ class DIACLI(LightningCLI):
             self.parser.add_instantiator(maker, DIATask, subclasses=True)
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; what these refuse is the user's to mend."""
+        """Build data, model and trainer; what they refuse is the user's to fix."""
         with while_building():
             super().instantiate_classes()
             members = self.config[self.config.subcommand].get("ensemble")
@@ -167,9 +167,9 @@ class DIACLI(LightningCLI):
                 self.model = ensemble_of(members)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, with safe checkpoints unless the options or its strategy have a way of their own.
+        """Build the trainer, with safe checkpoints unless the options or its strategy have their own checkpoint IO.
 
-        A strategy that is given by its name waits :data:`PEER_TIMEOUT` for a process that hangs, not half an hour.
+        A strategy given by name waits :data:`PEER_TIMEOUT` for a hanging process, not half an hour.
         """
         trainer = super().instantiate_trainer(**kwargs)
         claim_versions(trainer.loggers)
@@ -182,7 +182,7 @@ class DIACLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """See to the test after it, and go on in the run of the checkpoint, unless the options say otherwise."""
+        """Prepare the test after it, and continue in the run of the checkpoint unless the options specify another."""
         if self.config.fit.test_after_fit:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks.insert(0, CheckLaterTest())
@@ -191,7 +191,7 @@ class DIACLI(LightningCLI):
         go_on_in_run(self.trainer, self._together)
 
     def after_fit(self) -> None:
-        """Test the best checkpoint if asked to."""
+        """Test the best checkpoint if requested."""
         ckpt_path = self.config.fit.ckpt_path
         say_if_nothing_was_trained(self.trainer, self._together, ckpt_path)
         if self.config.fit.test_after_fit:
@@ -210,21 +210,21 @@ class DIACLI(LightningCLI):
                 raise
             if subcommand == "fit":
                 say_how_to_resume(self.trainer)
-            # Lightning ends with 1 after Ctrl-C
+            # Lightning exits with 1 after Ctrl-C
             raise SystemExit(stop.code if isinstance(stop, SIGTERMException) else 128 + SIGINT) from stop
         finally:
             self._together.lock.release()
 
 
 class _Rehearsal(DIACLI):
-    """Parses and builds what a command needs, and does not run it."""
+    """Parses and builds what a command needs, without running it."""
 
     def __init__(self, args: Sequence[str], *, trainer: bool) -> None:
         self._with_trainer = trainer
         super().__init__(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Leave the trainer out if its devices may be elsewhere."""
+        """Skip the trainer if its devices may be elsewhere."""
         return super().instantiate_trainer(**kwargs) if self._with_trainer else None
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -232,11 +232,11 @@ class _Rehearsal(DIACLI):
 
 
 def rehearse(args: Sequence[str], *, trainer: bool = True) -> DIACLI:
-    """Build what a command needs without running it, which finds the mistakes that show by then.
+    """Build what a command needs without running it, to find mistakes early.
 
     Args:
         args: arguments as in a shell, the command first.
-        trainer: whether the trainer, whose devices must be there, is built too.
+        trainer: whether to build the trainer too, whose devices must exist.
 
     Returns:
         The task as ``model`` and its data as ``datamodule``.
@@ -245,7 +245,7 @@ def rehearse(args: Sequence[str], *, trainer: bool = True) -> DIACLI:
         UserError: if something cannot be built.
         SystemExit: if the arguments are wrong, with a line on stderr.
     """
-    logging.disable(logging.INFO)  # which devices there are, and so on
+    logging.disable(logging.INFO)  # available devices and so on
     try:
         return _Rehearsal(args, trainer=trainer)
     finally:
@@ -260,11 +260,11 @@ def run(args: Sequence[str]) -> None:
     """
     adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     adverts.addFilter(_is_no_advert)
-    # a log that a full disk or the locale does not take is no reason for a stack trace per line, to the very end
+    # a full disk or the locale must not cause a stack trace per log line, up to the very end
     logging.raiseExceptions = False
     try:
         with warnings.catch_warnings():
-            # of Lightning 2.6 about its own code, with every torch from 2.13 on
+            # from Lightning 2.6 about its own code, with torch 2.13 and later
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
             DIACLI(args)
     finally:

@@ -1,1 +1,1 @@
-"""The light commands, a file for each; what they share is in files whose names start with an underscore."""
+"""The light commands, one file each; files with a leading underscore hold what they share."""

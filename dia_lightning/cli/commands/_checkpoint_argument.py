@@ -1,4 +1,4 @@
-"""What the commands ``sample`` and ``analyze`` have in common: a checkpoint, a device, a new folder for the results."""
+"""What ``sample`` and ``analyze`` share: a checkpoint, a device, a new folder for the results."""
 
 import argparse
 import sys
@@ -13,12 +13,12 @@ from dia_lightning.cli.runs.run_of_checkpoint import run_folder_of
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, out: str, without: str | None = None) -> None:
-    """Add the options that say which checkpoint, where it runs, and where the results go.
+    """Add the options for the checkpoint, the device, and the folder of the results.
 
     Args:
         parser: of the command.
         out: the default folder, for the help.
-        without: what happens without a checkpoint, for the help; ``None`` if there must be one.
+        without: what happens without a checkpoint, for the help; ``None`` if one is required.
     """
     add = parser.add_argument
     which = "a checkpoint file, or 'last' or 'best' for a run's"
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: str, without: str | N
         add("checkpoint", help=which)
     else:
         add("checkpoint", nargs="?", help=f"{which}; without it {without}")
-    add("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
+    add("--runs", default="runs", help="folder to search for 'last' and 'best' (default: runs)")
     add("--device", default="auto", choices=("cpu", "cuda", "auto"), help="(default: auto, a GPU if there is one)")
     add("--out", metavar="FOLDER", help=f"a new folder (default: {out} in the folder of the run)")
 
 
 def checkpoint_of(options: argparse.Namespace) -> Path:
-    """Return the checkpoint that the options name, and say which it is.
+    """Return the checkpoint that the options name, and report it.
 
     Raises:
         ValueError: if there is no such checkpoint, or the folder for the results is not new.
@@ -42,7 +42,7 @@ def checkpoint_of(options: argparse.Namespace) -> Path:
 
 
 def check_out_is_new(options: argparse.Namespace) -> None:
-    """Refuse a folder for the results that is there already.
+    """Refuse an existing folder for the results.
 
     Raises:
         ValueError: if it is.
@@ -52,7 +52,7 @@ def check_out_is_new(options: argparse.Namespace) -> None:
 
 
 def resolved(checkpoint: str, runs: str) -> Path:
-    """Return the file that a path, ``"last"`` or ``"best"`` means, and say which it is.
+    """Return the file that a path, ``"last"`` or ``"best"`` refers to, and report it.
 
     Raises:
         ValueError: if there is none.
@@ -66,7 +66,7 @@ def device_of(options: argparse.Namespace) -> str:
     """Return ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: if a GPU is asked for and there is none.
+        ValueError: if a GPU is requested but there is none.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here. Use --device cpu.")
@@ -77,7 +77,7 @@ def device_of(options: argparse.Namespace) -> str:
 
 
 def new_folder(options: argparse.Namespace, checkpoint: Path, name: str) -> Path:
-    """Make a folder that was not there: the given one, or the next free one of the run.
+    """Make a new folder: the given one, or the next free one of the run.
 
     Args:
         options: the arguments of the command.

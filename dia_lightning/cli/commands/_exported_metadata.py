@@ -1,4 +1,4 @@
-"""What an exported file says about itself, so that whoever has it alone can use it."""
+"""Metadata in an exported file, so that it can be used without anything else."""
 
 import json
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ if TYPE_CHECKING:  # imports Lightning
 
 #: What the outputs of a classifier are, for each kind of labels.
 _OUTPUTS = {
-    "multiclass": "logits [B, K] of class_names; softmax makes probabilities of them",
-    "multilabel": "logits [B, K] of class_names; sigmoid makes the probability of each label of them",
-    "binary": "logit [B, 1] of the second of class_names; sigmoid makes its probability of it",
+    "multiclass": "logits [B, K] of class_names; softmax gives the probabilities",
+    "multilabel": "logits [B, K] of class_names; sigmoid gives the probability of each label",
+    "binary": "logit [B, 1] of the second of class_names; sigmoid gives its probability",
 }
 
 
@@ -22,7 +22,7 @@ def metadata_of(task: "DIATask | None", shape: Sequence[int]) -> dict[str, str]:
     """Return texts by name; lists are JSON.
 
     Args:
-        task: that was trained; ``None`` for a network by name, of which nothing but its input is known.
+        task: the trained task; ``None`` for a network by name, of which only the input is known.
         shape: of an image ``[C, H, W]``.
     """
     if task is None:

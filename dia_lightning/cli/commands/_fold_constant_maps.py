@@ -1,4 +1,4 @@
-"""What ``export`` does and says about maps that hardly depend on the image."""
+"""How ``export`` folds and reports maps that hardly depend on the image."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imports Lightning
 
 
 def folded(task: "DIATask", batches: Sequence[Any], options: argparse.Namespace) -> None:
-    """Fold what can be folded in the network of a task, in place, and print what was done.
+    """Fold what can be folded in the network of a task, in place, and print a report.
 
     Args:
         task: for classification or detection.
@@ -25,8 +25,8 @@ def folded(task: "DIATask", batches: Sequence[Any], options: argparse.Namespace)
         options: the arguments of the command.
 
     Raises:
-        ValueError: as for :func:`~dia_lightning.analysis.fold_constant_maps`, or if the file is to hold weights alone
-            and the network is neither what it was nor the plain one.
+        ValueError: as for :func:`~dia_lightning.analysis.fold_constant_maps`, or if the file holds only weights and the
+            network is neither unchanged nor the plain one.
     """
     from dia_lightning.analysis import fold_constant_maps
     from dia_lightning.tasks import DetectionTask

@@ -1,4 +1,4 @@
-"""The network that ``check``, ``export`` and others are about: one by name, or that of a checkpoint."""
+"""The network argument of ``check``, ``export`` and others: a name or a checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -18,13 +18,13 @@ if TYPE_CHECKING:  # imports Lightning, which --help does without
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which network."""
+    """Add the options that select the network."""
     parser.add_argument(
         "network", help="a name such as torchvision/resnet50, a checkpoint file, or 'last' or 'best' for a run's"
     )
     parser.add_argument("--attention", default="dia-lstm", help="for a name: what to attach (default: dia-lstm)")
     parser.add_argument("--share", default="stage", choices=("stage", "block"), help="for a name (default: stage)")
-    parser.add_argument("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
+    parser.add_argument("--runs", default="runs", help="folder to search for 'last' and 'best' (default: runs)")
     parser.add_argument("--image_size", type=int, help="height and width (default: the checkpoint's, 32 or 224)")
 
 
@@ -48,8 +48,8 @@ def network_and_images(
 
     Args:
         options: the arguments of the command.
-        batch: how many images.
-        task: the task of the checkpoint, if it was loaded already.
+        batch: number of images.
+        task: the task of the checkpoint, if already loaded.
 
     Raises:
         ValueError: if there is no such network or checkpoint.

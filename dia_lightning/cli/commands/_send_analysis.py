@@ -30,7 +30,7 @@ def check_installed(kinds: Sequence[str]) -> None:
 
 
 def send(analysis: Analysis, pictures: Mapping[str, Figure], folder: Path, kinds: Sequence[str], origin: str) -> None:
-    """Send pictures, tables and main numbers to new runs; that of TensorBoard is in the folder of the analysis.
+    """Send figures, tables and main metrics to new runs; TensorBoard's is in the folder of the analysis.
 
     Args:
         analysis: the results.
@@ -40,7 +40,7 @@ def send(analysis: Analysis, pictures: Mapping[str, Figure], folder: Path, kinds
         origin: where the network is from.
 
     Raises:
-        UserError: if TensorBoard's file cannot be written. Weights & Biases goes offline by itself.
+        UserError: if TensorBoard's file cannot be written. Weights & Biases falls back to offline mode.
     """
     for kind in dict.fromkeys(kinds):
         try:

@@ -1,4 +1,4 @@
-"""A task and its data: both as a config describes them, or the data of a finished run."""
+"""A task and its data, both from a config, or the data of a finished run."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from dia_lightning.datamodules import ClassificationDataModule, DetectionDataMod
 from dia_lightning.tasks import DetectionTask, DIATask
 from dia_lightning.tasks.base import brief
 
-#: What a config says about the training has no part in it.
+#: Training options of a config are ignored.
 _WITHOUT_TRAINING = ("--trainer.logger", "false", "--trainer.callbacks", "null", "--ckpt_path", "null")
 
 
 def built_run(configs: Sequence[str], root: str | None) -> tuple[DIATask, DIADataModule]:
-    """Return the task of configs, in evaluation mode, and its data, which are fetched if they are not there.
+    """Return the task of configs, in evaluation mode, and its data, which are downloaded if missing.
 
     Args:
         configs: files that ``fit`` takes, merged from left to right; the classes that they name are imported.
-        root: folder of the data, in place of that in the config.
+        root: folder of the data, instead of the config's.
 
     Raises:
         UserError: if something cannot be built.
@@ -40,19 +40,19 @@ def built_run(configs: Sequence[str], root: str | None) -> tuple[DIATask, DIADat
 def data_module_of(
     config: str | Path, task: DIATask, root: str | None, *, download: bool | None = None
 ) -> DIADataModule:
-    """Build the data module of a config, and fetch its data if they are not there.
+    """Build the data module of a config, and download its data if missing.
 
-    A class of the user's own is imported, because the config names it; what the checkpoint says imports nothing.
+    A custom class is imported because the config names it; nothing is imported because of a checkpoint.
 
     Args:
         config: file with a section ``data``.
         task: what the data are for.
-        root: folder of the data, in place of that in the config.
-        download: whether they may be fetched, in place of what the config says.
+        root: folder of the data, instead of the config's.
+        download: whether they may be downloaded, instead of the config's option.
 
     Raises:
-        FileNotFoundError: if there is no such file, or there are no data.
-        ValueError: if it says nothing that fits about the data, or the task was trained on others.
+        FileNotFoundError: if the file or the data do not exist.
+        ValueError: if its section on the data does not fit, or the task was trained on other data.
     """
     section = _section(find_config(config))
     kind = _kind(str(section.get("class_path", "")), config, task)
@@ -68,7 +68,7 @@ def data_module_of(
 
 
 def _kind(name: str, config: str | Path, task: DIATask) -> type[DIADataModule]:
-    """Return the class of a name, or of a path, that suits the task."""
+    """Return the class with a name or path that suits the task."""
     bases = (ClassificationDataModule, DetectionDataModule)
     fits, other = reversed(bases) if isinstance(task, DetectionTask) else bases
     known = _known(fits)
@@ -96,7 +96,7 @@ def _known(base: type[DIADataModule]) -> list[type[DIADataModule]]:
 
 
 def _check_fits(task: DIATask, data: DIADataModule) -> None:
-    """Refuse other classes or images of another shape than those that a task was trained on."""
+    """Refuse classes or image shapes that differ from those that a task was trained on."""
     for name, trained, found in (
         ("classes", task.class_names, data.class_names),
         ("images of shape", task.image_shape, getattr(data, "image_shape", None)),

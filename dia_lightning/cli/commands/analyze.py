@@ -1,4 +1,4 @@
-"""The command ``analyze``: what the attention of a network does, as tables and pictures."""
+"""The command ``analyze``: what the attention of a network does, as tables and figures."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imports Lightning, which --help does without
     from dia_lightning.datamodules import DIADataModule
     from dia_lightning.tasks import DIATask
 
-KEPT_IMAGES = 1000  # whose maps forests are fitted on
+KEPT_IMAGES = 1000  # whose maps the forests are fitted to
 GRADIENT_IMAGES = 64
 
 TIMESTEPS = (
@@ -38,7 +38,7 @@ NO_SHORTCUTS_TO_REMOVE = (
 
 
 def run(args: Sequence[str]) -> None:
-    """Write the tables and pictures, and print a summary and where they are.
+    """Write the tables and figures, and print a summary and their folder.
 
     Args:
         args: arguments of the command, without its name.
@@ -69,25 +69,31 @@ def run(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dia-lightning analyze",
-        description="Correlation between the attention maps of layers, what values maps take, which layers could share "
-        "a unit, and how gradients come back, with and without shortcuts. For all tasks.",
+        description="Correlation between the attention maps of layers, which values maps take, which layers could "
+        "share a unit, and how gradients flow back, with and without shortcuts. For all tasks.",
     )
-    without = "the network is analyzed as the config builds it: at its start, or with pretrained weights"
+    without = "the network is analyzed as the config builds it: at initialization, or with pretrained weights"
     _checkpoint_argument.add_arguments(parser, out="analysis", without=without)
     add = parser.add_argument
     add(
         *("-c", "--config"),
         action="append",
         default=[],
-        help="config whose data to use (default: config.yaml of the run), or, without a checkpoint, to build all from; "
-        "several are merged from left to right",
+        help="config whose data to use (default: config.yaml of the run), or, without a checkpoint, to build all "
+        "from; several are merged from left to right",
     )
     add("--root", help="folder of the data (default: that of the config)")
     add("--split", default="test", choices=("train", "val", "test"), help="which part of the data (default: test)")
-    add("--images", type=int, default=1000, help="how many, in the shares of the classes (default: 1000)")
+    add("--images", type=int, default=1000, help="number of images, in class proportions (default: 1000)")
     add("--threshold", type=float, default=0.8, help="correlation of layers that could share a unit (default: 0.8)")
-    add("--seed", type=int, default=0, help="of bootstrap and random forests (default: 0)")
-    add("--log", action="append", default=[], choices=("wandb", "tensorboard"), help="send them there too; repeatable")
+    add("--seed", type=int, default=0, help="seed of bootstrap and random forests (default: 0)")
+    add(
+        "--log",
+        action="append",
+        default=[],
+        choices=("wandb", "tensorboard"),
+        help="log the results there too; repeatable",
+    )
     return parser
 
 
@@ -145,7 +151,7 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     from dia_lightning.attention import is_attached
 
     network = task.network_body()
-    # in the shares of the classes: the first images in the order of the data would be those of a few classes
+    # in class proportions: the first images of the data set may be of only a few classes
     batches = partial(data.evaluation_dataloader, options.split)
     recorder = _record(task, network, batches(count=options.images), keep=KEPT_IMAGES, seed=options.seed)
     kept = recorder
@@ -157,7 +163,7 @@ def _analyze(task: "DIATask", data: "DIADataModule", options: argparse.Namespace
     stages = recorder.stages
     correlations = {protocol: analysis.map_correlation(stages, protocol) for protocol in get_args(analysis.Protocol)}
     without = _gradients_without_shortcuts(network, loss)
-    is_own = not is_attached(network)  # what is analyzed is what the network has of its own
+    is_own = not is_attached(network)  # then the network's own attention is analyzed
     advised = is_own or (task.hparams.get("share") == "block" and task.hparams.get("plug") is None)
     found = analysis.recommend(network, correlations["per-image"], threshold=options.threshold) if advised else None
     images = {"images": recorder.images, "gradient_images": len(first[0])}

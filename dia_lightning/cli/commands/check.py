@@ -1,4 +1,4 @@
-"""The command ``check``: what holds on a network with attention."""
+"""The command ``check``: which properties hold for a network with attention."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from dia_lightning.cli.commands import _network_argument
 
 
 def run(args: Sequence[str]) -> None:
-    """Print the table of :func:`dia_lightning.attention.check`; exit with code 1 if anything does not hold.
+    """Print the table of :func:`dia_lightning.attention.check`; exit with code 1 if any check fails.
 
     Args:
         args: arguments of the command, without its name.
     """
-    parser = argparse.ArgumentParser("dia-lightning check", description="Check what holds on a network with attention.")
+    parser = argparse.ArgumentParser("dia-lightning check", description="Check a network with attention.")
     _network_argument.add_arguments(parser)
     parser.add_argument("--slow", action="store_true", help="also compile the network, which takes a minute or more")
     options = parser.parse_args(args)

@@ -1,4 +1,4 @@
-"""The command ``configs``: the configs that come with the package, each with its first line, and where they are."""
+"""The command ``configs``: the package's configs, each with its first line, and their paths."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ def run(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "dia-lightning configs",
         description="List the configs that come with the package. Give their names to -c and reproduce; a file of the "
-        "same path in the working folder is used instead.",
+        "same path in the working directory takes precedence.",
     )
-    parser.add_argument("name", nargs="?", help="print where this one is, to copy it or to hand it to another program")
+    parser.add_argument("name", nargs="?", help="print the path of this one, to copy it or pass it to another program")
     name = parser.parse_args(args).name
     if name is None:
         _print_all()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imports Lightning
 
     Written: TypeAlias = Exported | ExportedDetector
 
-#: So many images a detector and its file are compared on.
+#: Number of images on which a detector and its file are compared.
 COMPARED_IMAGES = 8
 
 
@@ -66,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         *("--fold-constant-maps", "--fold_constant_maps"),
         type=float,
         metavar="TOLERANCE",
-        help="multiply attention maps whose deviation between images is at most so many times their mean into the "
-        "weights, and leave their attention out, for example 0.01; 0 for maps that are always the same",
+        help="fold attention maps whose deviation between images, relative to their mean, is at most this value into "
+        "the weights, and remove their attention, for example 0.01; 0 for maps that are always the same",
     )
     add("-c", "--config", help="config whose data to use for that, and to compare a detector on (default: the run's)")
     add("--root", help="folder of the data (default: that of the config)")
     add("--split", default="val", choices=("train", "val", "test"), help="which part of the data (default: val)")
-    add("--images", type=int, default=256, help="how many of them maps are measured on (default: 256)")
+    add("--images", type=int, default=256, help="number of images to measure maps on (default: 256)")
     return parser
 
 
@@ -114,7 +114,7 @@ def _refuse_unused(
 def _is(task: "DIATask | None", name: str) -> bool:
     if task is None:
         return False
-    from dia_lightning import tasks  # imports Lightning, which names do without
+    from dia_lightning import tasks  # imports Lightning, which a name does not need
 
     return isinstance(task, getattr(tasks, name))
 
@@ -123,7 +123,7 @@ def _is(task: "DIATask | None", name: str) -> bool:
 
 
 def _batches(task: "DIATask", options: argparse.Namespace) -> list[Any]:
-    """Return batches of the data of a run; none if it is a detector whose data are not here, and that is all."""
+    """Return batches of the data of a run; none for a detector that only lacks its data for the comparison."""
     from dia_lightning.cli.commands._task_and_data import data_module_of
 
     is_asked = options.fold_constant_maps is not None or options.config is not None or options.root is not None

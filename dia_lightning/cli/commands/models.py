@@ -1,4 +1,4 @@
-"""The command ``models``: networks and attention units with what they cost, without the memory that they would take."""
+"""The command ``models``: networks and attention units with their cost, without allocating their memory."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import nn
 from dia_lightning.attention import attach, attention_builder, find_sites, list_attention
 from dia_lightning.models import build_on_meta, get_model, list_models, network_cost
 
-# H is the width of the bottleneck at the unit's default reduction. A test compares these with the units.
+# H is the bottleneck width at the unit's default reduction. A test compares these with the units.
 FORMULAS = {
     "cbam": "2*C*H + H + C + 100, H = C/16",
     "dia-lstm": "10*C*H + 2*H + 8*C, H = C/4",
@@ -35,7 +35,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument(
         "--sites",
         action="store_true",
-        help="say of each network that matches the pattern whether it takes attention, and how many layers of each "
+        help="for each network that matches the pattern, print whether it takes attention, and how many layers of each "
         "stage; every network is built and run without memory, which takes 0.1 to 5 seconds each (docs/networks.md has "
         "one network of every family)",
     )
@@ -59,7 +59,7 @@ def parameters_of(name: str, attention: str | None = None) -> int:
 
     Args:
         name: one of :func:`~dia_lightning.models.list_models`.
-        attention: a unit to share per stage, if any.
+        attention: name of a unit to share per stage, if any.
 
     Example:
         >>> parameters_of("resnet164"), parameters_of("resnet164", "dia-lstm")
@@ -83,7 +83,7 @@ def _print_all() -> None:
 
 
 def takes_attention(name: str) -> str:
-    """Return whether attention can be attached to a network, and how many sites each stage has, or why not.
+    """Return whether attention can be attached to a network, and the sites per stage or the reason why not.
 
     Args:
         name: one of :func:`~dia_lightning.models.list_models`.

@@ -1,4 +1,4 @@
-"""The command ``reproduce``: arms of a comparison, trained over seeds by this program, as a table with intervals."""
+"""The command ``reproduce``: train the arms of a comparison over seeds, and write a table with intervals."""
 
 import argparse
 import io
@@ -19,7 +19,7 @@ from dia_lightning.reproduce.table import markdown_table, write_comparison
 
 
 def run(args: Sequence[str]) -> None:
-    """Run what is not finished, and write the table; exit with code 1 if a run failed.
+    """Run what is unfinished, and write the table; exit with code 1 if a run failed.
 
     Args:
         args: arguments of the command, without its name.
@@ -47,16 +47,16 @@ def run(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dia-lightning reproduce",
-        description="Train every arm of a comparison with every seed, and table the results. Finished runs are not "
-        "repeated: after a stop, give the same command again. Nothing is downloaded by the runner itself.",
+        description="Train every arm of a comparison with every seed, and tabulate the results. Finished runs are not "
+        "repeated: after an interruption, repeat the command. The runner itself downloads nothing.",
     )
     parser.add_argument("spec", help="what to compare, such as reproduce/digits_sharing.yaml")
-    parser.add_argument("--runs", default="runs/reproduce", help="folder of all files (default: runs/reproduce)")
+    parser.add_argument("--runs", default="runs/reproduce", help="folder for all files (default: runs/reproduce)")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with its share of the CPU or one GPU (default: 1)"
+        "--jobs", type=int, default=1, help="parallel runs, each with its share of the CPU or one GPU (default: 1)"
     )
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these arms; all of them stay in the table")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and what has been run, run nothing")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run only these arms; the table keeps all of them")
+    parser.add_argument("--dry_run", action="store_true", help="print commands and the state of each run, run nothing")
     return parser
 
 
@@ -68,7 +68,7 @@ def _chosen(experiment: Experiment, only: Sequence[str] | None) -> Sequence[str]
 
 
 def _check_commands(runs: Sequence[Run], folder: Path) -> None:
-    """Rehearse one command of each arm: a mistake in the last arm should not show after days."""
+    """Rehearse one command of each arm, so that a mistake in the last arm does not surface after days."""
     from dia_lightning.cli import command  # imports Lightning, which --help does without
 
     for run in {run.arm: run for run in runs}.values():
@@ -92,7 +92,7 @@ def _print_commands(experiment: Experiment, results: Mapping[Run, Result]) -> No
 
 
 def _run_all(runs: Sequence[Run], experiment: Experiment, folder: Path, lock: IO[str], jobs: int) -> int:
-    """Run, write the table also when that is stopped, and return how many runs failed."""
+    """Run, write the table even if interrupted, and return the number of failed runs."""
     failed = 0
     with tqdm(total=len(runs), desc=experiment.name, unit="run", disable=None) as bar:
 

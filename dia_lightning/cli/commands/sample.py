@@ -1,4 +1,4 @@
-"""The command ``sample``: images that a trained diffusion task makes, as PNG files."""
+"""The command ``sample``: write images of a trained diffusion task as PNG files."""
 
 import argparse
 import csv
@@ -29,7 +29,7 @@ TRACED_IMAGES = 8
 
 
 def run(args: Sequence[str]) -> None:
-    """Write the images and their grid, and print where they are.
+    """Write the images and their grid, and print their folder.
 
     Args:
         args: arguments of the command, without its name.
@@ -57,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         "--classes",
         nargs="+",
         metavar="CLASS",
-        help="names or numbers of classes to go round, or 'none' for images of no class (default: all classes)",
+        help="names or numbers of classes to cycle through, or 'none' for images of no class (default: all classes)",
     )
-    add("--steps", type=int, default=25, help="how often the network runs per image (default: 25)")
-    add("--guidance", type=float, default=1.0, help="weight of the class; more is more typical (default: 1.0, none)")
+    add("--steps", type=int, default=25, help="number of network evaluations per image (default: 25)")
+    add("--guidance", type=float, default=1.0, help="weight of the class; larger is more typical (default: 1.0, none)")
     add("--sampler", default="ddim", choices=("ddim", "ddpm", "dpm++"), help="(default: ddim)")
     add("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
-    add("--batch_size", type=int, default=64, help="images at a time; has no influence on them (default: 64)")
-    add("--trace", action="store_true", help="also draw how the first images come out of the noise")
+    add("--batch_size", type=int, default=64, help="images at a time; does not affect them (default: 64)")
+    add("--trace", action="store_true", help="also draw how the first images emerge from the noise")
     return parser
 
 
@@ -86,7 +86,7 @@ def _load(path: Path, device: str) -> "DiffusionTask":
 
 
 def _labels(task: "DiffusionTask", options: argparse.Namespace) -> tuple[list[int] | None, float]:
-    """Return the label of each image, ``None`` for images of no class, and the guidance that they take."""
+    """Return the label of each image, ``None`` for images of no class, and their guidance scale."""
     classes, guidance = options.classes, options.guidance
     if classes == ["none"] and "none" not in (task.class_names or ()):
         return None, _guidance_to_no_class(task, guidance)
@@ -112,7 +112,7 @@ def _guidance_to_no_class(task: "DiffusionTask", guidance: float) -> float:
 
 
 def _label(text: str, num_classes: int, names: list[str]) -> int:
-    if text in names:  # also where it looks like the number of another class: what users see elsewhere are names
+    if text in names:  # even if it looks like the number of another class: users see names elsewhere
         return names.index(text)
     try:
         label = int(text)
@@ -147,7 +147,7 @@ def _sample(task: "DiffusionTask", options: argparse.Namespace, checkpoint: Path
         for start in starts:
             stop = min(start + options.batch_size, options.count)
             images = _pixels(sample(stop - start, first=start, classes=labels and labels[start:stop]))
-            if folder is None:  # not before it is clear that the options fit
+            if folder is None:  # only once the options are known to fit
                 folder = _checkpoint_argument.new_folder(options, checkpoint, f"samples/seed={options.seed}")
             for index, image in enumerate(images, start):
                 _write(image, folder / f"{index:06d}.png")
@@ -164,7 +164,7 @@ def _sample(task: "DiffusionTask", options: argparse.Namespace, checkpoint: Path
 
 @contextmanager
 def _progress_bar(task: "DiffusionTask", total: int) -> Iterator[None]:
-    """Show on a terminal how often the network has run."""
+    """Show the number of network runs on a terminal."""
     with tqdm(total=total, desc="sampling", unit="step", disable=None) as bar:
 
         def count_run(*_: object) -> None:  # what a hook returns would replace the output
@@ -186,7 +186,7 @@ def _pixels(images: Tensor) -> Tensor:
 def _grid(
     task: "DiffusionTask", images: Sequence[Tensor], labels: Sequence[int] | None, options: argparse.Namespace
 ) -> Image.Image:
-    """Return a picture of the images in the order of the files, with one column per class if there are several."""
+    """Return a grid of the images in the order of the files, with one column per class if there are several."""
     from dia_lightning.drawing import draw_table
 
     columns, headings = math.ceil(math.sqrt(len(images))), []

@@ -1,4 +1,4 @@
-"""The command ``sites``: where attention goes in a network, what it adds there, and what is left out."""
+"""The command ``sites``: where attention goes in a network, what it adds, and what is left out."""
 
 import argparse
 import copy
@@ -42,7 +42,7 @@ def run(args: Sequence[str]) -> None:
         network = plain
         arguments = {} if options.reduction is None else {"reduction": options.reduction}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of stages with a single block, which the table shows
+            warnings.simplefilter("ignore")  # about stages with a single block, which the table shows
             attach(network, attention, share=share, example=example, branches=options.branches, **arguments)
         told = f"{attention}, one per {share}, would add"
     else:
@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dia-lightning sites",
         description="Stages, blocks and layers of a network that attention goes to, the parameters that it adds to "
-        "each stage, and the additions that are left out with the reason. The network is run once on tensors without "
-        "contents. A network that has attention is shown with what it has, unless --attention, --share, --reduction or "
-        "--branches ask for something else in its place.",
+        "each stage, and the additions that are left out, with the reason. The network is run once on tensors without "
+        "data. A network that has attention is shown with it, unless --attention, --share, --reduction or --branches "
+        "ask for something else instead.",
     )
     add = parser.add_argument
     add(
@@ -72,15 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", help="with -c: folder of the data (default: that of the config)")
     add("--attention", help="(default: dia-lstm)")
     add("--share", choices=("stage", "block"), help="(default: stage)")
-    add("--reduction", type=int, help="of the attention (default: its own)")
+    add("--reduction", type=int, help="reduction of the attention (default: its own)")
     add("--branches", nargs="+", choices=get_args(Branch), help="which branches (default: as attach() chooses)")
     add("--image_size", type=int, help="height and width (default: what the network is made for)")
-    add("--runs", default="runs", help="folder that 'last' and 'best' look in (default: runs)")
+    add("--runs", default="runs", help="folder to search for 'last' and 'best' (default: runs)")
     return parser
 
 
 def _subject(options: argparse.Namespace) -> tuple[nn.Module, Any, str]:
-    """Return the network, an example that it takes, if one has to be given, and what to call it."""
+    """Return the network, an example input if it needs one, and its name for the title."""
     name = options.network
     if (name is None) == (not options.config):
         raise ValueError("Give either a network (a name, a checkpoint, 'last', 'best') or -c CONFIG.")
@@ -115,14 +115,14 @@ def _shape(task: "DIATask", image_size: int | None) -> list[int] | None:
 
 
 def _plain(network: nn.Module) -> nn.Module:
-    """Return a network, or a copy of it without the attention that it has."""
+    """Return a network, or a copy without its attention."""
     return detach(copy.deepcopy(network)) if is_attached(network) else network
 
 
 def _found(plain: nn.Module, example: Any) -> Stages:
     try:
         return find_sites(plain, example, branches=get_args(Branch))
-    except ValueError:  # attached by the names of sites, to a network that does not run
+    except ValueError:  # attached by site names, to a network that does not run
         return Stages()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dia_lightning._choices import nearest
 from dia_lightning.cli.parsing.nested_message import body, place, value
 
-#: What to do about a class of the user's own that is none of these.
+#: Advice for a custom class that is not one of these.
 _ADVICE = {
     "DIADataModule": ", from which a task has its classes. Derive it from ClassificationDataModule or "
     "DetectionDataModule of dia_lightning.datamodules, and define class_names and load_split",
@@ -20,7 +20,7 @@ def unknown_init_arg(match: re.Match[str], message: str) -> str:
     """A class takes no such option."""
     option = match[1]
     class_path = _class_of_options(message)
-    if class_path.endswith((".DIATask", ".DIADataModule")):  # no class was given, so the options are those of the base
+    if class_path.endswith((".DIATask", ".DIADataModule")):  # no class was given, so the options are the base's
         return missing("--" + place(message).removeprefix("--").partition(".")[0])
     if class_path.endswith((".Optimizer", ".LRScheduler")):
         return option_of_a_name(option, message)
@@ -32,7 +32,7 @@ def unknown_init_arg(match: re.Match[str], message: str) -> str:
 
 
 def option_of_a_name(option: str, message: str) -> str:
-    """An option was given to an optimizer or a schedule that is a name, or to none."""
+    """An option was given to an optimizer or schedule that is a short name, or missing."""
     where = place(message)
     example = "torch.optim.lr_scheduler.StepLR" if where.endswith("schedule") else "torch.optim.AdamW"
     return (
@@ -42,7 +42,7 @@ def option_of_a_name(option: str, message: str) -> str:
 
 
 def missing(options: str) -> str:
-    """Options that must be given are not."""
+    """Required options are missing."""
     return (
         f"{options} missing: give a config (-c classification/digits.yaml, -c <run folder>/config.yaml), or "
         "for validate, test and predict a checkpoint, whose run has one (--ckpt_path best)."
@@ -71,7 +71,7 @@ def ambiguous_class(match: re.Match[str], message: str) -> str:
 
 
 def not_a_subclass(match: re.Match[str], message: str) -> str:
-    """Something else has the name."""
+    """The name is that of something else."""
     name, base = value(message), match[1]
     found = imported(name)
     kind = next((item.__name__ for item in _bases(found) if item.__module__.startswith("lightning.")), "")
@@ -80,10 +80,10 @@ def not_a_subclass(match: re.Match[str], message: str) -> str:
 
 
 def abstract_class(match: re.Match[str], message: str) -> str:
-    """A class lacks what its base leaves to it."""
+    """A class does not implement its base's abstract members."""
     name = value(message)
     lacking = sorted(getattr(imported(name), "__abstractmethods__", ()))
-    if not lacking:  # no class was given, so that the base was taken
+    if not lacking:  # no class was given, so the base was used
         return missing(place(message))
     return f"{place(message)}: {name} cannot be built, because it does not define {', '.join(lacking)}."
 
@@ -96,18 +96,18 @@ def no_such_attribute(match: re.Match[str], message: str) -> str:
 
 
 def cannot_import(match: re.Match[str], message: str) -> str:
-    """The code of a module is at fault."""
+    """A module failed to import."""
     return f"{place(message)}: cannot import {match[1]}: {match[2].rstrip('.')}."
 
 
 def imported(class_path: str) -> Any:
-    """Return what a path names if it has been imported already; an error message never imports anything."""
+    """Return the object at a path if it has been imported already; an error message never imports anything."""
     module, _, name = class_path.rpartition(".")
     return getattr(sys.modules.get(module), name, None)
 
 
 def init_args(class_path: str) -> list[str]:
-    """Return the options of a class that has been imported already."""
+    """Return the options of an already imported class."""
     cls = imported(class_path)
     if not isinstance(cls, type):
         return []
@@ -117,7 +117,7 @@ def init_args(class_path: str) -> list[str]:
         parameters = inspect.signature(base).parameters.values()
         named += [item.name for item in parameters if item.kind in kinds]
         if all(item.kind != inspect.Parameter.VAR_KEYWORD for item in parameters):
-            break  # nothing reaches the bases by name
+            break  # options do not reach the bases by name
     return named
 
 

@@ -1,4 +1,4 @@
-"""How the parser reads configs: as strict YAML, in any encoding, and those of the package by name."""
+"""How the parser reads configs: as strict YAML, in any encoding, and the package's by name."""
 
 import os
 from typing import Any
@@ -17,10 +17,10 @@ _read_other = Path.read_text
 
 
 def install() -> str:
-    """Make the loader known to jsonargparse; return the name to give as ``parser_mode``."""
+    """Register the loader with jsonargparse; return the name for ``parser_mode``."""
     set_loader(MODE, _strict_yaml.load, exceptions=(yaml.YAMLError,))
-    Path.__init__ = _find  # type: ignore[method-assign,assignment]  # of files that options and other configs name
-    Path.read_text = _read_text  # type: ignore[method-assign,assignment]  # it reads files as the locale has them
+    Path.__init__ = _find  # type: ignore[method-assign,assignment]  # for files that options and other configs name
+    Path.read_text = _read_text  # type: ignore[method-assign,assignment]  # it reads files in the locale's encoding
     return MODE
 
 

@@ -1,4 +1,4 @@
-"""Help without the markup of docstrings, and true of this program where Lightning's text is about another."""
+"""Help without docstring markup, and corrected where Lightning's text does not apply to this program."""
 
 import argparse
 import re
@@ -17,13 +17,13 @@ _WEIGHTS_ONLY = "Refuse checkpoints with more than tensors and plain values, whi
 
 
 def plain(text: str) -> str:
-    """Return a text without roles, links and double quotes of reStructuredText."""
+    """Return a text without roles, links and double backquotes of reStructuredText."""
     text = _ROLE.sub(lambda match: match[2].rpartition(".")[2] if match[1] else match[2], text)
     return _LINK.sub(r"\1", text).replace("``", "")
 
 
 def clean(parser: argparse.ArgumentParser) -> None:
-    """Take the markup out of all that a parser shows."""
+    """Remove the markup from everything that a parser shows."""
     for action in parser._actions:
         if isinstance(action.help, str) and action.help is not argparse.SUPPRESS:
             action.help = plain(action.help)
@@ -34,7 +34,7 @@ def clean(parser: argparse.ArgumentParser) -> None:
 
 
 def describe_checkpoints(parser: argparse.ArgumentParser, command: str) -> None:
-    """Say what the options about checkpoints do here."""
+    """Describe what the checkpoint options do here."""
     texts = {"ckpt_path": _RESUME if command == "fit" else _USE, "weights_only": _WEIGHTS_ONLY}
     for action in parser._actions:
         action.help = texts.get(action.dest, action.help)

@@ -1,4 +1,4 @@
-"""One line for a mistake on the command line or in a config: what was given, what was meant, how to go on."""
+"""One line for a mistake on the command line or in a config: what was given, what was expected, and the fix."""
 
 import os
 import re
@@ -16,14 +16,14 @@ from dia_lightning.cli.parsing.nested_message import value as _given
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """Say in one line what jsonargparse says in many, with the nearest names where a name is unknown.
+    """Shorten jsonargparse's message to one line, with the nearest names if a name is unknown.
 
     Args:
         message: the parser's own message.
         parser: the parser that failed; it knows the options.
 
     Returns:
-        The sentence; the parser's own words in one line when the case is none of the known ones.
+        The sentence, or the parser's own message in one line if the case is not known.
     """
     for pattern, describe in _CASES:
         match = re.search(pattern, message, re.MULTILINE)
@@ -60,7 +60,7 @@ def _wrong_union_value(match: re.Match[str], message: str, parser: LightningArgu
 def _missing(match: re.Match[str], message: str, parser: LightningArgumentParser) -> str:
     names = [name.strip() for name in match[1].split(",")]
     where = place(message)
-    if where == "Config":  # of the command: their names begin with that of the command
+    if where == "Config":  # of the command: their names begin with the command's
         return class_messages.missing(", ".join("--" + name.partition(".")[2] for name in names))
     cls = _given(message).rpartition(".")[2]
     return f"{', '.join(f'{where}.{name}' for name in names)} missing: {cls} cannot be built without."

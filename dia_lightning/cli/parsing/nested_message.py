@@ -1,4 +1,4 @@
-"""What the nested messages of jsonargparse are about: the option, and the value that it was given."""
+"""What jsonargparse's nested messages are about: the option and its value."""
 
 import re
 
@@ -13,12 +13,12 @@ def place(message: str) -> str:
 
 
 def body(message: str) -> str:
-    """Return what a message says about that option."""
+    """Return the part of a message about that option."""
     return message[_deepest(message)[1] :]
 
 
 def value(message: str) -> str:
-    """Return what that option was given; of a class with options, the path of the class."""
+    """Return the value of that option; for a class with options, the path of the class."""
     given = _GIVEN.search(body(message))
     if given is None:
         return ""
@@ -27,13 +27,13 @@ def value(message: str) -> str:
 
 
 def readable(expected: str) -> str:
-    """Return a type as people write it."""
+    """Return a type in readable form."""
     named = re.sub(r"<class '([^']+)'>|typing\.Literal\[([^\]]+)\]", r"\1\2", expected)
     return named.replace("Expected a ", "").replace("NoneType", "null")
 
 
 def _deepest(message: str) -> tuple[list[str], int]:
-    """Return the keys that lead to the deepest part of a message, and where that part begins."""
+    """Return the keys that lead to the deepest part of a message, and the start of that part."""
     found: tuple[list[str], int] = ([], 0)
     above: list[tuple[int, str]] = []
     for match in _KEY.finditer(message):

@@ -1,6 +1,6 @@
-"""Classes of the user's own, imported because the command line or the config of a run names them.
+"""Custom classes, imported because the command line or the config of a run names them.
 
-What a checkpoint says never imports anything: whoever wrote it would choose which code runs here.
+A checkpoint never causes an import: its author would choose which code runs here.
 """
 
 import inspect
@@ -16,7 +16,7 @@ CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def own_class(path: str, where: str) -> Any:
-    """Import what a path names.
+    """Import the object at a path.
 
     Args:
         path: such as ``"package.module.Class"``.
@@ -28,7 +28,7 @@ def own_class(path: str, where: str) -> Any:
     module_name, _, name = path.rpartition(".")
     try:
         module = import_module(module_name)
-    except Exception as error:  # code of the user's own fails in any way
+    except Exception as error:  # custom code may raise anything
         raise UserError(f"{where}: cannot import {path}: {str(error) or type(error).__name__}.") from error
     if not hasattr(module, name):
         classes = [key for key, item in vars(module).items() if inspect.isclass(item)]
@@ -37,10 +37,10 @@ def own_class(path: str, where: str) -> Any:
 
 
 def import_attention(attention: Any, where: str) -> None:
-    """Import an attention module that is given by its path, so that ``attach`` knows it; leave others as they are.
+    """Import an attention module given by its path, so that ``attach`` knows it; return others unchanged.
 
     Raises:
-        UserError: if it cannot be imported, or is not to be called.
+        UserError: if it cannot be imported, or is not callable.
     """
     if not isinstance(attention, str) or CLASS_PATH.fullmatch(attention) is None or attention in list_attention():
         return

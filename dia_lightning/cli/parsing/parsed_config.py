@@ -1,4 +1,4 @@
-"""What the parsed config of a command says about its parts, and which of them an option went to."""
+"""Access the parts of a command's parsed config, and find which one an option went to."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,18 +13,18 @@ _LISTS = ("trainer.callbacks", "trainer.logger")
 
 
 def init_args_of(component: Namespace | None) -> dict[str, Any]:
-    """Return the options of a part by name; none of a part that is not there."""
+    """Return the options of a part by name; none if the part does not exist."""
     init_args = None if component is None else component.get("init_args")
     return {} if init_args is None else dict(init_args.as_dict())
 
 
 def is_rate_monitor(callback: Namespace) -> bool:
-    """Tell whether a callback logs learning rates."""
+    """Return whether a callback logs learning rates."""
     return str(callback.class_path).rpartition(".")[2] == "LearningRateMonitor"
 
 
 def run_roots(trainer: Namespace) -> list[Path]:
-    """Return the folders below which this config's runs put their checkpoints."""
+    """Return the folders under which this config's runs save their checkpoints."""
     folders = [init_args_of(callback).get("dirpath") for callback in as_list(trainer.callbacks)]
     roots = [Path(folder) for folder in folders if folder is not None]
     for logger in as_list(trainer.logger):
@@ -40,24 +40,24 @@ def run_roots(trainer: Namespace) -> list[Path]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return the callbacks or loggers of a trainer, of which there may be one, several or none."""
+    """Return the callbacks or loggers of a trainer, whether one, several or none."""
     values = value if isinstance(value, list) else [value]
     return [item for item in values if not isinstance(item, (bool, type(None)))]
 
 
 def notes_on_lists(args: Sequence[str], config: Any) -> Iterator[str]:
-    """Yield which item each option of the command line went to, where there are several.
+    """Yield which item each option of the command line went to, if there are several.
 
     Args:
         args: arguments as in a shell.
-        config: what the parser made of them.
+        config: their parsed config.
     """
     for place, arg in enumerate(args):
         match = re.match(r"--(trainer\.\w+)\.([\w.]+)", arg)
         if match is None or match[1] not in _LISTS:
             continue
         items = config.get(match[1])
-        added = sum(later.startswith(f"--{match[1]}+") for later in args[place:])  # by then it was not there
+        added = sum(later.startswith(f"--{match[1]}+") for later in args[place:])  # did not exist yet
         if isinstance(items, list) and added < len(items) > 1:
             name = str(items[-1 - added].class_path).rpartition(".")[2]
             yield (

@@ -1,4 +1,4 @@
-"""Lightning's parser, with errors of one line, plain help, and another order of the types that it tries."""
+"""Lightning's parser, with one-line errors, plain help, and a different order of the types that it tries."""
 
 from argparse import HelpFormatter
 from functools import reduce
@@ -13,26 +13,26 @@ from dia_lightning.cli.parsing.messages import explain
 
 
 class DIAArgumentParser(LightningArgumentParser):
-    """Lightning's parser with errors of one line instead of the whole usage, and no abbreviated options."""
+    """Lightning's parser with one-line errors instead of the whole usage, and no abbreviated options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 2."""
-        if not self.exit_on_error:  # an inner parser: the outer one adds where it was and comes back here
+        if not self.exit_on_error:  # an inner parser: the outer one adds the place and returns here
             super().error(message, ex)
         fail(explain(message, self).removeprefix("Problems parsing config: "))
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Return the help without markup of docstrings."""
+        """Return the help without docstring markup."""
         describe_checkpoints(self, self.prog.rpartition(" ")[2])
         clean(self)
         return super().format_help(formatter)
 
 
 def try_whole_numbers_first(parser: LightningArgumentParser) -> None:
-    """Read 1 as one, not as 1.0, where both are possible: ``limit_val_batches`` means one batch by one, all by 1.0.
+    """Read 1 as an int, not as 1.0, if both are possible: ``limit_val_batches`` 1 means one batch, 1.0 means all.
 
-    ``typing`` takes ``Union[int, float]`` and ``Union[float, int]`` for the same, and hands out the one that any
-    package of the process wrote first; the parser tries types in that order.
+    ``typing`` treats ``Union[int, float]`` and ``Union[float, int]`` as equal, and returns the one that any package
+    of the process created first; the parser tries types in that order.
     """
     for action in parser._actions:
         kinds = get_args(getattr(action, "_typehint", None))
@@ -42,9 +42,9 @@ def try_whole_numbers_first(parser: LightningArgumentParser) -> None:
 
 
 def try_lists_of_loggers_first(parser: LightningArgumentParser) -> None:
-    """Read a list of loggers, as all shipped configs have it, before a single one: the error of the first try is kept.
+    """Try a list of loggers, as in all shipped configs, before a single one: the error of the first try is kept.
 
-    Else what a logger of the list says about its own options would be lost.
+    Otherwise the errors of a listed logger about its own options would be lost.
     """
     for action in parser._actions:
         if action.dest == "trainer.logger":

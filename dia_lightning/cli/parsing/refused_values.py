@@ -1,4 +1,4 @@
-"""Values that the parser lets through: null for what takes none, and numbers that mean nothing to the Trainer."""
+"""Values that the parser lets through: null where it is not allowed, and numbers that the Trainer cannot use."""
 
 import inspect
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 def check_limits(config: Namespace) -> None:
-    """Refuse numbers out of their range, before anything is built.
+    """Refuse numbers out of range before anything is built.
 
     Args:
         config: of one command.
@@ -62,15 +62,15 @@ def _refuse(name: str, value: Any, expected: str) -> None:
 
 
 def refuse_null(option: str, class_path: str, given: Mapping[str, Any]) -> None:
-    """Refuse ``null`` for what must have a value.
+    """Refuse ``null`` for options that need a value.
 
     Args:
-        option: that the class was given to, ``"--model"``.
+        option: the one that the class was given to, ``"--model"``.
         class_path: the class.
         given: its options that were given, by name.
 
     Raises:
-        UserError: if one of them is ``None`` and neither its default nor its type is.
+        UserError: if one of them is ``None``, and neither its default is ``None`` nor its type allows it.
     """
     bases = getattr(imported(class_path), "__mro__", ())
     for name in (name for name, value in given.items() if value is None):

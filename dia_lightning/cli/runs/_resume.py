@@ -1,4 +1,4 @@
-"""Go on with a training where it stopped: in the folder of its run, with its best checkpoint and its metrics."""
+"""Continue a training where it stopped: in the folder of its run, with its best checkpoint and its metrics."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ from dia_lightning.loggers.wandb import WandbLogger
 
 
 class KeepRunTogether(Callback):
-    """Note in every checkpoint which run it belongs to, and bring a resumed run back together."""
+    """Record in every checkpoint which run it belongs to, and reassemble a resumed run."""
 
     def __init__(self) -> None:
         self.source: RunSource | None = None
@@ -29,11 +29,11 @@ class KeepRunTogether(Callback):
         self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the run folder while all ranks can still talk to each other."""
+        """Find the run folder while all ranks can still communicate."""
         self._folder = run_folder(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep other trainings away from the run folder until this one ends; by now its config is there."""
+        """Lock the run folder against other trainings until this one ends; its config exists by now."""
         if trainer.is_global_zero and not self.lock.take(self._folder):
             rank_zero_warn(
                 f"Another training is writing to {self._folder}, and this one does too: checkpoints and metrics of "
@@ -41,7 +41,7 @@ class KeepRunTogether(Callback):
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Bring the best checkpoints along, wherever the run is now."""
+        """Carry over the best checkpoints, wherever the run is now."""
         is_dry = getattr(trainer, "fast_dev_run", False)  # saves no checkpoint, so none is copied
         if self.source is None or trainer.state.fn != TrainerFn.FITTING or is_dry:
             return
@@ -57,7 +57,7 @@ class KeepRunTogether(Callback):
                 checkpoint["callbacks"][callback.state_key] = trainer.strategy.broadcast(moved)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take away what was logged after the checkpoint, now that nothing can fail before it is trained again."""
+        """Remove what was logged after the checkpoint, now that nothing can fail before it is trained again."""
         self.has_trained = True
         if self.source is not None:
             for logger in trainer.loggers:
@@ -65,7 +65,7 @@ class KeepRunTogether(Callback):
                     drop_rows(logger, trainer.global_step)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take away the results of a test that is repeated because nothing was left to train."""
+        """Remove the results of a test that is repeated because nothing was left to train."""
         if self.source is not None and not self.has_trained:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
@@ -76,7 +76,7 @@ class KeepRunTogether(Callback):
         _save_logs(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write what was logged so far: a run that goes on from here would not log it again."""
+        """Write what was logged so far: a run that resumes from here would not log it again."""
         _save_logs(trainer)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
         versions = {logger.root_dir: logger.version for logger in loggers}
@@ -85,18 +85,18 @@ class KeepRunTogether(Callback):
 
 
 def take_up(trainer: Trainer, source: RunSource) -> str:
-    """Lead the loggers of a trainer to the run of a checkpoint; call it before ``fit``.
+    """Point the loggers of a trainer to the run of a checkpoint; call it before ``fit``.
 
     Args:
-        trainer: whose loggers have not been used.
+        trainer: its loggers must not have been used.
         source: the run of the checkpoint.
 
     Returns:
-        A line about the folder in which training goes on: that of the run if nothing is in the way and the options lead
-        there, else one of its own, with a copy of the metrics.
+        A line about the folder in which training continues: the run's if nothing prevents it and the options lead
+        there, otherwise a new one with a copy of the metrics.
 
     Raises:
-        ValueError: if the loggers' options ask for the folder of a run that has a later checkpoint, or another
+        ValueError: if the loggers' options ask for the folder of a run that has a later checkpoint or that another
             training writes to.
     """
     _check_does_not_mix(trainer, source)
@@ -131,18 +131,18 @@ def _check_does_not_mix(trainer: Trainer, source: RunSource) -> None:
 
 
 def _leads(first: Logger | None, folder: Path, source: RunSource, trainer: Trainer) -> bool:
-    """Tell whether the first logger can write to a folder, and give it the version with which it does."""
+    """Return whether the first logger can write to a folder, and set the version with which it does."""
     if first is None:
         return is_same(trainer.default_root_dir, folder)
     if isinstance(first, (CSVLogger, TensorBoardLogger)) and first._version is None:
-        here = is_same(first.root_dir, folder.parent)  # also where the folder has got another name
+        here = is_same(first.root_dir, folder.parent)  # even if the folder was renamed
         return _adopts(first, _version_of(folder) if here else source.versions.get(first.root_dir), folder)
     place = _folder_of(first)
     return place is not None and is_same(place, folder)
 
 
 def _folder_of(logger: Logger) -> Path | None:
-    """Return the folder that a logger with a version makes the folder of a run when it is the first one."""
+    """Return the run folder that a logger with a version sets if it is the first one."""
     if isinstance(logger, (CSVLogger, TensorBoardLogger)) and logger._version is not None:
         return Path(logger.log_dir)
     if isinstance(logger, WandbLogger) and logger.version is not None:
@@ -151,8 +151,8 @@ def _folder_of(logger: Logger) -> Path | None:
 
 
 def _adopts(logger: CSVLogger | TensorBoardLogger, version: int | str | None, folder: Path | None = None) -> bool:
-    """Give a logger a version, if that is no other than the one it has and leads to the folder."""
-    # a name is not taken from a checkpoint as a way to another folder
+    """Set the version of a logger if it does not contradict an existing one and leads to the folder."""
+    # a name from a checkpoint must not lead to another folder
     if version is None or Path(str(version)).name != str(version):
         return False
     given = logger._version

@@ -1,4 +1,4 @@
-"""The config of a run, written beside its results and sent to W&B, without secrets."""
+"""The config of a run, written next to its results and sent to W&B, without secrets."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from dia_lightning.cli.parsing import config_reader
 from dia_lightning.cli.runs._resume import KeepRunTogether
 from dia_lightning.cli.runs.run_of_checkpoint import START
 
-WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run with which the next one may go on
+WANDB_ID = "wandb-id.txt"  # in the run folder: the W&B run that the next training may resume
 
 
 class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run's folder; never over another run's, never with a secret in it.
 
-    Lightning's own callback stops the second run in a folder when no logger makes a folder per run. A run that goes on
-    has several, each with the step that it counts from.
+    Lightning's own callback stops the second run in a folder if no logger makes a folder per run. A resumed run has
+    several configs, each with the step from which it applies.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -31,16 +31,16 @@ class SaveRunConfig(SaveConfigCallback):
         if self.already_saved:
             return
         self.already_saved = True
-        folder = run_folder(trainer)  # on every rank: they agree on one
+        folder = run_folder(trainer)  # on every rank, so that they agree on one
         if trainer.is_global_zero:
             sources = [each.source for each in trainer.callbacks if isinstance(each, KeepRunTogether)]  # type: ignore[attr-defined]
             self._write(folder, trainer, sum(source.step for source in sources if source is not None))
 
     def _write(self, folder: Path, trainer: Trainer, step: int) -> None:
-        config_reader.install()  # a process that was started with a copy of the parser does not know its mode
+        config_reader.install()  # a process started with a copy of the parser does not know its mode
         try:
             text = self.parser.dump(self.config, skip_none=False)
-        except TypeError as error:  # what the command line gave was checked before
+        except TypeError as error:  # command line values were checked before
             reason = next((line.strip(" -") for line in str(error).splitlines() if "Parser key" in line[1:]), error)
             raise UserError(
                 f"The hyper-parameters of the checkpoint do not fit its task, which no config can be written of: "
@@ -61,9 +61,9 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def wandb_id(folder: Path) -> str | None:
-    """Return the id of the W&B run to which the training in a run folder was logged; ``None`` where it was not.
+    """Return the id of the W&B run that the training in a run folder was logged to; ``None`` if it was not.
 
-    A run that goes on after a stop in mid-epoch logs the steps since its newest checkpoint a second time.
+    A run resumed after a stop mid-epoch logs the steps since its newest checkpoint a second time.
     """
     file = folder / WANDB_ID
     return (file.read_text(encoding="utf-8").strip() or None) if file.is_file() else None

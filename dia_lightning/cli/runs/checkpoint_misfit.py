@@ -1,4 +1,4 @@
-"""What to say where a checkpoint does not fit the network or the command."""
+"""Messages for a checkpoint that does not fit the network or the command."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +8,13 @@ from dia_lightning import _checkpoint_kind
 from dia_lightning.cli.runs.read_checkpoint import without_files
 from dia_lightning.cli.runs.run_of_checkpoint import config_of
 
-# What decides which weights a network has: what it is made of, and where attention goes.
+# The options that determine a network's weights: its architecture, and where attention goes.
 BACKBONE = ("backbone", "backbone_args", "detector")
 ATTENTION = ("attention", "attention_args", "share", "plug", "branches", "sites", "existing", "identity", "branch_norm")
 
 
 def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) -> None:
-    """Compare what decides about the weights before hundreds of names of weights do.
+    """Compare the options that determine the weights, before hundreds of weight names mismatch.
 
     Args:
         given: hyper-parameters that the user gave, by name.
@@ -22,15 +22,15 @@ def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) ->
         path: the checkpoint, for the message.
 
     Raises:
-        ValueError: if the network would be another one than that of the checkpoint.
+        ValueError: if the network would differ from the checkpoint's.
     """
     given = without_files(given, found)
     plain = given.get("attention", found.get("attention")) is None and found.get("attention") is None
     names = BACKBONE if plain else (*BACKBONE, *ATTENTION)
-    # an object that was given in Python is kept as "object:Name"; here it has another name
+    # an object given in Python is saved as "object:Name"; here it has another name
     known = [name for name in names if name in given and name in found and "object:" not in repr(found[name])]
     for name in known:
-        # no arguments may be written as null or as {}
+        # empty arguments may be null or {}
         if given[name] != found[name] and not (given[name] in ({}, None) and found[name] in ({}, None)):
             raise ValueError(
                 f"--model.{name} {given[name]!r} makes another network than that of the checkpoint, which has "
@@ -40,11 +40,11 @@ def check_fits(given: Mapping[str, Any], found: Mapping[str, Any], path: str) ->
 
 
 def check_attention_is_named(given: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str) -> None:
-    """Ask for the attention of a checkpoint where it is a class of the user's own, which is not imported for that.
+    """Ask for the attention of a checkpoint if it is a custom class, which a checkpoint may not import.
 
     Args:
         given: hyper-parameters that the user gave, by name.
-        checkpoint: what :func:`read_checkpoint` gave.
+        checkpoint: from :func:`read_checkpoint`.
         path: the checkpoint, for the message.
 
     Raises:
@@ -59,7 +59,7 @@ def check_attention_is_named(given: Mapping[str, Any], checkpoint: Mapping[str, 
 
 
 def misfit(message: str, path: str | None) -> str:
-    """Return one sentence for torch's list of all weights that do not fit a network.
+    """Summarize torch's list of weights that do not fit a network in one sentence.
 
     Args:
         message: torch's.
@@ -72,7 +72,7 @@ def misfit(message: str, path: str | None) -> str:
 
 
 def is_while_restoring(error: BaseException) -> bool:
-    """Tell whether something failed while Lightning gave what a checkpoint holds to its parts."""
+    """Return whether an error occurred while Lightning restored a checkpoint."""
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_globals.get("__name__") == "lightning.pytorch.trainer.connectors.checkpoint_connector":
@@ -82,7 +82,7 @@ def is_while_restoring(error: BaseException) -> bool:
 
 
 def not_restored(error: BaseException, path: str) -> str:
-    """Return one sentence for what Lightning, or a callback, says of a checkpoint that it cannot take.
+    """Summarize in one sentence the error of Lightning or a callback about a checkpoint that it cannot restore.
 
     Args:
         error: what was raised.

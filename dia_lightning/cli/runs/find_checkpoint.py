@@ -1,4 +1,4 @@
-"""Which checkpoint a path, ``last`` or ``best`` means."""
+"""Which checkpoint a path, ``last`` or ``best`` refers to."""
 
 import os
 import sys
@@ -11,17 +11,17 @@ from dia_lightning.cli.runs.run_of_checkpoint import head
 
 
 def find_checkpoint(ckpt_path: str, roots: Iterable[Path], *, announce: bool = True) -> str:
-    """Find the file that a ``--ckpt_path`` value means.
+    """Find the file that a ``--ckpt_path`` value refers to.
 
     Args:
-        ckpt_path: a path; ``"last"`` for the newest ``last*.ckpt``, or the newest checkpoint where there is none;
-            ``"best"`` for the best one of the newest run. Where the newest is damaged, the newest older one that is
-            whole takes its place.
-        roots: folders below which runs are looked for.
-        announce: whether to say on stderr that it does.
+        ckpt_path: a path; ``"last"`` for the newest ``last*.ckpt``, or the newest checkpoint if there is none;
+            ``"best"`` for the best one of the newest run. If the newest is damaged, the newest intact one before it
+            is used instead.
+        roots: folders to search for runs.
+        announce: whether to report that on stderr.
 
     Returns:
-        A path that exists: of a file, or of the folder that is a sharded checkpoint.
+        An existing path: a file, or the folder of a sharded checkpoint.
 
     Raises:
         ValueError: if there is none, for a URL, or for a folder of checkpoints.
@@ -37,7 +37,7 @@ def find_checkpoint(ckpt_path: str, roots: Iterable[Path], *, announce: bool = T
         return str(_best(_whole(_newest(roots, ["*.ckpt"], ckpt_path), roots, announce)))
     if not Path(ckpt_path).exists():
         raise ValueError(f"Checkpoint {ckpt_path}: there is no such file. Give a path, 'last' or 'best'.")
-    inside = sorted(Path(ckpt_path).rglob("*.ckpt"))  # of a folder; one that is itself a sharded checkpoint has none
+    inside = sorted(Path(ckpt_path).rglob("*.ckpt"))  # of a folder; a sharded checkpoint has none
     if inside:
         raise ValueError(f"Checkpoint {ckpt_path} is a folder of checkpoints. Give one of them, such as {inside[-1]}.")
     if Path(ckpt_path).is_dir() and not Path(ckpt_path, "meta.pt").is_file():
@@ -46,7 +46,7 @@ def find_checkpoint(ckpt_path: str, roots: Iterable[Path], *, announce: bool = T
 
 
 def _newest(roots: Iterable[Path], patterns: Iterable[str], wanted: str) -> Path:
-    """Return the newest file of the first pattern that any file has."""
+    """Return the newest file of the first pattern that matches any file."""
     folders = list(dict.fromkeys(roots))
     for pattern in patterns:
         found = [path for root in folders for path in root.rglob(pattern) if path.is_file()]
@@ -57,7 +57,7 @@ def _newest(roots: Iterable[Path], patterns: Iterable[str], wanted: str) -> Path
 
 
 def _whole(newest: Path, roots: Iterable[Path], announce: bool) -> Path:
-    """Return the newest checkpoint, or the newest older one that is whole if it is damaged and there is another."""
+    """Return the newest checkpoint; if it is damaged, the newest intact one before it, if any."""
     damage = damage_of(newest)
     older = damage and newest_older(newest, (path for root in roots for path in root.rglob("*.ckpt")))
     if not older:
@@ -76,7 +76,7 @@ def _best(newest: Path) -> Path:
         recorded = str(record.get("best_model_path") or "")
         if not recorded:  # it was never validated
             continue
-        # the run may have been moved: the file beside this one comes before the recorded path
+        # the run may have been moved: a file next to this one takes precedence over the recorded path
         for candidate in (newest.with_name(os.path.basename(recorded)), Path(recorded)):
             if candidate.is_file():
                 return candidate

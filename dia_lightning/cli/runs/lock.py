@@ -1,4 +1,4 @@
-"""One training at a time writes to the folder of a run."""
+"""Only one training at a time writes to the folder of a run."""
 
 import os
 from pathlib import Path
@@ -13,27 +13,27 @@ except ImportError:  # on Windows
 
 
 class RunLock:
-    """A lock on the config of a run, which the system lets go when the process ends, however it does.
+    """A lock on the config of a run, which the system releases when the process ends in any way.
 
-    Where the system or the disk has no locks, every folder is taken for free.
+    If the system or the disk has no locks, every folder counts as free.
     """
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
-        if hasattr(os, "register_at_fork"):  # loader processes would hold it for seconds after a SIGKILL of this one
+        if hasattr(os, "register_at_fork"):  # else loader processes hold it for seconds after a SIGKILL of this one
             os.register_at_fork(after_in_child=self.release)
 
     def __getstate__(self) -> dict[str, None]:
-        return {"_file": None}  # processes that are started with a copy do not have it
+        return {"_file": None}  # processes started with a copy do not hold it
 
     def take(self, folder: Path) -> bool:
-        """Lock a run folder in place of the one before; return whether no other training has it."""
+        """Lock a run folder instead of the previous one; return whether no other training holds it."""
         if self._file is not None and is_same(self._file.name, folder / CONFIG):
             return True
         self.release()
         try:
             file = open(folder / CONFIG, "rb+")  # noqa: SIM115  it stays open as long as the lock is held
-        except OSError:  # there is none, or nobody may write there
+        except OSError:  # missing, or not writable
             return True
         try:
             if fcntl is not None:
@@ -41,13 +41,13 @@ class RunLock:
         except BlockingIOError:
             file.close()
             return False
-        except OSError:  # of a disk without locks
+        except OSError:  # the disk has no locks
             pass
         self._file = file
         return True
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release it."""
         if self._file is not None:
             self._file.close()
             self._file = None

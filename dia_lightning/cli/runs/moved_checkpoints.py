@@ -1,4 +1,4 @@
-"""The best checkpoints of a run that goes on, wherever it is now: ranked again, and copied where need be."""
+"""The best checkpoints of a resumed run, wherever it is now: ranked again, and copied if necessary."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ from dia_lightning.cli.runs.run_of_checkpoint import is_same
 
 
 def moved_state(state: dict[str, Any], callback: ModelCheckpoint, here: Path) -> dict[str, Any]:
-    """Return the state of a ModelCheckpoint whose files are where they are now, without those that are gone.
+    """Return the state of a ModelCheckpoint with the current paths of its files, without missing ones.
 
     Args:
-        state: as it was saved.
-        callback: whose state it becomes; its ``dirpath`` is known.
-        here: the folder in which the files of that time are now; files of best checkpoints are copied from there.
+        state: as saved.
+        callback: the callback to restore; its ``dirpath`` is set.
+        here: the folder that now has the saved files; those of best checkpoints are copied from it.
     """
     target, then = str(callback.dirpath), str(state["dirpath"])
     paths = {path: _brought(path, then, here, target) for path in state["best_k_models"]}
@@ -36,7 +36,7 @@ def moved_state(state: dict[str, Any], callback: ModelCheckpoint, here: Path) ->
 
 
 def _ranking(models: dict[str, Any], callback: ModelCheckpoint) -> dict[str, Any]:
-    """Rank files as Lightning does; some may be gone, and another number of them may be asked for."""
+    """Rank files as Lightning does; some may be gone, and ``save_top_k`` may have changed."""
     best, worst = (min, max) if callback.mode == "min" else (max, min)
     kept = dict(models)
     while 0 < callback.save_top_k < len(kept):
@@ -50,7 +50,7 @@ def _ranking(models: dict[str, Any], callback: ModelCheckpoint) -> dict[str, Any
 
 
 def _brought(path: str, then: str, here: Path, target: str) -> str:
-    """Return where in the target folder a file is, to which it is copied if need be; "" if it is gone."""
+    """Return the path of a file in the target folder, copying it there if necessary; "" if it is gone."""
     name = _relative(path, then)
     found = next((place for place in (here / name, Path(path)) if place.exists()), None)
     if found is None or found.suffix != ModelCheckpoint.FILE_EXTENSION:
@@ -64,11 +64,11 @@ def _brought(path: str, then: str, here: Path, target: str) -> str:
     if found.is_dir():
         shutil.copytree(found, place)
     else:
-        shutil.copy2(found, place)  # with its time: it is not the newest
+        shutil.copy2(found, place)  # keeps its time: it is not the newest
     return os.path.join(target, name)
 
 
 def _relative(path: str, folder: str) -> str:
-    """Return the name of a file in the folder of checkpoints; a metric in it may have made a folder of its own."""
+    """Return a file's name relative to the folder of checkpoints; a metric in it may have made a subfolder."""
     name = os.path.relpath(path, folder)
     return os.path.basename(path) if name.startswith(os.pardir) else name

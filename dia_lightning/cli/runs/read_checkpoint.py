@@ -1,4 +1,4 @@
-"""What a command reads from a checkpoint: plain values, from which nothing is imported."""
+"""What a command reads from a checkpoint: plain values, which import nothing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,17 +9,17 @@ from dia_lightning._hyperparameters import from_file
 from dia_lightning.cli.parsing.own_classes import CLASS_PATH
 from dia_lightning.models.libraries import is_elsewhere, without_weights
 
-# num_classes and image_shape come from the data, and the checkpoint's own weights replace those of init_from.
+# num_classes and image_shape come from the data, and the checkpoint's weights replace those of init_from.
 NOT_TAKEN = frozenset({"num_classes", "image_shape", "init_from"})
-# Options that hold names with dots, of weights and of layers, and take no objects.
+# Options with dotted names of weights and layers, which take no objects.
 _OF_NAMES = frozenset({"backbone_args", "freeze", "sites"})
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """Load a checkpoint without running code from it.
+    """Load a checkpoint without running code in it.
 
     Raises:
-        ValueError: if the file is damaged or no task wrote it.
+        ValueError: if the file is damaged or not written by a task.
     """
     checkpoint = load(path)
     check_is_of_task(checkpoint, path)
@@ -27,15 +27,15 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def check_is_of_run(checkpoint: Mapping[str, Any], path: str, command: str) -> None:
-    """Refuse a file that Lightning would fail on with no word about the file.
+    """Refuse a file on which Lightning would fail without naming it.
 
     Args:
         checkpoint: what :func:`read_checkpoint` gave.
         path: the file, for the message.
-        command: which will load it.
+        command: the command that will load it.
 
     Raises:
-        WrongCheckpointError: if it is none that a training run of this package wrote.
+        WrongCheckpointError: if no training run of this package wrote it.
     """
     check_is_of_task(checkpoint, path)
     loop = f"{command}_loop"
@@ -61,9 +61,9 @@ def _without_training(checkpoint: Mapping[str, Any]) -> str:
 
 
 def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str, path: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the hyper-parameters that may be taken from a checkpoint: plain values of the class that is being built.
+    """Return the hyper-parameters that may be taken from a checkpoint: plain values of the class being built.
 
-    Class paths in a checkpoint are never imported: whoever wrote the file would choose which code runs here.
+    Class paths in a checkpoint are never imported: the author of the file would choose which code runs here.
 
     Args:
         checkpoint: what :func:`read_checkpoint` gave.
@@ -71,10 +71,10 @@ def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str, path: str) 
         path: the checkpoint, for messages.
 
     Returns:
-        Values by name, and the names of options that hold something else; nothing for the checkpoint of another class.
+        Values by name, and the names of options with other values; nothing for a checkpoint of another class.
 
     Raises:
-        ValueError: if the hyper-parameters are no dictionary.
+        ValueError: if the hyper-parameters are not a dictionary.
     """
     found = checkpoint.get("hyper_parameters", {})
     plain, strange = from_file(found, path)
@@ -92,11 +92,11 @@ def hyper_parameters(checkpoint: Mapping[str, Any], class_path: str, path: str) 
 
 
 def without_files(options: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options that make the same network and read no weights; a checkpoint brings its own.
+    """Return options that build the same network without reading weights; a checkpoint has its own.
 
     Args:
         options: by name.
-        others: where the backbone is if the options have none.
+        others: has the backbone if the options do not.
     """
     args, backbone = options.get("backbone_args"), options.get("backbone", others.get("backbone"))
     own = {"backbone_args": without_weights(str(backbone), args)} if isinstance(args, dict) else {}
@@ -104,16 +104,16 @@ def without_files(options: Mapping[str, Any], others: Mapping[str, Any]) -> dict
 
 
 def class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:
-    """Return the names of the classes that a checkpoint was trained on, if it knows them."""
+    """Return the class names that a checkpoint was trained on, if it knows them."""
     names = checkpoint.get("dia_data", {}).get("class_names")
     return None if names is None else [str(name) for name in names]
 
 
 def _has_class_path(value: Any) -> bool:
-    """Tell whether a text in a value could be a path such as "package.Class".
+    """Return whether a string in a value could be a path such as "package.Class".
 
-    The config of a run keeps what the run took from a checkpoint. Where an option also takes an object, the next
-    command that reads that config would import such a text.
+    The config of a run keeps what the run took from a checkpoint. If an option also takes an object, the next command
+    that reads that config would import such a string.
     """
     if isinstance(value, str):
         return CLASS_PATH.fullmatch(value) is not None

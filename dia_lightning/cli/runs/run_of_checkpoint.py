@@ -1,4 +1,4 @@
-"""Which run a checkpoint is of, where the files of that run are, and whether it can go on there."""
+"""Which run a checkpoint belongs to, where the files of that run are, and whether it can continue there."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import torch
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-RECORD = "dia_run"  # key of what every checkpoint knows about its run
+RECORD = "dia_run"  # key of a checkpoint's record of its run
 START = "# The training went on with this config from step "  # first line of a config of a run that goes on
 
 
@@ -21,12 +21,12 @@ class RunSource:
     """The run that wrote a checkpoint.
 
     Args:
-        checkpoint: the file, or the folder that is a sharded checkpoint.
+        checkpoint: the file, or the folder of a sharded checkpoint.
         step: of the checkpoint.
-        folder: of the run; ``None`` where it is not known, as for a file that was copied elsewhere.
-        later: a checkpoint of the same run with which it would go on, if that is a later one.
-        versions: those of the run's loggers, by their ``root_dir``; empty where the run was moved.
-        states: of the callbacks, by their keys; the latest that the run has left on the disk.
+        folder: of the run; ``None`` if unknown, for example for a file that was copied elsewhere.
+        later: the checkpoint from which the run would resume, if it is a later one.
+        versions: those of the run's loggers, by their ``root_dir``; empty if the run was moved.
+        states: of the callbacks, by key; the latest that the run left on disk.
         busy: whether another training is writing to its folder.
     """
 
@@ -40,7 +40,7 @@ class RunSource:
 
     @property
     def obstacle(self) -> str | None:
-        """Why no training can go on in the folder of the run; ``None`` where nothing is in the way."""
+        """Why no training can continue in the folder of the run; ``None`` if it can."""
         if self.folder is None:
             return f"{self.checkpoint} is not in the folder of a run"
         if self.later is not None:
@@ -76,8 +76,8 @@ def source_of(path: str, checkpoint: Mapping[str, Any]) -> RunSource:
 
 
 def checkpoints_of(checkpoint: Path) -> Path:
-    """Return the folder of the run's checkpoints; that of the file where it was copied elsewhere."""
-    # a metric's name in that of a file, "epoch=1-val/acc=0.9.ckpt", makes a folder
+    """Return the folder of the run's checkpoints, or the file's if it was copied elsewhere."""
+    # a metric in a file name, "epoch=1-val/acc=0.9.ckpt", makes a folder
     above = (place for place in checkpoint.parents if place.name == CHECKPOINTS and (place.parent / CONFIG).is_file())
     return next(above, checkpoint.parent)
 
@@ -89,17 +89,17 @@ def run_folder_of(checkpoint: Path) -> Path:
 
 
 def head(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds beside its weights, which stay on the disk; empty if it cannot be read."""
+    """Return the contents of a checkpoint, with the weights left on disk; empty if it cannot be read."""
     file = path / "meta.pt" if path.is_dir() else path  # Lightning's name in sharded checkpoints
     try:
         found = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except Exception:  # a damaged file raises anything; nobody can go on with it
+    except Exception:  # a damaged file may raise anything; nothing can resume from it
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def config_of(checkpoint: Path) -> Path:
-    """Return the config of the run that wrote a checkpoint, that of its latest start by then; it may not be there."""
+    """Return the config of the run that wrote a checkpoint, from its latest start by then; it may not exist."""
     folder, step = run_folder_of(checkpoint), int(head(checkpoint).get("global_step", 0))
     later = [
         (start, path.stat().st_mtime_ns, path) for path in folder.glob("config-v*.yaml") if (start := _start(path))
@@ -114,7 +114,7 @@ def _start(config: Path) -> int | None:
 
 
 def is_same(one: str | Path, other: str | Path) -> bool:
-    """Tell whether two paths mean one place."""
+    """Return whether two paths are the same place."""
     return os.path.realpath(one) == os.path.realpath(other)
 
 
@@ -128,7 +128,7 @@ def _record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _folder(file: Path, checkpoint: Mapping[str, Any], recorded: str | None) -> Path | None:
     place = checkpoints_of(file)
     if place.name == CHECKPOINTS and (place.parent / CONFIG).is_file():
-        return place.parent  # also where a run was moved to
+        return place.parent  # even if a run was moved
     written_to = [state["dirpath"] for state in _checkpoint_states(checkpoint)]
     if recorded is not None and any(is_same(folder, place) for folder in written_to):
         return Path(recorded) if Path(recorded, CONFIG).is_file() else None
@@ -142,7 +142,7 @@ def _checkpoint_states(checkpoint: Mapping[str, Any]) -> Iterator[dict[str, Any]
 
 
 def _later(file: Path, step: int) -> Path | None:
-    """Return the checkpoint that the run would go on with, as ``last`` would find it, if it is a later one."""
+    """Return the checkpoint from which the run would resume, as ``last`` finds it, if it is a later one."""
     folder = checkpoints_of(file)
     candidates = list(folder.rglob("last*.ckpt")) or list(folder.rglob("*.ckpt"))
     steps = {path: int(head(path).get("global_step", 0)) for path in candidates if path != file}
@@ -151,7 +151,7 @@ def _later(file: Path, step: int) -> Path | None:
 
 
 def _newer_states(file: Path, step: int) -> dict[str, Any]:
-    """Return the states of callbacks in files that were written after this one, at its step or a later one.
+    """Return the states of callbacks in files written after this one, at its step or a later one.
 
     The file knows nothing of a best checkpoint that was written after it.
     """
@@ -162,7 +162,7 @@ def _newer_states(file: Path, step: int) -> dict[str, Any]:
     heads = [item for item in heads if int(item[0].get("global_step", -1)) >= step]
     heads.sort(key=lambda item: (item[0]["global_step"], item[1]))
     return {
-        key: deepcopy(state)  # whose values would else stay in a file that may be overwritten
+        key: deepcopy(state)  # otherwise its values stay in a file that may be overwritten
         for found, _ in heads
         for key, state in found.get("callbacks", {}).items()
         if isinstance(state, dict) and state.get("monitor") is not None

@@ -1,4 +1,4 @@
-"""Going on by itself in a job that SLURM has queued again."""
+"""Automatic resuming in a requeued SLURM job."""
 
 import os
 import re
@@ -14,21 +14,21 @@ from dia_lightning.cli.runs.run_of_checkpoint import RECORD, head
 
 
 def job_of(args: Sequence[str]) -> str | None:
-    """Name a command of a job, of which there may be several; ``None`` outside of SLURM.
+    """Return an id for a command of a job, which may run several; ``None`` outside of SLURM.
 
     Args:
         args: as in a shell.
     """
-    number = os.environ.get("SLURM_JOB_ID")  # each job of an array has its own, and keeps it when it is queued again
+    number = os.environ.get("SLURM_JOB_ID")  # each job of an array has its own, and keeps it when requeued
     return None if number is None else f"{number} {sha256(chr(0).join(args).encode()).hexdigest()[:16]}"
 
 
 def saved_before_requeue(job: str | None, roots: Iterable[Path]) -> Path | None:
-    """Return the newest whole checkpoint that a command wrote before its job was queued again.
+    """Return the newest intact checkpoint that a command wrote before its job was requeued.
 
     Args:
         job: from :func:`job_of`.
-        roots: folders below which its runs are.
+        roots: folders that contain its runs.
     """
     if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
@@ -38,7 +38,7 @@ def saved_before_requeue(job: str | None, roots: Iterable[Path]) -> Path | None:
 
 
 def taken_by_lightning(folder: Path) -> list[Path]:
-    """Return the checkpoints of which Lightning takes the first by itself in a job of SLURM, without a look at the job.
+    """Return the checkpoints of which Lightning loads the first in a SLURM job, regardless of which job wrote it.
 
     Args:
         folder: the trainer's ``default_root_dir``.
@@ -49,7 +49,7 @@ def taken_by_lightning(folder: Path) -> list[Path]:
 
 
 def is_of_other_job(checkpoint: Path, job: str | None) -> bool:
-    """Tell whether a checkpoint says that another job, or another command of this one, wrote it."""
+    """Return whether a checkpoint records that another job, or another command of this one, wrote it."""
     return _record(head(checkpoint)).get("job", job) != job
 
 

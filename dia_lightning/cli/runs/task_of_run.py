@@ -1,4 +1,4 @@
-"""The task of a run, from its checkpoint, and from its config where its classes are the user's own."""
+"""The task of a run, from its checkpoint, and from its config for custom classes."""
 
 import inspect
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imports Lightning
 
 
 def task_of_run(checkpoint: Path) -> "DIATask":
-    """Load the task of a checkpoint; its class and attention may be the user's own, if the config of its run says so.
+    """Load the task of a checkpoint; its class and attention may be custom if the config of its run names them.
 
     Raises:
         ValueError: if it cannot be loaded.
@@ -35,12 +35,12 @@ def task_of_run(checkpoint: Path) -> "DIATask":
         return load_task(checkpoint)
     content = read_checkpoint(str(checkpoint))
     if content.get("dia_task") != class_path.rpartition(".")[2]:
-        return load_task(checkpoint)  # the config is that of another run
+        return load_task(checkpoint)  # the config belongs to another run
     return _rebuilt(own_class(class_path, str(config)), options, content, config)
 
 
 def _rebuilt(cls: Any, options: Mapping[str, Any], checkpoint: Mapping[str, Any], config: Path) -> "DIATask":
-    """Build a task of the user's own as its config says: its checkpoint may hold what it gave to its base as well."""
+    """Build a custom task from its config: its checkpoint may also hold arguments that it passed to its base."""
     from dia_lightning.tasks import DIATask
 
     if not (inspect.isclass(cls) and issubclass(cls, DIATask)):
@@ -49,7 +49,7 @@ def _rebuilt(cls: Any, options: Mapping[str, Any], checkpoint: Mapping[str, Any]
     known = init_args(f"{cls.__module__}.{cls.__name__}")
     unused = {"init_from": None, "compile": False}  # weights come from the checkpoint, and nothing is trained
     arguments = {name: unused.get(name, value) for name, value in options.items() if not _is_built(value)}
-    for name in ("num_classes", "image_shape"):  # of the data, which no config has
+    for name in ("num_classes", "image_shape"):  # from the data, not in any config
         if name in known and name in kept:
             arguments[name] = kept[name]
     try:
@@ -63,15 +63,15 @@ def _rebuilt(cls: Any, options: Mapping[str, Any], checkpoint: Mapping[str, Any]
 
 
 def _is_built(value: Any) -> bool:
-    """Tell whether a value of a config is an object, such as an optimizer, which nothing but training needs."""
+    """Return whether a value in a config is an object, such as an optimizer, which only training needs."""
     return isinstance(value, Mapping) and "class_path" in value
 
 
 def section_of(config: Path, name: str) -> Mapping[str, Any] | None:
-    """Return a part of a config; ``None`` where it has no such part.
+    """Return a part of a config; ``None`` if it has no such part.
 
     Raises:
-        ValueError: if the file is no YAML.
+        ValueError: if the file is not YAML.
     """
     from dia_lightning import _strict_yaml
 

@@ -1,4 +1,4 @@
-"""A run folder of its own for each of two runs that start in the same instant."""
+"""Give separate run folders to runs that start at the same instant."""
 
 import os
 from functools import partial
@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def claim_versions(loggers: list[Logger]) -> None:
-    """Let loggers make the folder of the next version when they choose its number, and not some time later.
+    """Make loggers create the folder of the next version when they choose its number, not later.
 
-    Lightning looks which numbers are taken and makes the folder afterwards, so that two runs may come to share one.
+    Lightning checks which numbers are taken and makes the folder later, so two runs may end up sharing one.
     Loggers of one run that have the same place share a folder.
 
     Args:
@@ -28,14 +28,14 @@ def _claim(logger: Any, claimed: dict[str, int]) -> int:
     place = os.path.realpath(logger.root_dir)
     while place not in claimed:
         number: int = type(logger)._get_next_version(logger)
-        if getattr(rank_zero_only, "rank", 0) != 0:  # other ranks take the folder of rank zero
+        if getattr(rank_zero_only, "rank", 0) != 0:  # other ranks use rank zero's folder
             return number
         folder = Path(logger.root_dir, f"version_{number}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             folder.mkdir()
         except FileExistsError:
-            if not folder.is_dir():  # else another run was faster
+            if not folder.is_dir():  # otherwise another run was faster
                 raise
             continue
         claimed[place] = number
