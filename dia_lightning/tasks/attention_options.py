@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from dia_lightning._choices import check_choice
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.attention import attach
 from dia_lightning.attention.inspection import needs_example, parameters_saved
@@ -54,6 +55,13 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         check_is_no_mark("attention", self.attention)
+        check_choice("share", self.share, ("stage", "block"))
+        check_choice("existing", self.existing, ("keep", "replace", "share"))
+        both = [name for name in self.attention_args or {} if name in AttentionOptions.__dataclass_fields__]
+        if both:
+            raise ValueError(
+                f"attention_args must not have {both[0]!r}: it is an option of the task. Give it beside attention_args."
+            )
 
     def attach_to(self, network: nn.Module, example: Any = None) -> None:
         """Attach the attention to a network, in place, or log that its options are unused.
@@ -83,4 +91,4 @@ class AttentionOptions:
         """Return the arguments of :func:`~dia_lightning.attention.attach` besides the network."""
         own = {field.name: getattr(self, field.name) for field in fields(AttentionOptions)}
         own.pop("attention_args")
-        return dict(**own, **(self.attention_args or {}))  # raises for a name that is in both
+        return {**own, **(self.attention_args or {})}

@@ -57,6 +57,7 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         super().__init__(**options)
         self.remember(self._options.values_of(OptimizationOptions))
         self.lr = float(self._options.lr)
+        self._has_attached = False
         self._data: dict[str, Any] = {}
         self._compiled: list[nn.Module] = []
         #: Optimizer steps behind the weights of a loaded checkpoint; ``None`` while training continues.
@@ -75,7 +76,13 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
         Args:
             arguments: ``locals()`` at the start of the constructor.
         """
-        left_out = ("self", "__class__", "init_from", "options", "optimization")  # the last two are saved already
+        left_out = {"self", "__class__", "init_from"}
+        # those of the bases are saved already
+        left_out |= {
+            name
+            for name in ("options", "optimization")
+            if isinstance(arguments.get(name), dict) and arguments[name].keys() <= TaskOptions.__annotations__.keys()
+        }
         kept = {name: value for name, value in arguments.items() if name not in left_out}
         # The dictionary itself is passed, because under LightningCLI the arguments would be read from the parser.
         self.save_hyperparameters({name: primitive(value) for name, value in kept.items()}, logger=False)
@@ -88,8 +95,13 @@ class DIATask(TakesOptions, FiniteModule, Shareable):
             example: its example input, if :func:`~dia_lightning.attention.attach` does not know the network.
 
         Raises:
-            ValueError: if it cannot be attached.
+            ValueError: if it cannot be attached, or was before.
         """
+        if self._has_attached:
+            raise ValueError(
+                "attach_attention was called before, and attaches once. Pass further networks to dia_lightning.attach."
+            )
+        self._has_attached = True
         self.remember(self._options.values_of(AttentionOptions))
         self._options.attach_to(network, example)
         # done; and a callable may not be picklable

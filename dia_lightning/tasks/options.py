@@ -79,7 +79,7 @@ class TakesOptions:
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if "__init__" in vars(cls):
-            cls.__signature__ = _OfClass(_written_out(vars(cls)["__init__"]))
+            cls.__signature__ = _OfClass(_written_out(vars(cls)["__init__"]), vars(cls)["__init__"])
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -99,13 +99,14 @@ class TakesOptions:
 class _OfClass:
     """An attribute of classes that their instances lack, since calling an instance differs."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, value: Any, constructor: Any) -> None:
+        self.value, self.constructor = value, constructor
 
     def __get__(self, instance: object, kind: type) -> Any:
         if instance is not None:
             raise AttributeError
-        return self.value
+        brought = getattr(kind, "__init__", None)  # by a mixin or a decorator, it may be another
+        return self.value if brought is self.constructor else None
 
 
 def _written_out(constructor: Callable[..., None]) -> inspect.Signature | None:
@@ -118,7 +119,10 @@ def _written_out(constructor: Callable[..., None]) -> inspect.Signature | None:
     constructor.__annotations__[last.name] = Any
     docs = [inspect.getdoc(kind) or "" for kind in (AttentionOptions, OptimizationOptions)]
     texts = [doc.partition("Args:\n")[2].partition("\n\n")[0] for doc in docs]
-    constructor.__doc__ = "\n".join(["Take options, besides the arguments of the class.", "", "Args:", *texts])
+    before, args, after = (inspect.getdoc(constructor) or "Take options, beside the arguments of the class.").partition(
+        "Args:\n"
+    )
+    constructor.__doc__ = "\n".join([before if args else f"{before}\n", "Args:", *texts, after]).rstrip()
     options = [
         inspect.Parameter(field.name, last.KEYWORD_ONLY, default=field.default, annotation=field.type)
         for field in fields(Options)

@@ -1,6 +1,7 @@
 """Options of tasks: declared once for the command line, and once for editors."""
 
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -130,3 +131,77 @@ def test_a_class_whose_source_cannot_be_read_keeps_its_options() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(made["Made"], "model")
     assert {f"model.{name}" for name in FIELDS} <= {action.dest for action in parser._actions}
+
+
+class Mixed:
+    """A mixin that brings the constructor."""
+
+    def __init__(self, *arguments: Any, mix: int = 1, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.remember({"mix": mix})  # type: ignore[attr-defined]
+
+
+class WithMixin(Mixed, ClassificationTask):
+    """A task whose own body has no constructor."""
+
+
+def test_a_constructor_of_a_mixin_is_the_one_that_is_shown_and_loaded(tmp_path: Path) -> None:
+    assert list(inspect.signature(WithMixin).parameters) == ["arguments", "mix", "options"]
+    task = WithMixin("cifar_resnet", 10, backbone_args={"depth": 11}, mix=3)
+    task.save_pretrained(tmp_path)
+    assert WithMixin.from_pretrained(tmp_path).hparams["mix"] == 3
+
+
+class Described(ClassificationTask):
+    """A task whose constructor has a text of its own."""
+
+    def __init__(self, width: int = 2, **options: Unpack[TaskOptions]) -> None:
+        """Build it.
+
+        Args:
+            width: of the first layer.
+        """
+        super().__init__("cifar_resnet", 10, backbone_args={"depth": 11}, **options)
+
+
+def test_options_are_described_beside_what_a_constructor_says_itself() -> None:
+    text = Described.__init__.__doc__ or ""
+    assert text.startswith("Build it.")
+    assert all(f"\n    {name}: " in text for name in ("width", *FIELDS))
+
+
+class Twice(DIATask):
+    """A task that attaches attention to two networks."""
+
+    def __init__(self, **options: Unpack[TaskOptions]) -> None:
+        super().__init__(**options)
+        self.backbone = get_model("cifar_resnet", depth=11, num_classes=10)
+        self.attach_attention(self.backbone)
+        self.attach_attention(self.backbone)
+
+
+def test_attention_that_would_be_attached_to_one_network_only_is_refused() -> None:
+    with pytest.raises(ValueError, match="attach_attention was called before"):
+        Twice(attention="se")
+
+
+def test_an_argument_called_options_is_remembered() -> None:
+    class Kept(Bare):
+        def __init__(self, options: dict[str, int] | None = None) -> None:
+            super().__init__()
+            self.remember({"options": options})
+
+    assert Kept({"heads": 4}).hparams["options"] == {"heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "se", "attention_args": {"plug": "1"}}, "attention_args must not have 'plug'"),
+        ({"share": "blok"}, "share must be one of stage, block, got 'blok'. Did you mean 'block'?"),
+        ({"existing": "drop"}, "existing must be one of keep, replace, share, got 'drop'."),
+    ],
+)
+def test_options_of_attention_are_checked_with_and_without_attention(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AttentionOptions(**options)
