@@ -78,7 +78,7 @@ def test_a_diffusion_task_needs_a_new_folder(
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     for path, message in {
-        "my_model.onnx": "is written to a folder, got 'my_model.onnx'. Leave .onnx out: 'my_model'",
+        "my_model.onnx": "is written to a folder, got 'my_model.onnx'. Omit .onnx: 'my_model'",
         "runs": "'runs' exists already, and nothing is overwritten. Give a new folder",
         "mine.txt/model": "mine.txt/model cannot be written (File exists). Give another path",
     }.items():

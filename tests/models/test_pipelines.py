@@ -526,7 +526,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".onnx", ".pt2", ".safetensors"])
 def test_the_name_of_a_file_is_refused(ending: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"written to a folder, got .*model{ending}'. Leave {ending} out: .*model'"):
+    with pytest.raises(ValueError, match=f"written to a folder, got .*model{ending}'. Omit {ending}: .*model'"):
         export_pipeline(tiny_task(), tmp_path / f"model{ending}")
 
 

@@ -88,7 +88,7 @@ def test_labels_may_be_any_whole_numbers(dtype: torch.dtype, tmp_path: Path) -> 
 def test_raw_pixels_are_told_once(tmp_path: Path) -> None:
     raw = uniform(0, 255, 4, 3, 8, 8).round()
     (message,) = told(classifier(), (raw, LABELS), tmp_path)
-    assert "whole numbers from 0 to 255" in message or "whole numbers from 1 to 25" in message
+    assert "integers from 0 to 255" in message or "integers from 1 to 25" in message
 
 
 @pytest.mark.parametrize("images", [NORMAL, NORMAL * 100, NORMAL.abs() * 100, NORMAL.abs(), (NORMAL > 0).float() * 15])
@@ -102,9 +102,9 @@ def test_a_classifier_takes_any_other_range(images: Tensor) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [
-        (0, 1, r"from 0 to 1, but DiffusionTask needs [-1, 1]. If they are in [0, 1], give 2 * images - 1"),
+        (0, 1, r"from 0 to 1, but DiffusionTask needs [-1, 1]. If they are in [0, 1], pass 2 * images - 1"),
         (0.1, 0.9, "from 0.1 to 0.9, but DiffusionTask needs [-1, 1]"),
-        (-0.5, 0.5, "If they are in [-0.5, 0.5], give 2 * images,"),
+        (-0.5, 0.5, "If they are in [-0.5, 0.5], pass 2 * images,"),
     ],
 )
 def test_images_that_are_not_symmetric_are_told(low: float, high: float, message: str) -> None:
@@ -139,7 +139,7 @@ def test_diffusion_warns_once_and_refuses_types_and_labels(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("low", "high", "way"),
-    [(-1, 1, "leave normalisation out"), (-2.1, 2.6, "leave normalisation out"), (0, 255, "add torchvision")],
+    [(-1, 1, "remove the normalisation"), (-2.1, 2.6, "remove the normalisation"), (0, 255, "add torchvision")],
 )
 def test_images_of_a_detector_must_be_in_the_unit_range(low: float, high: float, way: str) -> None:
     message = not_in_unit_range(low, high)
