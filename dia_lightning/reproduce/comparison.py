@@ -48,7 +48,7 @@ class Row:
 
     @property
     def missing(self) -> str:
-        """What is to be said about seeds without a value; empty if there is nothing."""
+        """A note on seeds without a value; empty if there are none."""
         open_ = self.seeds - len(self.values) - self.diverged - self.failed
         counts = {"diverged": self.diverged, "failed": self.failed, "not run yet": open_}
         return ", ".join(f"{count} of {self.seeds} {what}" for what, count in counts.items() if count)

@@ -1,4 +1,4 @@
-"""What a specification for ``reproduce`` says: arms and seeds, their commands, and what is compared."""
+"""A specification for ``reproduce``: arms and seeds, their commands, and what is compared."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from dia_lightning._redact import redact_arguments
 from dia_lightning._text import read_text
 
 KEYS = ("name", "base", "options", "seeds", "control", "metrics", "arms")
-#: What the runner sets itself, and what to write instead.
+#: Options that the runner sets, and what to write instead.
 OWN_OPTIONS = {
     "seed_everything": "name the seeds below seeds",
     "trainer.logger": "every run has a folder of its own; add a logger with trainer.logger+",
@@ -31,7 +31,7 @@ class Metric:
 
     Args:
         name: as it is logged, for example ``"test/acc"``.
-        scale: what values are multiplied by.
+        scale: factor for the values.
         unit: of the multiplied values.
         digits: after the decimal point, in 0..10.
     """
@@ -63,11 +63,11 @@ class Run:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The arguments of ``dia-lightning`` that decide about the result."""
+        """The arguments of ``dia-lightning`` that determine the result."""
         return ("fit", *_with_flag(self.configs), *self.options, f"--seed_everything={self.seed}")
 
     def command_in(self, experiment_folder: Path) -> tuple[str, ...]:
-        """Return the same arguments with one more, which puts the files of the run into its own folder."""
+        """Return the same arguments plus one that puts the run's files into its own folder."""
         init_args = {"save_dir": str(experiment_folder), "name": self.arm, "version": self.place.name}
         logger = json.dumps([{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": init_args}])
         # before the options and a list, so that they may add further loggers
@@ -94,7 +94,7 @@ class Experiment:
 
     @property
     def runs(self) -> list[Run]:
-        """Every seed of every arm; all arms have a first seed before any has a second."""
+        """Every seed of every arm; all arms run a first seed before any runs a second."""
         return [Run(arm, seed, self.configs, options) for seed in self.seeds for arm, options in self.arms.items()]
 
 
@@ -113,7 +113,7 @@ def read_experiment(path: str) -> Experiment:
 
     Raises:
         FileNotFoundError: if the file or a base config is missing.
-        ValueError: if something in it is unknown, missing or of the wrong kind; the message has the place.
+        ValueError: if something in it is unknown, missing or of the wrong type; the message names the place.
     """
     try:
         content = _load(path, "Give the path of a specification, such as reproduce/digits_sharing.yaml.")

@@ -1,4 +1,4 @@
-"""The picture of a comparison."""
+"""The figure of a comparison."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ def draw_comparison(title: str, rows: Mapping[Metric, Sequence[Row]]) -> Figure:
     """Draw a row per arm with the values of its seeds, their mean and its 95 % interval; a column per metric.
 
     Args:
-        title: of the picture.
+        title: of the figure.
         rows: of every metric, in the same order of arms.
     """
     arms = [row.arm for row in next(iter(rows.values()))]

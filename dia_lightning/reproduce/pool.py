@@ -1,4 +1,4 @@
-"""Runs of an experiment as processes of their own, several at a time."""
+"""Runs of an experiment as separate processes, several at a time."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ except ImportError:  # Windows; two calls at the same time are not noticed there
 
 COMMAND = (sys.executable, "-m", "dia_lightning")
 LOG = "log.txt"
-GRACE = 10.0  # seconds from the polite signal to the other one
+GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 #: Nothing is fetched or sent, unless the caller's environment says otherwise.
 OFFLINE = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
@@ -50,15 +50,15 @@ def run_all(
 ) -> None:
     """Start the runs, as many at a time as there are jobs, and write the result of each into its folder.
 
-    When this ends early, by an error, Ctrl-C or a signal to end, the processes are ended too; what they have done so
-    far is repeated by the next call.
+    If this ends early, by an error, Ctrl-C or a termination signal, the processes are ended too; the next call repeats
+    what they have done so far.
 
     Args:
         runs: which of the experiment's to start. What is left of earlier attempts is removed.
         experiment: what they belong to.
         folder: of the experiment.
         lock: of the folder, from :func:`locked`.
-        jobs: how many at a time, at least 1.
+        jobs: number of parallel runs, at least 1.
         begin: called with every run that starts.
         report: called with every run that has ended and its result.
 
@@ -87,7 +87,7 @@ def run_all(
 
 
 def _environments(jobs: int) -> list[dict[str, str]]:
-    """Return for each job which share of the machine it has: threads of the CPU, or one GPU."""
+    """Return each job's share of the machine: threads of the CPU, or one GPU."""
     import torch
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -167,7 +167,7 @@ def _end(children: Sequence[_Child]) -> None:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """Let a signal to end the program take the way of an error, which ends the runs too."""
+    """Turn a termination signal into an error, which ends the runs too."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -181,12 +181,12 @@ def _ended_by_signal() -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
-    """Keep other calls out of the folder of an experiment, which is made if it is not there.
+    """Lock the folder of an experiment against other calls; create it if missing.
 
     The runs inherit the lock: one that a killed call has left behind would write into the files of its successor.
 
     Raises:
-        ValueError: if another process works in the folder.
+        ValueError: if another process is using the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+", encoding="utf-8") as lock:

@@ -1,4 +1,4 @@
-"""The result of one run of an experiment: a small file that is there when the run has ended, and not before."""
+"""The result of one run of an experiment: a small file that exists only once the run has ended."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ class Result:
         command: the arguments of ``dia-lightning``, without the folder and without secrets.
         configs: digests of the contents of the base configs.
         environment: what was set for this run, for example the number of threads.
-        message: what an unsuccessful run said last.
+        message: last output of an unsuccessful run.
         versions: of Python, torch, Lightning and this package.
     """
 
@@ -48,7 +48,7 @@ class Result:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write the file in one step, so that a program that is killed leaves the whole file or none."""
+    """Write the file atomically, so that a killed program leaves the whole file or none."""
     with written_whole(folder / FILE) as part:
         part.write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
 
@@ -69,7 +69,7 @@ def read_result(folder: Path) -> Result | None:
 
 
 def read_results(experiment: Experiment, folder: Path) -> dict[Run, Result]:
-    """Return the results that are there.
+    """Return the existing results.
 
     Raises:
         ValueError: if a finished run was made by another command, with another content of a base config, or has not

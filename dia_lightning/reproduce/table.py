@@ -1,4 +1,4 @@
-"""The table of a comparison: Markdown to read, CSV to compute with, a picture."""
+"""The table of a comparison: Markdown to read, CSV to compute with, a figure."""
 
 import csv
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ def _with_any_seed(run: Run) -> str:
 
 
 def _circumstances(results: Mapping[Run, Result]) -> str:
-    """Say with what and how long the runs were made."""
+    """State how long the runs took, and with which versions and environment."""
     if not results:
         return "No run has ended yet.\n"
     versions = {_listing(result.versions) for result in results.values()}
