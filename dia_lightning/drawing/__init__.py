@@ -1,4 +1,4 @@
-"""Pictures of arrays: images with what a model says about them, and figures of numbers."""
+"""Pictures of arrays: images with a model's predictions, and figures of metrics."""
 
 from dia_lightning._extras import require
 

@@ -1,4 +1,4 @@
-"""The drawing of the objects of one image: boxes, masks and labels."""
+"""Draw the objects of one image: boxes, masks and labels."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from dia_lightning.drawing._letters import font, shorten
 from dia_lightning.drawing._objects import ObjectClasses, Objects
 from dia_lightning.drawing._pixels import scaled, to_picture
 
-CROWDED = 20  # objects; with more of them labels are smaller, and those without a free place are left out
+CROWDED = 20  # objects; beyond, labels are smaller, and those without a free place are left out
 MOST_HIDDEN = 0.4  # of other labels and of boxes, added up, by a label in a crowded picture
 NAME_LENGTH = 24  # characters
 OPACITY = 0.4  # of masks
@@ -47,7 +47,7 @@ class Rectangle(NamedTuple):
 
 
 def class_colour(label: int) -> Colour:
-    """Return the colour of a class, the same in every picture; after 21 classes the colours come again.
+    """Return the colour of a class, the same in every picture; colours repeat after 21 classes.
 
     Example:
         >>> class_colour(1) == class_colour(22), class_colour(1) == class_colour(2)
@@ -64,7 +64,7 @@ def _mixed(colour: Colour, level: int) -> Colour:
 
 
 def text_colour(background: Colour) -> Colour:
-    """Return black or white, whatever is easier to read on the background."""
+    """Return black or white, whichever is easier to read on the background."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
@@ -96,7 +96,7 @@ def draw_objects(
         text_size = max(11, min(picture.size) // 40)
     if len(objects) > CROWDED:
         text_size = max(9, round(0.75 * text_size))
-    width = max(1, text_size // (5 if objects.masks is None else 12))  # masks have an outline of their own
+    width = max(1, text_size // (5 if objects.masks is None else 12))  # masks have their own outline
     boxes = [Rectangle(*(scale * edge for edge in box)) for box in objects.boxes.tolist()]
     draw = ImageDraw.Draw(picture)
     for box, label in zip(boxes, objects.labels.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which, from counts."""
+"""Which classes a classifier confuses, from counts."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def draw_confusion_matrix(counts: NDArray[np.int64], names: Sequence[str]) -> Fi
     ax.set_title(f"accuracy {counts.trace() / total:.2%} of {total:,} samples")
     ax.set_xlabel("predicted class")
     ax.set_ylabel("true class")
-    if labels:  # else matplotlib numbers some of the rows, which is all that can be read
+    if labels:  # otherwise matplotlib numbers as many rows as can be read
         _label_ticks(ax, labels)
     if classes <= CELL_TEXT_UP_TO:
         _write_cells(ax, counts, shares)

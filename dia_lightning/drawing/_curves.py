@@ -1,4 +1,4 @@
-"""Pictures of one number per layer, along the depth of a network."""
+"""Figures of one value per layer, along the depth of a network."""
 
 from collections.abc import Sequence
 from itertools import groupby, pairwise
@@ -17,7 +17,7 @@ Values = npt.NDArray[np.float64]
 
 
 class Curve(NamedTuple):
-    """A value per layer and the range around it, ``[L]`` each, and what both are called."""
+    """A value per layer and the range around it, ``[L]`` each, and the names of both."""
 
     middle: Values
     low: Values
@@ -107,7 +107,7 @@ def _band(ax: Axes, curve: Curve, colour: str, offset: float = 0.0) -> None:
 
 
 def legend_beside(ax: Axes) -> None:
-    """Name what is drawn, on the right of it."""
+    """Put the legend to the right of the axes."""
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 

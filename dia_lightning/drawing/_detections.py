@@ -1,4 +1,4 @@
-"""The drawing of a detection grid: ground truth on the left, prediction on the right."""
+"""Draw a detection grid: ground truth on the left, prediction on the right."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Pictures of matrices, a panel each."""
+"""Figures of matrices, one panel each."""
 
 import math
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def draw_heat_maps(
     first_row: int = 0,
     missing: str = MISSING,
 ) -> Figure:
-    """Draw matrices side by side, in one scale of colours; up to 10 rows the cells name their values.
+    """Draw matrices side by side, in one colour scale; with up to 10 rows, cells show their values.
 
     Args:
         maps: at least one.

@@ -1,4 +1,4 @@
-"""Pictures of how often values of a size are met."""
+"""Figures of the distribution of values."""
 
 from collections.abc import Mapping, Sequence
 

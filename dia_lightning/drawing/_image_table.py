@@ -1,4 +1,4 @@
-"""Images in rows and columns, with what stands above and beside them."""
+"""Images in rows and columns, with headings and row names."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def draw_table(
     Args:
         rows: images ``[C, H, W]`` in [0, 1] or of 8 bits; the last row may be shorter.
         title: line above all.
-        headings: what stands above the columns; none for no headings.
-        names: what stands left of the rows; none for no names.
+        headings: text above the columns; empty for none.
+        names: text left of the rows; empty for none.
 
     Returns:
         An RGB picture in which images are at least 48 pixels high and wide, and wide enough for the headings.

@@ -1,4 +1,4 @@
-"""The letters of pictures, and texts that fit into them."""
+"""The font of pictures, and texts that fit into them."""
 
 from functools import cache
 from pathlib import Path

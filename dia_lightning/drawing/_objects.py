@@ -1,4 +1,4 @@
-"""The objects of one image, true or detected, and what their classes are called."""
+"""The objects of one image, true or detected, and the names of their classes."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,7 +48,7 @@ class Objects:
 
 
 class ObjectClasses(NamedTuple):
-    """Classes of a detector, whose labels start at 1; ``None`` where nobody knows."""
+    """Classes of a detector, whose labels start at 1; ``None`` if unknown."""
 
     names: list[str] | None
     category_ids: list[int] | None

@@ -11,7 +11,7 @@ def to_picture(image: Tensor) -> Image.Image:
     """Return an image as an RGB picture of the same size.
 
     Args:
-        image: ``[C, H, W]`` on the CPU, in [0, 1] (other values are cut off, NaN is black) or of 8 bits. Of one
+        image: ``[C, H, W]`` on the CPU, in [0, 1] (other values are clipped, NaN is black) or of 8 bits. Of one
             channel, or of channels without a colour of their own, the picture is grey.
 
     Example:

@@ -1,4 +1,4 @@
-"""The drawing of a prediction grid."""
+"""Draw a prediction grid."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ NAME_LENGTH = 17  # characters
 
 
 class Prediction(NamedTuple):
-    """One image and what the model says about it; the image is [C, H, W] in [0, 1] on the CPU."""
+    """One image and the model's prediction; the image is [C, H, W] in [0, 1] on the CPU."""
 
     image: Tensor
     true: int
