@@ -46,7 +46,8 @@ def no_config(name: str | Path, hint: str = "") -> str:
     path = Path(name)
     local = [place.as_posix() for place in path.parent.glob("*.yaml")]
     near = sorted({*local, *config_names()}, key=lambda other: -_likeness(path, other))
-    close = [other for other in near if _likeness(path, other) >= 0.6][:3]
+    same = [other for other in near if PurePath(other).stem == path.stem]
+    close = same or [other for other in near if _likeness(path, other) >= 0.6][:3]
     guess = f" Did you mean {' or '.join(close)}?" if close else ""
     places = f" Looked in {os.getcwd()} and among the package's configs in {FOLDER} (dia-lightning configs)."
     return f"There is no file {path}.{hint and ' '}{hint}{guess}{places}"

@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import get_origin
 
 from docutils.nodes import SkipNode, math
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -88,6 +89,21 @@ def _formula(writer: HTML5Translator, node: math, *, environment: str = "") -> N
     raise SkipNode
 
 
+def _public_bases(app: Sphinx, name: str, obj: type, options: object, bases: list[type]) -> None:
+    """Show in place of a private base the first above it that is public."""
+    shown = (
+        base if _is_public(kind) else next(filter(_is_public, kind.__mro__))
+        for base in bases
+        for kind in [get_origin(base) or base]
+    )
+    bases[:] = [base for base in dict.fromkeys(shown) if base is not object] or [object]
+
+
+def _is_public(kind: type) -> bool:
+    package = ".".join(kind.__module__.split(".")[:2])
+    return not package.startswith("dia_lightning") or kind.__name__ in import_module(package).__all__
+
+
 def _warn_of_missing_names(app: Sphinx, error: Exception | None) -> None:
     """Fail a build with -W if a public name is on no page."""
     described = set(app.env.domains.python_domain.objects)
@@ -103,4 +119,5 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (_formula, None), (partial(_formula, environment="aligned"), None))
     app.connect("config-inited", _copy_notebooks)
     app.connect("source-read", _take_from_root)
+    app.connect("autodoc-process-bases", _public_bases)
     app.connect("build-finished", _warn_of_missing_names)

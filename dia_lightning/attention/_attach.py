@@ -57,11 +57,10 @@ def attach(
 
     Args:
         model: the network, or any module that contains one, for example a ``LightningModule``.
-        attention: a registered name (see :func:`list_attention`), the path of an imported class such as
-            ``"package.module.Gate"``, or a callable ``channels -> nn.Module``. Its modules map
-            ``(features [B, C, H, W], state)`` to ``(map, state)``; see :class:`AttentionUnit` for tokens,
-            sequences and volumes. A callable that takes ``spatial_dims`` is given 3 for volumes and video, else 2.
-            ``None`` only with ``existing="share"``.
+        attention: a registered name (see :func:`list_attention` and :func:`register_attention`), or a callable
+            ``channels -> nn.Module``. Its modules map ``(features [B, C, H, W], state)`` to ``(map, state)``; see
+            :class:`AttentionUnit` for tokens, sequences and volumes. A callable that takes ``spatial_dims`` is given 3
+            for volumes and video, else 2. ``None`` only with ``existing="share"``.
         example: input of the network's forward: a tensor, a tuple of positional arguments, or a dict of keyword
             arguments. A copy of the network runs on it to find the residual branches (see :func:`find_sites`).
             Networks of this package, torchvision, timm, diffusers and transformers, and modules with

@@ -25,7 +25,10 @@ class CheckLaterTest(Callback):
             return
         advice = "Fix this, or leave test_after_fit out"
         if not is_overridden("test_step", pl_module):
-            raise UserError(f"test_after_fit: {type(pl_module).__name__} has no test_step to run. {advice}.")
+            raise UserError(
+                f"test_after_fit: {type(pl_module).__name__} has no test_step to run. Add one, or use "
+                "--test_after_fit false."
+            )
         data: DIADataModule = trainer.datamodule  # type: ignore[attr-defined]
         try:
             data.check_test_data()

@@ -124,5 +124,8 @@ def _unknown(name: str) -> str:
     known = {other: f"{library}/{other}" for other in LIBRARIES[library].names()}
     if not slash:
         known |= {other: other for other in _BUILDERS}
-    hint = did_you_mean(known[match] for match in near(rest, known)) or " list_models() has all names."
+    hint = (
+        did_you_mean(known[match] for match in near(rest, known))
+        or " `dia-lightning models`, list_models() in Python, has all names."
+    )
     return f"Unknown model {name!r}.{hint}"

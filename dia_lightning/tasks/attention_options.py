@@ -23,11 +23,12 @@ class AttentionOptions:
     """Which attention a network gets, and where.
 
     Args:
-        attention: name of an attention module, path of a custom class (``"package.module.Gate"``), a callable
-            ``channels -> nn.Module``, or ``None`` for the plain network.
+        attention: name of an attention module, a callable ``channels -> nn.Module``, or ``None`` for the plain
+            network; on the command line and in configs also the path of a custom class, ``package.module.Gate``.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks get attention; this and the next five as :func:`~dia_lightning.attention.attach` takes them.
+        plug: which blocks get attention; like branches, sites, existing, identity and branch_norm as
+            :func:`~dia_lightning.attention.attach` takes it.
         branches: which branches get attention, by default all; in U-Nets only the residual blocks unless
             ``["conv", "attention"]`` asks for both.
         sites: layers that end branches, instead of those found automatically.

@@ -87,7 +87,7 @@ def test_name_with_slash_is_refused(registry: dict[str, Any]) -> None:
         ("torchvision/resnet19", "Did you mean .*'torchvision/resnet18'"),
         ("torchvison/resnet18", "Other libraries are reached by torchvision/NAME or timm/NAME"),
         ("keras/resnet18", "Other libraries are reached by torchvision/NAME or timm/NAME"),
-        ("qqqqqqqq", r"list_models\(\) has all names"),
+        ("qqqqqqqq", r"`dia-lightning models`, list_models\(\) in Python, has all names"),
     ],
 )
 def test_typo_names_the_nearest_entries(typo: str, meant: str) -> None:
