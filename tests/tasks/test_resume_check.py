@@ -78,7 +78,7 @@ def test_another_optimizer_or_schedule_is_refused(before: Any, now: Any, message
 )
 def test_so_it_is_for_a_checkpoint_that_does_not_name_them(before: Any, now: Any, message: str, tmp_path: Path) -> None:
     path = trained(before, tmp_path / "x.ckpt", without_record)
-    with pytest.raises(WrongCheckpointError, match=rf"x\.ckpt is no checkpoint .*{message}"):
+    with pytest.raises(WrongCheckpointError, match=rf"x\.ckpt is not a checkpoint .*{message}"):
         fit(tiny_task(**now), ckpt_path=path, max_epochs=2)
 
 
