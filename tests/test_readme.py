@@ -186,3 +186,10 @@ def test_every_public_package_has_a_page() -> None:
 
 def test_the_readme_is_short() -> None:
     assert README.stat().st_size <= 8 * 1024
+
+
+def test_tests_that_pages_name_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {name for page in pages for name in re.findall(r"\btest_\w+\.py", page.read_text(encoding="utf-8"))}
+    assert "test_exact_resume.py" in named
+    assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
