@@ -99,6 +99,11 @@ def _public_bases(app: Sphinx, name: str, obj: type, options: object, bases: lis
     bases[:] = [base for base in dict.fromkeys(shown) if base is not object] or [object]
 
 
+def _is_unexplained(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leave out fields of named tuples that only have a number: the signature shows them."""
+    return (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") or None
+
+
 def _is_public(kind: type) -> bool:
     package = ".".join(kind.__module__.split(".")[:2])
     return not package.startswith("dia_lightning") or kind.__name__ in import_module(package).__all__
@@ -120,4 +125,5 @@ def setup(app: Sphinx) -> None:
     app.connect("config-inited", _copy_notebooks)
     app.connect("source-read", _take_from_root)
     app.connect("autodoc-process-bases", _public_bases)
+    app.connect("autodoc-skip-member", _is_unexplained)
     app.connect("build-finished", _warn_of_missing_names)
