@@ -27,8 +27,8 @@ class AttentionOptions:
             network; on the command line and in configs also the path of a custom class, ``package.module.Gate``.
         attention_args: further arguments of the attention module, for example ``{"reduction": 8}``.
         share: one attention module per ``"stage"`` (DIA) or per ``"block"`` (the usual practice).
-        plug: which blocks get attention; like branches, sites, existing, identity and branch_norm as
-            :func:`~dia_lightning.attention.attach` takes it.
+        plug: which blocks get attention. It, branches, sites, existing, identity and branch_norm are as
+            :func:`~dia_lightning.attention.attach` takes them.
         branches: which branches get attention, by default all; in U-Nets only the residual blocks unless
             ``["conv", "attention"]`` asks for both.
         sites: layers that end branches, instead of those found automatically.
