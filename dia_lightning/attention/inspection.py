@@ -15,7 +15,7 @@ from dia_lightning.attention._sites import LeftOut, Site
 from dia_lightning.attention._stages import Stages
 
 
-def attached_blocks(network: nn.Module) -> list[nn.Module]:
+def attached_blocks(network: nn.Module) -> list[AttachedBlock]:
     """Return the blocks with attention in the order of registration, including those that only pass a state on."""
     return [module for module in network.modules() if isinstance(module, AttachedBlock)]
 
@@ -50,8 +50,7 @@ def attached_stages(network: nn.Module, found: Stages) -> tuple[Stages, list[int
 
 def parameters_saved(model: nn.Module) -> int:
     """Return the number of parameters that a network saves by sharing its own attention modules."""
-    blocks = [module for module in model.modules() if isinstance(module, AttachedBlock)]
-    links = [(block, link) for block in blocks for link in block.dia_links]
+    links = [(block, link) for block in attached_blocks(model) for link in block.dia_links]
     sites = Counter(link.chain for _, link in links for slot in link.slots if slot.is_whole)
     first = [(block, link) for block, link in links if link.before is None and link.chain in sites]
     sizes = {link.chain: sum(each.numel() for each in getattr(block, link.unit).parameters()) for block, link in first}

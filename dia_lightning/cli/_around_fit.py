@@ -23,7 +23,6 @@ class CheckLaterTest(Callback):
         """Check in every process, once the data are available and before training."""
         if stage != "fit":
             return
-        advice = "Fix this, or leave test_after_fit out"
         if not is_overridden("test_step", pl_module):
             raise UserError(
                 f"test_after_fit: {type(pl_module).__name__} has no test_step to run. Add one, or use "
@@ -33,7 +32,10 @@ class CheckLaterTest(Callback):
         try:
             data.check_test_data()
         except (ValueError, OSError) as error:
-            raise UserError(f"test_after_fit: {str(error).rstrip('.')}. {advice} and run test separately.") from error
+            raise UserError(
+                f"test_after_fit: {str(error).rstrip('.')}. Fix this, or leave test_after_fit out and run test "
+                "separately."
+            ) from error
 
 
 def begin_anew(trainer: Trainer) -> None:

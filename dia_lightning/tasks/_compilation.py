@@ -52,7 +52,7 @@ def compile_in_place(parts: Iterable[nn.Module]) -> None:
 
 def _residual_blocks(network: nn.Module, example: Any) -> list[nn.Module]:
     if is_attached(network):  # by the user
-        return attached_blocks(network)
+        return [*attached_blocks(network)]
     try:
         stages = find_sites(network, None if takes_what_is_known(network) else example)
     except ValueError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Unpack
 
+from dia_lightning._choices import check_choice
 from dia_lightning._evaluating import evaluating
 from dia_lightning._hyperparameters import check_is_no_mark
 from dia_lightning.models.denoisers import check_image_shape, get_denoiser, predict
@@ -100,10 +101,7 @@ class DiffusionTask(DIATask):
     ) -> None:
         arguments = dict(locals())
         super().__init__(**options)
-        if loss_weighting not in get_args(LossWeighting):
-            raise ValueError(
-                f"loss_weighting must be one of {', '.join(get_args(LossWeighting))}, got {loss_weighting!r}."
-            )
+        check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
         if not snr_gamma > 0:
             raise ValueError(f"snr_gamma must be positive, got {snr_gamma}. 5 is usual.")
         if not 0 <= label_dropout < 1:

@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, TypedDict
 
 from typing_extensions import Unpack
 
+from dia_lightning._choices import did_you_mean, near
 from dia_lightning.tasks._freezing import Freeze
 from dia_lightning.tasks.attention_options import Attention, AttentionOptions
 from dia_lightning.tasks.optimization_options import OptimizationOptions, OptimizerOption, ScheduleOption
@@ -91,9 +91,8 @@ class TakesOptions:
     def refuse_unknown(cls, names: Iterable[str], known: Iterable[str] = TaskOptions.__annotations__) -> None:
         """Raise a ValueError with the closest names if a name is unknown."""
         for name in (name for name in names if name not in known):
-            near = " or ".join(map(repr, get_close_matches(name, cls.option_names())))
-            hint = f"Did you mean {near}?" if near else f"help({cls.__name__}) lists them."
-            raise ValueError(f"{cls.__name__} has no option {name!r}. {hint}")
+            hint = did_you_mean(near(name, cls.option_names())) or f" help({cls.__name__}) lists them."
+            raise ValueError(f"{cls.__name__} has no option {name!r}.{hint}")
 
 
 class _OfClass:
